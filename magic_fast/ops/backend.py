@@ -1,0 +1,126 @@
+"""What a backend is, and the one description of work that all of them take. No torch is imported here.
+
+A backend implements four primitives over :class:`Job`: ``select``, ``merge``, ``row_stats`` and ``scale``.
+``merge_many`` may be overridden where many small tensors deserve one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from magic_fast.recipe import Recipe, RowCalibration, Selection, stream_of
+
+# torch.Tensor, or View for memory that no torch tensor owns. The rooms above never look inside.
+Array = Any
+
+
+@dataclass(frozen=True)
+class View:
+    """Borrowed contiguous memory, for callers without torch (the checkpoint engine).
+
+    Attributes:
+        ptr: address of the first element.
+        dtype: ``"BF16" | "F16" | "F32" | "F64" | "U8" | "BOOL"`` (safetensors' words).
+        shape: extents; row-major, contiguous.
+        owner: kept alive as long as the view is.
+    """
+
+    ptr: int
+    dtype: str
+    shape: tuple[int, ...]
+    owner: object = None
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for extent in self.shape:
+            n *= extent
+        return n
+
+
+@dataclass
+class Job:
+    """One tensor to merge: where it comes from, what to do, where it goes. Checked by ``ops`` before a backend sees it.
+
+    Attributes:
+        base: θ_0, or None where the experts are task vectors already.
+        experts: K arrays of the base's shape, each of its own dtype.
+        recipe: what to do.
+        out: array of the same shape that takes the result, rounded once to its dtype. It overlaps no input.
+        name: output tensor name; keys the random masks and every message.
+        masks: K keep masks (uint8/bool, same shape) or None each; ``TrimRule.GIVEN``, or overriding a random trim.
+        task_masks: K task masks for ``Consensus(given=True)``.
+        calibration: WSC of this tensor, or None.
+        selection: thresholds found elsewhere (model scope, streaming); None: the backend selects.
+        offset: flat index of element 0 inside the whole tensor, where the arrays are a slab of it.
+        total: elements of the whole tensor (default: this array's); trims count by it.
+    """
+
+    base: Array | None
+    experts: Sequence[Array]
+    recipe: Recipe
+    out: Array | None = None
+    name: str = ""
+    masks: Sequence[Array | None] | None = None
+    task_masks: Sequence[Array] | None = None
+    calibration: RowCalibration | None = None
+    selection: Selection | None = None
+    offset: int = 0
+    total: int | None = None
+
+    @property
+    def stream(self) -> int:
+        return stream_of(self.name)
+
+
+@dataclass
+class Stats:
+    """What a merge found on its way.
+
+    Attributes:
+        selection: what was used.
+        coefficient: raw ξ per row (float32, before side, strength and clamp), or None without calibration.
+            torch tensor, or a buffer of float32.
+        kept: entries of each expert that survived the trim.
+        first_nonfinite: flat index of the first NaN or infinity of each expert (−1: none).
+        base_nonfinite: the same for the base.
+        overflow: flat index of the first finite result that overflows the output dtype (−1: none).
+    """
+
+    selection: Selection
+    coefficient: Any = None
+    kept: tuple[int, ...] = ()
+    first_nonfinite: tuple[int, ...] = ()
+    base_nonfinite: int = -1
+    overflow: int = -1
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """One implementation of the primitives."""
+
+    name: str
+
+    def why_not(self) -> str | None:
+        """Why it cannot run here at all, in words a user understands; None if it can."""
+
+    def supports(self, job: Job) -> str | None:
+        """Why it cannot run this job; None if it can."""
+
+    def select(self, job: Job) -> Selection:
+        """Thresholds, tie cuts, factors and majority sign for ``job.recipe``, one read of the data."""
+
+    def merge(self, job: Job) -> Stats:
+        """Runs the job into ``job.out``."""
+
+    def merge_many(self, jobs: Sequence[Job]) -> list[Stats]:
+        """Runs many jobs, in one call where the backend can."""
+
+    def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
+        """gram f64 [rows, K, K], dots f64 [rows, K], norm2 f64 [rows] of the raw task vectors and
+        ``merged − base`` (``merged`` itself where base is None), rows by ``job.calibration``."""
+
+    def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
+        """out = base + coefficient[row]·(merged − base), rounded once."""
