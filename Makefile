@@ -1,0 +1,59 @@
+# Everything a developer or CI runs. `make demo` and `make test` work on a fresh clone: they create .venv first.
+#   PYTHON=python3.12 make venv        another interpreter
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu make venv      PyTorch's CPU wheel instead of PyPI's
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+SOURCES := $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help venv build test test-full lint format demo clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(VENV)/.installed ## .venv with the project (editable, the extension compiled) and its tools
+
+# PyTorch alone and first: where no GPU is visible the plain pin takes whatever wheel the index offers for it.
+$(VENV)/.torch: .ci/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' .ci/constraints.txt)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP) --editable '.[test,dev]'
+	touch $@
+
+build: venv ## dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+test: venv ## the test suite without the slow part
+	$(BIN)/pytest -m "not slow"
+
+test-full: venv ## the whole test suite
+	$(BIN)/pytest
+
+lint: venv ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	files=$$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'); \
+	  test -z "$$files" || $(BIN)/clang-format --dry-run --Werror $$files
+
+format: venv ## rewrite the sources the way lint wants them
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+	files=$$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'); \
+	  test -z "$$files" || $(BIN)/clang-format -i $$files
+
+demo: venv ## make 150 M-parameter checkpoints, merge them (TIES + WSC), show what changed
+	$(BIN)/magic-fast demo
+
+clean: ## what was built; .venv and .demo stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f magic_fast/_native*.so

@@ -1,0 +1,132 @@
+"""Merges fine-tuned checkpoints of one base model and restores each layer's magnitude.
+
+>>> import magic_fast as mf
+>>> import torch
+>>> base = torch.zeros(2, 4)
+>>> experts = [torch.full((2, 4), 1.0), torch.full((2, 4), 3.0)]
+>>> mf.merge(base, experts, "average").unique().tolist()
+[2.0]
+
+What stands in ``__all__`` is the public surface; everything else may change. Importing this package imports no
+other: each name is looked up in its room on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from magic_fast._version import __version__
+
+if TYPE_CHECKING:
+    from magic_fast.api import (
+        CalibrationReport,
+        MergeReport,
+        MergeResult,
+        backends,
+        calibrate_checkpoints,
+        calibrate_weights,
+        inspect_checkpoints,
+        kth_magnitude,
+        merge,
+        merge_checkpoints,
+        merge_task_vectors,
+        plan_checkpoints,
+        row_norms,
+        row_stats,
+        select,
+        task_vector_stats,
+        trim,
+    )
+    from magic_fast.calibration import WeightCalibration
+    from magic_fast.config import MergeConfig
+    from magic_fast.errors import (
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        InputError,
+        InternalError,
+        MagicFastError,
+        NonFiniteError,
+        OutputError,
+    )
+
+# room → the public names it brings
+_ROOMS: dict[str, tuple[str, ...]] = {
+    "magic_fast.api": (
+        "CalibrationReport",
+        "MergeReport",
+        "MergeResult",
+        "backends",
+        "calibrate_checkpoints",
+        "calibrate_weights",
+        "inspect_checkpoints",
+        "kth_magnitude",
+        "merge",
+        "merge_checkpoints",
+        "merge_task_vectors",
+        "plan_checkpoints",
+        "row_norms",
+        "row_stats",
+        "select",
+        "task_vector_stats",
+        "trim",
+    ),
+    "magic_fast.calibration": ("WeightCalibration",),
+    "magic_fast.config": ("MergeConfig",),
+    "magic_fast.errors": (
+        "BackendError",
+        "CheckpointError",
+        "ConfigError",
+        "InputError",
+        "InternalError",
+        "MagicFastError",
+        "NonFiniteError",
+        "OutputError",
+    ),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [  # noqa: RUF022 - ordered by use
+    "merge",
+    "merge_task_vectors",
+    "trim",
+    "calibrate_weights",
+    "task_vector_stats",
+    "merge_checkpoints",
+    "calibrate_checkpoints",
+    "inspect_checkpoints",
+    "plan_checkpoints",
+    "backends",
+    "row_stats",
+    "select",
+    "kth_magnitude",
+    "row_norms",
+    "MergeConfig",
+    "WeightCalibration",
+    "MergeResult",
+    "MergeReport",
+    "CalibrationReport",
+    "MagicFastError",
+    "InputError",
+    "ConfigError",
+    "CheckpointError",
+    "NonFiniteError",
+    "BackendError",
+    "OutputError",
+    "InternalError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    room = _ROOM_OF.get(name)
+    if room is None:
+        raise AttributeError(f"module 'magic_fast' has no attribute {name!r}")
+    value = getattr(import_module(room), name)
+    globals()[name] = value  # the next look-up is a plain one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

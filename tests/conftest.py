@@ -1,0 +1,44 @@
+"""What every test may lean on: the demand for the extension in CI, and one set of tiny checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples on every run: a failure in CI is a failure here.
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("fixed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With MAGIC_FAST_REQUIRE_NATIVE=1 a build without the extension is a failure, not a skip."""
+    if os.environ.get("MAGIC_FAST_REQUIRE_NATIVE") != "1":
+        return
+    try:
+        importlib.import_module("magic_fast._native")
+    except ImportError as error:
+        raise pytest.UsageError(
+            f"MAGIC_FAST_REQUIRE_NATIVE=1, but magic_fast._native does not import: {error}"
+        ) from error
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base/ and expert-0/ … expert-2/, tiny sharded bf16 Llama checkpoints. Read only."""
+    from magic_fast.cli.demo_data import TINY, write_checkpoints
+
+    folder = tmp_path_factory.mktemp("models")
+    write_checkpoints(folder, TINY, num_experts=3, seed=0)
+    return folder
