@@ -154,9 +154,8 @@ class Trim:
         count_rule, tie_rule, scope: see the enums.
         min_kept: with ``CountRule.FLOOR`` the least number kept (1; PEFT: 0).
         seed: of the counter-based generator (random and ranked trims).
-        rank_dim: DELLA: a row is what runs along all dimensions after this many leading ones;
-            1 ranks each ``x[i]`` flattened; a 1-D tensor is one row.
-        rank_dim_only: rank along dimension ``rank_dim`` alone (mergekit's rule for 4-D tensors).
+        rank_dim1: DELLA ranks within each ``x[i]`` flattened (a 1-D tensor is one row); True: along
+            dimension 1 alone, whatever the rank (mergekit's rule, different from three dimensions on).
         empty_band_zeroes: mergekit 0.1.4's fault: a band without outliers (⌊γ·n⌋ = 0) keeps nothing.
     """
 
@@ -169,8 +168,7 @@ class Trim:
     scope: TrimScope = TrimScope.TENSOR
     min_kept: int = 1
     seed: int = 0
-    rank_dim: int = 1
-    rank_dim_only: bool = False
+    rank_dim1: bool = False
     empty_band_zeroes: bool = False
 
     def __post_init__(self) -> None:
@@ -347,12 +345,15 @@ class Selection:
 class RowCalibration:
     """WSC resolved for one tensor: what the kernels need (METHODS §5).
 
-    ``direction`` is never AUTO here. ``rows`` × ``cols`` is the row view of the contiguous tensor;
-    ``included`` says which experts count (those of weight 0 are left out).
+    ``direction`` is never AUTO here. ``rows`` × ``cols`` is the row view of the tensor: ``axes`` moved
+    to the front and flattened, everything else flattened behind (a 1-D tensor is [n, 1]). Where
+    ``axes`` are the leading ones in order, that is the contiguous tensor itself.
+    ``included`` says which experts count (those of weight 0 are left out); empty means all.
     """
 
     rows: int
     cols: int
+    axes: tuple[int, ...] = (0,)
     variant: Variant = Variant.MANIFOLD
     granularity: Granularity = Granularity.ROW
     p: float = 2

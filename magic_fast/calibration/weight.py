@@ -1,0 +1,264 @@
+"""What to calibrate and how: the public settings of WSC, and their resolution for one tensor (METHODS §5)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from magic_fast.errors import InputError
+from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
+
+# Embeddings and heads: their rows are tokens or classes, not units of a hidden layer.
+_EMBEDDING_OR_HEAD = re.compile(
+    r"(^|\.)([a-z0-9_]*embed[a-z0-9_]*|wte|wpe|shared|lm_head|classifier|score)(\.|$)", re.IGNORECASE
+)
+# Architectures whose projections are stored [in, out] (transformers' Conv1D).
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_EXPERT_STACK = re.compile(r"(^|\.)experts(\.|$)")
+
+
+def is_calibratable_magic(name: str, shape: Sequence[int]) -> bool:
+    """The authors' rule: any name with "conv", else 2-D with "weight" and without the substring "ln"."""
+    if "conv" in name:
+        return len(shape) >= 1
+    return "weight" in name and "ln" not in name and len(shape) == 2
+
+
+def is_calibratable_general(name: str, shape: Sequence[int]) -> bool:
+    """Every weight of two or more dimensions except embeddings and heads; a bare tensor ('') of two or more.
+
+    >>> is_calibratable_general("model.layers.0.mlp.up_proj.weight", (8, 4))
+    True
+    >>> is_calibratable_general("model.embed_tokens.weight", (8, 4))
+    False
+    """
+    return len(shape) >= 2 and _EMBEDDING_OR_HEAD.search(name) is None
+
+
+@dataclass(frozen=True)
+class TensorFilter:
+    """Tensor selection by regular expressions (``re.search``) on top of the general rule.
+
+    A name that matches any of ``exclude`` is out; else one that matches any of ``include`` is in, whatever the
+    general rule says of embeddings and heads; with no ``include`` the general rule decides.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern in (*self.include, *self.exclude):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise InputError(
+                    f"pattern {pattern!r} of calibration tensors: expected a regular expression, got an "
+                    f"error: {e}. Escape special characters with a backslash."
+                ) from None
+
+    def __call__(self, name: str, shape: Sequence[int]) -> bool:
+        if any(re.search(p, name) for p in self.exclude):
+            return False
+        if self.include:
+            return len(shape) >= 1 and any(re.search(p, name) for p in self.include)
+        return is_calibratable_general(name, shape)
+
+
+@dataclass(frozen=True)
+class WeightCalibration:
+    """Settings of the weight-space calibration (WSC) of MAGIC, arXiv 2512.19320.
+
+    Attributes:
+        variant: ``manifold`` (the paper's), ``manifold_exact``, ``sphere``, ``spectral`` (per tensor).
+        granularity: ``row`` or ``tensor``. ``spectral`` per row is ``sphere`` with p = 2.
+        p: norm of ``sphere``: an integer ≥ 1 or infinity.
+        eps_mode: ``relative`` (scale-free), ``absolute`` (the authors' 1e-8s), ``none``.
+        guards: rows without a direction (zero or non-finite) keep their values, and are reported.
+        clamp: (low, high) that ξ is limited to, or None.
+        strength: exponent of ξ: 0 does nothing, 1 calibrates fully.
+        scale: factor on calibrated rows besides ξ (ξ itself cancels any factor of the merge).
+        tensors: ``"general"``, ``"magic"`` (the authors' name rule) or a :class:`TensorFilter`.
+        direction: ``auto`` follows ``sensitive``; ``free``, ``grow`` and ``shrink`` force one side.
+        sensitive: names of tensors that may only shrink while all others may only grow; None: two-sided;
+            an empty list is a list.
+        row_axis: axis (or axes) of output units; None: by the model's layout, else 0.
+
+    >>> WeightCalibration(variant="sphere", p=1).variant
+    <Variant.SPHERE: 'sphere'>
+    """
+
+    variant: Variant = Variant.MANIFOLD
+    granularity: Granularity | None = None
+    p: float = 2
+    eps_mode: EpsMode = EpsMode.RELATIVE
+    guards: bool = True
+    clamp: tuple[float, float] | None = (0.1, 10.0)
+    strength: float = 1.0
+    scale: float = 1.0
+    tensors: str | TensorFilter = "general"
+    direction: Direction = Direction.AUTO
+    sensitive: tuple[str, ...] | None = None
+    row_axis: int | tuple[int, ...] | None = None
+    _sensitive_set: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
+
+    def __post_init__(self) -> None:
+        for name, kind in (("variant", Variant), ("eps_mode", EpsMode), ("direction", Direction)):
+            object.__setattr__(self, name, _word(kind, getattr(self, name), name))
+        if self.granularity is None:
+            default = Granularity.TENSOR if self.variant is Variant.SPECTRAL else Granularity.ROW
+            object.__setattr__(self, "granularity", default)
+        object.__setattr__(self, "granularity", _word(Granularity, self.granularity, "granularity"))
+        p = math.inf if self.p in ("inf", math.inf) else self.p
+        if p != math.inf and (int(p) != p or p < 1):
+            raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {self.p!r}.")
+        object.__setattr__(self, "p", p)
+        if self.clamp is not None:
+            low, high = (float(x) for x in self.clamp)
+            if not 0 <= low <= high:
+                raise InputError(
+                    f"calibration clamp: expected (low, high) with 0 <= low <= high, got {self.clamp!r}."
+                )
+            object.__setattr__(self, "clamp", (low, high))
+        for name in ("strength", "scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"calibration {name}: expected a finite number, got {getattr(self, name)!r}.")
+        if isinstance(self.tensors, str) and self.tensors not in ("general", "magic"):
+            raise InputError(
+                f"calibration tensors: expected 'general', 'magic' or a TensorFilter, got {self.tensors!r}."
+            )
+        if self.sensitive is not None:
+            if isinstance(self.sensitive, str):
+                raise InputError(
+                    f"calibration sensitive: expected a list of tensor names, got the string "
+                    f"{self.sensitive!r}. Read a file of scores with sensitive_from_file()."
+                )
+            object.__setattr__(self, "sensitive", tuple(self.sensitive))
+            object.__setattr__(self, "_sensitive_set", frozenset(self.sensitive))
+
+    def selects(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether the tensor is calibrated at all."""
+        if self.tensors == "general":
+            return is_calibratable_general(name, shape)
+        if self.tensors == "magic":
+            return is_calibratable_magic(name, shape)
+        assert isinstance(self.tensors, TensorFilter)
+        return self.tensors(name, shape)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuses sensitive names that the model does not have."""
+        known = set(names)
+        unknown = [n for n in self.sensitive or () if n not in known]
+        if unknown:
+            raise InputError(
+                f"sensitive tensor {unknown[0]!r}: expected a tensor of the model, got an unknown name"
+                f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
+                "Check the list against the model's tensor names."
+            )
+
+    def resolve(
+        self,
+        name: str,
+        shape: Sequence[int],
+        weights: Sequence[float],
+        *,
+        model_type: str | None = None,
+        row_axis: int | tuple[int, ...] | None = None,
+    ) -> RowCalibration | None:
+        """What the kernels need for one tensor, or None where it is not calibrated."""
+        if not self.selects(name, shape) or math.prod(shape) == 0:
+            return None
+        axes = self._axes(name, shape, model_type, row_axis)
+        rows = math.prod(shape[a] for a in axes)
+        direction = self.direction
+        if direction is Direction.AUTO:
+            direction = Direction.FREE
+            if self.sensitive is not None:
+                direction = Direction.SHRINK if name in self._sensitive_set else Direction.GROW
+        included = tuple(w != 0 for w in weights)
+        if not any(included):
+            return None
+        assert self.granularity is not None
+        return RowCalibration(
+            rows=rows,
+            cols=math.prod(shape) // rows,
+            axes=axes,
+            variant=self.variant,
+            granularity=self.granularity,
+            p=self.p,
+            eps_mode=self.eps_mode,
+            guards=self.guards,
+            clamp=self.clamp,
+            strength=self.strength,
+            scale=self.scale,
+            direction=direction,
+            included=included,
+        )
+
+    def _axes(
+        self,
+        name: str,
+        shape: Sequence[int],
+        model_type: str | None,
+        row_axis: int | tuple[int, ...] | None,
+    ) -> tuple[int, ...]:
+        chosen = row_axis if row_axis is not None else self.row_axis
+        dims = len(shape)
+        if chosen is not None:
+            axes = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+            for a in axes:
+                if not -dims <= a < dims:
+                    raise InputError(
+                        f"row_axis for {name or 'the tensor'}: expected an axis of a {dims}-dimensional "
+                        f"tensor, got {a}."
+                    )
+            return tuple(a % dims for a in axes)
+        if model_type in _CONV1D_MODELS and dims == 2 and _CONV1D_NAMES.search(name):
+            return (1,)
+        if dims == 3 and _EXPERT_STACK.search(name):
+            return (0, 1)
+        return (0,)
+
+
+def _word(kind: type, value: object, what: str) -> object:
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = ", ".join(repr(str(v)) for v in kind)  # type: ignore[attr-defined]
+        raise InputError(f"calibration {what}: expected one of {allowed}, got {value!r}.") from None
+
+
+def sensitive_from_file(path: str | Path, top: int = 10) -> tuple[str, ...]:
+    """The ``top`` most sensitive names of a JSON file: either a list of names, or {name: score} where a lower
+    score is worse (the accuracy that remains when the tensor's task vector grows by 10 %)."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as e:
+        raise InputError(f"sensitive list {str(path)!r}: expected a JSON file, got {e}.") from None
+    if isinstance(data, list) and all(isinstance(n, str) for n in data):
+        return tuple(data)
+    scores = data.get("scores", data) if isinstance(data, dict) else data
+    if not isinstance(scores, Mapping) or not all(isinstance(v, int | float) for v in scores.values()):
+        raise InputError(
+            f"sensitive list {str(path)!r}: expected a list of names or an object of name: score, "
+            f"got {type(data).__name__}."
+        )
+    return tuple(sorted(scores, key=lambda n: scores[n])[:top])
+
+
+def as_calibration(value: str | WeightCalibration | Mapping[str, object] | None) -> WeightCalibration | None:
+    """None, ``"wsc"`` (the defaults), settings, or a mapping of them."""
+    if value is None or isinstance(value, WeightCalibration):
+        return value
+    if isinstance(value, Mapping):
+        return WeightCalibration(**value)  # type: ignore[arg-type]
+    if value == "wsc":
+        return WeightCalibration()
+    raise InputError(
+        f"calibrate: expected None, 'wsc' or a WeightCalibration, got {value!r}. "
+        "Feature-space calibration runs on a model: see calibrate_features."
+    )

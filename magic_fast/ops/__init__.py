@@ -1,0 +1,117 @@
+"""The primitives: check, choose a backend, call it. One definition of each; backends only implement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from magic_fast.errors import InputError, NonFiniteError
+from magic_fast.ops.backend import Array, Backend, Job, Stats, View
+from magic_fast.ops.checks import check, dtype_word
+from magic_fast.ops.registry import BackendStatus, backends, choose
+from magic_fast.recipe import Selection
+
+__all__ = [
+    "Array",
+    "Backend",
+    "BackendStatus",
+    "Job",
+    "Stats",
+    "View",
+    "backends",
+    "calibrate",
+    "dtype_word",
+    "merge",
+    "row_stats",
+    "scale",
+    "select",
+]
+
+
+def select(job: Job, *, backend: str | None = None) -> Selection:
+    """Thresholds, tie cuts, factors and majority sign of one tensor."""
+    check(job)
+    return choose([job], backend)[0].select(job)
+
+
+def merge(jobs: Sequence[Job], *, backend: str | None = None, nonfinite: str = "error") -> list[Stats]:
+    """Runs the jobs, each into its ``out``; consecutive ones of one backend go in one call.
+
+    Args:
+        nonfinite: ``"error"``: a NaN or infinity in an input, or a finite result that overflows, raises
+            :class:`NonFiniteError` after the call (``out`` is then unspecified); ``"propagate"`` lets it through.
+    """
+    _check_nonfinite_word(nonfinite)
+    for job in jobs:
+        check(job)
+        if job.out is None:
+            raise InputError(f"out for '{job.name}': expected an array, got None.")
+    chosen = choose(jobs, backend)
+    stats: list[Stats] = []
+    start = 0
+    for stop in range(1, len(jobs) + 1):
+        if stop == len(jobs) or chosen[stop] is not chosen[start]:
+            stats.extend(chosen[start].merge_many(jobs[start:stop]))
+            start = stop
+    if nonfinite == "error":
+        for job, found in zip(jobs, stats, strict=True):
+            raise_nonfinite(job, found)
+    return stats
+
+
+def calibrate(
+    job: Job, merged: Array, *, backend: str | None = None, nonfinite: str = "error"
+) -> Stats:
+    """WSC of a tensor that was merged elsewhere, into ``job.out``."""
+    _check_nonfinite_word(nonfinite)
+    check(job)
+    check(_with_merged(job, merged))
+    chosen: Any = choose([job], backend)[0]
+    stats: Stats = chosen.calibrate(job, merged)
+    if nonfinite == "error":
+        raise_nonfinite(job, stats)
+    return stats
+
+
+def row_stats(job: Job, merged: Array, *, backend: str | None = None) -> tuple[Any, Any, Any]:
+    """gram f64 [rows, K, K], dots f64 [rows, K], norm2 f64 [rows]."""
+    check(job)
+    check(_with_merged(job, merged))
+    return choose([job], backend)[0].row_stats(job, merged)
+
+
+def scale(job: Job, merged: Array, coefficient: Array, *, backend: str | None = None) -> None:
+    """out = base + coefficient[row]·(merged − base)."""
+    check(_with_merged(job, merged))
+    choose([job], backend)[0].scale(job, merged, coefficient)
+
+
+def _with_merged(job: Job, merged: Array) -> Job:
+    """A job whose base is ``merged``, so that the same checks cover it."""
+    return Job(base=merged, experts=job.experts, recipe=job.recipe, out=job.out, name=job.name)
+
+
+def _check_nonfinite_word(word: str) -> None:
+    if word not in ("error", "propagate"):
+        raise InputError(f"nonfinite: expected 'error' or 'propagate', got {word!r}.")
+
+
+def raise_nonfinite(job: Job, stats: Stats) -> None:
+    """Turns what the kernels recorded into the error a user can act on."""
+    label = f"'{job.name}'" if job.name else "the tensor"
+    advice = "Repair the checkpoint, or pass nonfinite='propagate' to let it through."
+    places = [("the base", stats.base_nonfinite)]
+    names = [f"expert {k}" for k in range(len(job.experts))] + ["the merged model"]
+    places += list(zip(names, stats.first_nonfinite, strict=False))
+    for what, index in places:
+        if index >= 0:
+            raise NonFiniteError(
+                f"NaN or infinity in {what} for {label}: expected finite values, got one at flat index "
+                f"{index}. {advice}"
+            )
+    if stats.overflow >= 0:
+        assert job.out is not None
+        raise NonFiniteError(
+            f"result for {label}: expected values within {dtype_word(job.out)}, got an overflow at flat "
+            f"index {stats.overflow}. Use a wider output dtype, or pass nonfinite='propagate'."
+        )

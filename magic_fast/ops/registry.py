@@ -1,0 +1,135 @@
+"""The backends, as data, and the choice between them.
+
+An explicit choice (argument or ``MAGIC_FAST_BACKEND``) never falls back; an automatic one may, and says in the
+log what it took and why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from magic_fast.errors import BackendError
+from magic_fast.ops.backend import Backend, Job
+
+log = logging.getLogger("magic_fast")
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """One backend: where its class lives and where its arrays may live."""
+
+    name: str
+    module: str
+    factory: str
+    devices: tuple[str, ...]
+    summary: str
+
+    def load(self) -> Backend:
+        backend: Backend = getattr(importlib.import_module(self.module), self.factory)()
+        return backend
+
+
+SPECS: tuple[BackendSpec, ...] = (
+    BackendSpec(
+        "native", "magic_fast.ops.native", "NativeBackend", ("cpu",), "fused C++ kernels on the CPU"
+    ),
+    BackendSpec(
+        "torch", "magic_fast.ops.torch_backend", "TorchBackend", ("cpu", "cuda"), "plain PyTorch"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What ``mf.backends()`` tells of one backend. ``reason`` is None where it is available."""
+
+    name: str
+    available: bool
+    devices: tuple[str, ...]
+    summary: str
+    reason: str | None
+    details: str = ""
+
+
+@cache
+def _loaded(name: str) -> tuple[Backend | None, str | None]:
+    """The backend or the reason why not; both are remembered."""
+    spec = next(s for s in SPECS if s.name == name)
+    try:
+        backend = spec.load()
+    except ImportError as e:
+        return None, f"cannot be imported: {e}"
+    return backend, backend.why_not()
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend, whether it can run here, and why not if it cannot.
+
+    >>> any(b.name == "torch" and b.available for b in backends())
+    True
+    """
+    found = []
+    for spec in SPECS:
+        backend, reason = _loaded(spec.name)
+        details = getattr(backend, "details", None)
+        text = details() if callable(details) and reason is None else ""
+        found.append(
+            BackendStatus(spec.name, reason is None, spec.devices, spec.summary, reason, text)
+        )
+    return found
+
+
+def _device_of(job: Job) -> str:
+    return str(getattr(job.experts[0], "device", "cpu")).split(":")[0]
+
+
+def _why_not(spec: BackendSpec, job: Job) -> str | None:
+    backend, reason = _loaded(spec.name)
+    if reason is not None:
+        return reason
+    if _device_of(job) not in spec.devices:
+        return f"the tensors are on {_device_of(job)}, it runs on {', '.join(spec.devices)}"
+    assert backend is not None
+    return backend.supports(job)
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+def choose(jobs: Sequence[Job], wanted: str | None = None) -> list[Backend]:
+    """A backend for each job: the one asked for, else the first that can run it."""
+    wanted = wanted or os.environ.get("MAGIC_FAST_BACKEND") or None
+    if wanted in ("auto", ""):
+        wanted = None
+    if wanted is not None and wanted not in [s.name for s in SPECS]:
+        names = ", ".join(repr(s.name) for s in SPECS)
+        raise BackendError(f"backend {wanted!r}: expected one of {names} or 'auto', got an unknown name.")
+    chosen = []
+    for job in jobs:
+        refused = []
+        for spec in SPECS:
+            if wanted not in (None, spec.name):
+                continue
+            reason = _why_not(spec, job)
+            if reason is None:
+                backend = _loaded(spec.name)[0]
+                assert backend is not None
+                chosen.append(backend)
+                break
+            refused.append(f"{spec.name}: {reason}")
+        else:
+            label = f" for '{job.name}'" if job.name else ""
+            raise BackendError(
+                f"backend {wanted or 'auto'!r}{label}: expected one that can run this merge, "
+                f"got: {'; '.join(refused)}. See magic_fast.backends() or `magic-fast doctor`."
+            )
+        why = f" ({'; '.join(refused)})" if refused else ""
+        _say_once(f"backend {chosen[-1].name}{why}")
+    return chosen

@@ -1,0 +1,132 @@
+"""The PyTorch backend: the reference formulas, on any device torch knows. Fallback and oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magic_fast.ops.backend import Array, Job, Stats
+from magic_fast.recipe import Selection
+from magic_fast.reference import calibration as wsc
+from magic_fast.reference import merge as reference
+
+
+def first_nonfinite(x: Tensor) -> int:
+    """Flat index of the first NaN or infinity, −1 if there is none."""
+    finite = torch.isfinite(x)
+    if bool(finite.all()):
+        return -1
+    return int((~finite).flatten().nonzero()[0])
+
+
+class TorchBackend:
+    """Every recipe, every dtype, every stride; holds about (K + 2) float32 copies of the tensor."""
+
+    name = "torch"
+
+    def why_not(self) -> str | None:
+        return None
+
+    def supports(self, job: Job) -> str | None:
+        if any(hasattr(a, "ptr") for a in (job.base, *job.experts, job.out) if a is not None):
+            return "it takes torch tensors only"
+        return None
+
+    def select(self, job: Job) -> Selection:
+        return reference.select(job.base, job.experts, job.recipe, stream=job.stream, masks=job.masks)
+
+    def merge(self, job: Job) -> Stats:
+        decisions = reference.decide(
+            job.base,
+            job.experts,
+            job.recipe,
+            stream=job.stream,
+            offset=job.offset,
+            masks=job.masks,
+            task_masks=job.task_masks,
+            selection=job.selection,
+        )
+        dtype = reference.decision_dtype(job.base, job.experts)
+        delta = reference.combine(job.base, job.experts, job.recipe, decisions, dtype=dtype)
+        coefficient = None
+        extra: dict[str, Any] = {"decisions": decisions}
+        if job.calibration is not None:
+            taus = reference.task_vectors(job.base, job.experts, dtype)
+            rows = wsc.calibrate_rows(taus, delta, job.calibration)
+            if not bool((rows.factor == 1).all()):
+                delta = wsc.apply_rows(delta, rows.factor, job.calibration.axes)
+            coefficient = rows.raw.float()
+            extra |= {"factor": rows.factor, "repaired": rows.repaired}
+        assert job.out is not None
+        overflow = self._store(job.base, delta, job.out)
+        n = job.experts[0].numel()
+        return Stats(
+            selection=decisions.selection,
+            coefficient=coefficient,
+            kept=tuple(n if m is None else int(m.sum()) for m in decisions.keep),
+            first_nonfinite=tuple(first_nonfinite(e) for e in job.experts),
+            base_nonfinite=-1 if job.base is None else first_nonfinite(job.base),
+            overflow=overflow,
+            extra=extra,
+        )
+
+    def merge_many(self, jobs: Sequence[Job]) -> list[Stats]:
+        return [self.merge(job) for job in jobs]
+
+    @staticmethod
+    def _store(base: Array | None, delta: Tensor, out: Tensor) -> int:
+        """out = base + delta, rounded once; flat index of the first finite value that overflowed, or −1."""
+        result = delta if base is None else base.to(delta.dtype) + delta
+        out.copy_(result)
+        overflowed = torch.isinf(out) & torch.isfinite(result)
+        return int(overflowed.flatten().nonzero()[0]) if bool(overflowed.any()) else -1
+
+    def row_stats(self, job: Job, merged: Array) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = reference.decision_dtype(job.base, [*job.experts, merged])
+        *taus, delta = reference.task_vectors(job.base, [*job.experts, merged], dtype)
+        axes = job.calibration.axes if job.calibration is not None else (0,)
+        stats = wsc.row_stats([wsc.row_view(t, axes) for t in taus], wsc.row_view(delta, axes))
+        return stats.gram, stats.dots, stats.norm2
+
+    def calibrate(self, job: Job, merged: Array) -> Stats:
+        """WSC of a tensor merged elsewhere: out = base + factor[row]·(merged − base)."""
+        assert job.calibration is not None and job.out is not None
+        dtype = reference.decision_dtype(job.base, [*job.experts, merged])
+        *taus, delta = reference.task_vectors(job.base, [*job.experts, merged], dtype)
+        rows = wsc.calibrate_rows(taus, delta, job.calibration)
+        if bool((rows.factor == 1).all()):
+            job.out.copy_(merged)  # nothing acts: the merged weights as they are, not base + (merged − base)
+            overflow = -1
+        else:
+            overflow = self._scaled(job, merged, delta, rows.factor)
+        k = len(taus)
+        return Stats(
+            selection=Selection.keep_everything(k, delta.numel()),
+            coefficient=rows.raw.float(),
+            first_nonfinite=(*(first_nonfinite(e) for e in job.experts), first_nonfinite(merged)),
+            base_nonfinite=-1 if job.base is None else first_nonfinite(job.base),
+            overflow=overflow,
+            extra={"factor": rows.factor, "repaired": rows.repaired},
+        )
+
+    def _scaled(self, job: Job, merged: Tensor, delta: Tensor, factor: Tensor) -> int:
+        """Rows of factor 1 keep the merged bits; the others are base + factor·delta."""
+        assert job.calibration is not None and job.out is not None
+        scaled = torch.empty_like(job.out)
+        overflow = self._store(
+            job.base, wsc.apply_rows(delta, factor, job.calibration.axes), scaled
+        )
+        acts = wsc.apply_rows(torch.ones_like(delta), (factor != 1).double(), job.calibration.axes)
+        job.out.copy_(torch.where(acts != 0, scaled, merged.to(scaled.dtype)))
+        return overflow
+
+    def scale(self, job: Job, merged: Array, coefficient: Array) -> None:
+        """out = base + coefficient[row]·(merged − base)."""
+        dtype = reference.decision_dtype(job.base, [merged])
+        delta = reference.task_vectors(job.base, [merged], dtype)[0]
+        axes = job.calibration.axes if job.calibration is not None else (0,)
+        assert job.out is not None
+        self._store(job.base, wsc.apply_rows(delta, coefficient.double(), axes), job.out)

@@ -1,0 +1,296 @@
+"""The element-wise merge in plain PyTorch, stage by stage: the specification in code.
+
+First *decide* (float32, as METHODS §1 defines every mask, vote and winner), then *combine* (float32; float64
+when it serves as the oracle, with the same decisions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from magic_fast.recipe import (
+    Contributors,
+    Recipe,
+    Reduce,
+    Selection,
+    Vote,
+    VoteOn,
+    ZeroVote,
+)
+from magic_fast.reference.trim import keep_mask, rescale_factor, select_trim
+
+
+@dataclass
+class Decisions:
+    """Everything discrete about a merge, plus the factors.
+
+    Attributes:
+        selection: thresholds, cuts, factors, majority.
+        keep: bool mask per expert, None where everything stays.
+        elected: int8 sign per element with zero votes resolved, or None without a vote.
+        contributes: bool mask per expert, None where every kept entry contributes.
+        winner: int16 index of the expert that ``Reduce.MAX`` takes (−1: none), or None.
+        consensus: bool per element, or None.
+    """
+
+    selection: Selection
+    keep: list[Tensor | None]
+    elected: Tensor | None = None
+    contributes: list[Tensor | None] | None = None
+    winner: Tensor | None = None
+    consensus: Tensor | None = None
+
+
+def decision_dtype(base: Tensor | None, experts: Sequence[Tensor]) -> torch.dtype:
+    """float32, or float64 where any input is float64."""
+    given = [*experts] if base is None else [base, *experts]
+    return torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+
+
+def task_vectors(base: Tensor | None, experts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """τ_k = fl(θ_k − θ_0), each rounded once to ``dtype``."""
+    if base is None:
+        return [e.to(dtype) for e in experts]
+    zero = base.to(dtype)
+    return [e.to(dtype) - zero for e in experts]
+
+
+def _trimmed(tau: Tensor, keep: Tensor | None, factor: float) -> Tensor:
+    """fl(factor·τ) where kept, 0 elsewhere."""
+    x = tau if keep is None else torch.where(keep, tau, torch.zeros_like(tau))
+    return x if factor == 1.0 else x * factor
+
+
+def _raw_vote(voted: Sequence[Tensor], vote: Vote) -> Tensor:
+    """Signs (−1, 0, 1) of the vote over the experts, before zero votes are resolved."""
+    if vote is Vote.NORM_FRACTION:
+        share = torch.stack([v.square() / v.square().sum() for v in voted])
+        values = torch.stack(list(voted))
+        return torch.sign(values.gather(0, share.argmax(0, keepdim=True))[0])
+    total = torch.zeros_like(voted[0])
+    for v in voted:
+        if vote is Vote.MASS:
+            total += v
+        elif vote is Vote.COUNT:
+            total += torch.sign(v)
+        else:
+            total += torch.sign(v) * v.square() / v.square().sum()
+    return torch.sign(total)
+
+
+def _majority(signs: Tensor) -> int:
+    """Sign of the sum of all signs, counted in int64."""
+    total = int(signs.to(torch.int64).sum())
+    return (total > 0) - (total < 0)
+
+
+def _resolve_zero_votes(signs: Tensor, rule: ZeroVote, majority: int) -> Tensor:
+    fill = {ZeroVote.POSITIVE: 1, ZeroVote.NEGATIVE: -1, ZeroVote.MAJORITY: majority, ZeroVote.DROP: 0}
+    return torch.where(signs == 0, torch.full_like(signs, fill[rule]), signs).to(torch.int8)
+
+
+def _agrees(v: Tensor, elected: Tensor, rule: ZeroVote) -> Tensor:
+    """Non-zero and of the elected sign; an unresolved majority (elected 0) keeps the negatives."""
+    if rule is ZeroVote.DROP:
+        return (v > 0) & (elected > 0) | (v < 0) & (elected < 0)
+    return (v > 0) & (elected > 0) | (v < 0) & (elected <= 0)
+
+
+def _winner(values: Sequence[Tensor], contributes: Sequence[Tensor | None], later_wins: bool) -> Tensor:
+    """Index of the contributor of largest magnitude; −1 where nobody contributes."""
+    best = torch.full_like(values[0], -1.0)
+    winner = torch.full(values[0].shape, -1, dtype=torch.int16, device=best.device)
+    for k, (v, c) in enumerate(zip(values, contributes, strict=True)):
+        magnitude = v.abs()
+        wins = (magnitude >= best) if later_wins else (magnitude > best)
+        if c is not None:
+            wins &= c
+        best = torch.where(wins, magnitude, best)
+        winner[wins] = k
+    return winner
+
+
+def select(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    recipe: Recipe,
+    *,
+    stream: int = 0,
+    masks: Sequence[Tensor | None] | None = None,
+) -> Selection:
+    """Thresholds, tie cuts, factors and majority sign of one tensor (see ``Selection``)."""
+    dtype = decision_dtype(base, experts)
+    return _decide_trim(task_vectors(base, experts, dtype), recipe, stream, masks)[0]
+
+
+def _decide_trim(
+    taus: Sequence[Tensor],
+    recipe: Recipe,
+    stream: int,
+    masks: Sequence[Tensor | None] | None,
+    selection: Selection | None = None,
+    offset: int = 0,
+) -> tuple[Selection, list[Tensor | None], list[Tensor]]:
+    """Selection, keep masks and the vectors voted on."""
+    bounds, keep, factors, weighted, unweighted = [], [], [], [], []
+    for k, tau in enumerate(taus):
+        if selection is None:
+            bound = select_trim(tau, recipe.trim, k)
+        else:
+            bound = (
+                selection.threshold[k],
+                selection.tie_cut[k],
+                selection.top_threshold[k],
+                selection.top_tie_cut[k],
+            )
+        given = masks[k] if masks is not None else None
+        mask = keep_mask(tau, recipe.trim, k, bounds=bound, stream=stream, offset=offset, given=given)
+        factor = rescale_factor(tau, mask, recipe, k) if selection is None else selection.factor[k]
+        trimmed = _trimmed(tau, mask, factor)
+        bounds.append(bound)
+        keep.append(mask)
+        factors.append(factor)
+        unweighted.append(trimmed)
+        weighted.append(trimmed if recipe.weights[k] == 1.0 else trimmed * recipe.weights[k])
+    voted = weighted if recipe.vote_on is VoteOn.WEIGHTED else unweighted
+    if selection is None:
+        majority = 0
+        if recipe.needs_majority:
+            majority = _majority(_raw_vote(voted, recipe.vote))
+        lows, cuts, tops, top_cuts = zip(*bounds, strict=True)
+        selection = Selection(lows, cuts, tops, top_cuts, tuple(factors), majority)
+    return selection, keep, voted
+
+
+def decide(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    recipe: Recipe,
+    *,
+    stream: int = 0,
+    offset: int = 0,
+    masks: Sequence[Tensor | None] | None = None,
+    task_masks: Sequence[Tensor] | None = None,
+    selection: Selection | None = None,
+) -> Decisions:
+    """Every mask, vote and winner of one tensor, in float32 (float64 only for float64 inputs)."""
+    dtype = decision_dtype(base, experts)
+    taus = task_vectors(base, experts, dtype)
+    selection, keep, voted = _decide_trim(taus, recipe, stream, masks, selection, offset)
+    decisions = Decisions(selection, keep)
+    if recipe.vote is not Vote.NONE:
+        signs = _raw_vote(voted, recipe.vote)
+        decisions.elected = _resolve_zero_votes(signs, recipe.zero_vote, selection.majority)
+    if recipe.contributors is Contributors.AGREEING:
+        assert decisions.elected is not None
+        decisions.contributes = [_agrees(v, decisions.elected, recipe.zero_vote) for v in voted]
+    elif recipe.contributors is Contributors.NONZERO:
+        decisions.contributes = [v != 0 for v in voted]
+    else:
+        decisions.contributes = [None] * len(voted)
+    if recipe.reduce is Reduce.MAX:
+        values = _contributions(taus, recipe, decisions, dtype)
+        later_wins = recipe.vote is Vote.NONE
+        decisions.winner = _winner(values, decisions.contributes, later_wins)
+    if recipe.consensus is not None:
+        decisions.consensus = _consensus(taus, recipe, decisions, task_masks, dtype)
+    return decisions
+
+
+def _contributions(
+    taus: Sequence[Tensor], recipe: Recipe, decisions: Decisions, dtype: torch.dtype
+) -> list[Tensor]:
+    """w_k·factor_k·τ_k with trimmed entries 0, in ``dtype``."""
+    out = []
+    for k, tau in enumerate(taus):
+        x = _trimmed(tau.to(dtype), decisions.keep[k], decisions.selection.factor[k])
+        out.append(x if recipe.weights[k] == 1.0 else x * recipe.weights[k])
+    return out
+
+
+def _consensus(
+    taus: Sequence[Tensor],
+    recipe: Recipe,
+    decisions: Decisions,
+    task_masks: Sequence[Tensor] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    rule = recipe.consensus
+    assert rule is not None
+    if rule.given:
+        assert task_masks is not None
+        masks = [m.to(torch.bool) for m in task_masks]
+    else:
+        merged = _reduce(taus, recipe, decisions, dtype)
+        masks = [t.abs() > lam * (merged - t).abs() for t, lam in zip(taus, rule.lambdas, strict=True)]
+    votes = torch.zeros(taus[0].shape, dtype=torch.int16, device=taus[0].device)
+    for m in masks:
+        votes += m
+    return votes >= rule.min_tasks
+
+
+def _reduce(
+    taus: Sequence[Tensor], recipe: Recipe, decisions: Decisions, dtype: torch.dtype
+) -> Tensor:
+    """Δ before consensus and scale."""
+    values = _contributions(taus, recipe, decisions, dtype)
+    contributes = decisions.contributes
+    assert contributes is not None
+    zero = torch.zeros_like(values[0])
+    if recipe.reduce is Reduce.MEDIAN:
+        result = torch.stack(values).median(dim=0).values
+    elif recipe.reduce is Reduce.MAX:
+        result = _take_winner(values, recipe, decisions)
+    else:
+        result = zero.clone()
+        for v, c in zip(values, contributes, strict=True):
+            result += v if c is None else torch.where(c, v, zero)
+        if recipe.reduce is not Reduce.SUM:
+            result = result / _divisor(values[0], recipe, contributes)
+    if recipe.signed_result and decisions.elected is not None:
+        result = result.abs() * decisions.elected.to(dtype)
+    return result
+
+
+def _take_winner(values: Sequence[Tensor], recipe: Recipe, decisions: Decisions) -> Tensor:
+    assert decisions.winner is not None
+    result = torch.zeros_like(values[0])
+    for k, v in enumerate(values):
+        result = torch.where(decisions.winner == k, v, result)
+    if decisions.elected is not None and recipe.contributors is Contributors.AGREEING:
+        # an unresolved majority elects nobody: 0
+        result = torch.where(decisions.elected == 0, torch.zeros_like(result), result)
+    return result
+
+
+def _divisor(like: Tensor, recipe: Recipe, contributes: Sequence[Tensor | None]) -> Tensor:
+    """What the sum over the contributors is divided by."""
+    total = torch.zeros_like(like)
+    if recipe.reduce is Reduce.MEAN:
+        for c in contributes:
+            total += 1 if c is None else c
+        return total.clamp(min=1)
+    for w, c in zip(recipe.weights, contributes, strict=True):
+        total += w if c is None else w * c.to(total.dtype)
+    unusable = total == 0 if recipe.vote is not Vote.NONE else total.abs() < 1e-8
+    return torch.where(unusable, torch.ones_like(total), total)
+
+
+def combine(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    recipe: Recipe,
+    decisions: Decisions,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """d = scale·Δ in ``dtype``, from decisions already taken."""
+    taus = task_vectors(base, experts, dtype)
+    delta = _reduce(taus, recipe, decisions, dtype)
+    if decisions.consensus is not None:
+        delta = torch.where(decisions.consensus, delta, torch.zeros_like(delta))
+    return delta if recipe.scale == 1.0 else delta * recipe.scale
