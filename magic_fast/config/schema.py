@@ -1,0 +1,278 @@
+"""The YAML of mergekit, plus ``preset``, ``seed`` and ``calibrate``: :class:`MergeConfig`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
+
+from magic_fast.config.calibrate import (
+    CalibrateConfig,
+    SensitiveScores,
+    TensorPatterns,
+    find_path,
+)
+from magic_fast.config.document import read_document
+from magic_fast.config.entries import (
+    Dtype,
+    ModelEntry,
+    Node,
+    Parameters,
+    Reference,
+    SliceEntry,
+    SourceEntry,
+    TokenizerEntry,
+    canonical_dtype,
+)
+from magic_fast.config.faults import translate
+from magic_fast.config.parameters import PRESETS
+from magic_fast.config.problems import Origin, Problem, listed, raise_problems
+from magic_fast.config.problems import Path as YamlPath
+from magic_fast.config.references import references
+from magic_fast.config.semantics import Checker
+from magic_fast.errors import ConfigError
+
+_LOG = logging.getLogger("magic_fast")
+
+
+class MergeConfig(Node):
+    """A validated merge: which models, which method, which parameters.
+
+    Build it with :meth:`from_yaml`, :meth:`from_file` or :meth:`from_dict`, or by keywords. All
+    of them raise one :class:`~magic_fast.errors.ConfigError` that lists every fault.
+
+    Attributes:
+        merge_method: name of the method.
+        base_model: the base checkpoint.
+        models: whole models; exclusive with ``slices``.
+        slices: ranges of layers, stacked in this order.
+        parameters: settings for all models (scalar, gradient, ``{filter, value}`` list).
+        dtype: type that inputs are cast to before the merge; None keeps each tensor's own.
+        out_dtype: type of the output; None means ``dtype``.
+        preset: whose rules and defaults hold; mergekit's unless said otherwise.
+        seed: of random trims, below 2**64; None leaves it to the program.
+        calibrate: weight-space calibration of the result; None for none.
+
+    >>> config = MergeConfig.from_yaml('''
+    ... merge_method: ties
+    ... base_model: base
+    ... models:
+    ...   - {model: expert, parameters: {density: 0.5}}
+    ... ''')
+    >>> config.model_references
+    ('base', 'expert')
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    merge_method: str
+    base_model: Reference | None = None
+    models: tuple[ModelEntry, ...] | None = None
+    slices: tuple[SliceEntry, ...] | None = None
+    parameters: Parameters = Field(default_factory=dict)
+    dtype: Annotated[Dtype | None, BeforeValidator(canonical_dtype)] = None
+    out_dtype: Annotated[Dtype | None, BeforeValidator(canonical_dtype)] = None
+    preset: Literal[PRESETS] = "mergekit"  # type: ignore[valid-type]
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**64)] | None = None
+    tokenizer_source: Reference | None = None
+    tokenizer: TokenizerEntry | None = None
+    chat_template: str | None = None
+    calibrate: CalibrateConfig | None = None
+
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
+    _folder: Path | None = PrivateAttr(default=None)
+
+    def __init__(self, /, **data: Any) -> None:
+        self._load(data, Origin(), None)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], *, source: str | None = None, folder: Path | None = None
+    ) -> MergeConfig:
+        """A configuration from plain values.
+
+        Args:
+            data: as YAML would give it.
+            source: name for messages.
+            folder: where relative paths are tried after the current directory.
+
+        Raises:
+            ConfigError: with every fault that was found.
+        """
+        return cls._build(data, Origin(source), folder)
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str | None = None) -> MergeConfig:
+        """A configuration from YAML text; faults are named with their lines. Raises ConfigError."""
+        document = read_document(text, source)
+        return cls._build(document.data, document.origin, None)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> MergeConfig:
+        """A configuration from a YAML file. Raises ConfigError, for an unreadable file too."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"not a text file for {path}: expected UTF-8, got byte "
+                f"{error.object[error.start]:#x} at {error.start}. Name the YAML file."
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"unreadable file for {path}: expected a YAML file, got: {error.strerror}. "
+                "Correct the path."
+            ) from None
+        document = read_document(text, str(path))
+        return cls._build(document.data, document.origin, path.absolute().parent)
+
+    @classmethod
+    def _build(cls, data: Mapping[str, Any], origin: Origin, folder: Path | None) -> MergeConfig:
+        if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+            raise ConfigError(
+                f"bad value for {origin.source or 'the configuration'}: expected a mapping with "
+                f"text keys, got {data!r:.80}. Pass what the YAML would hold."
+            )
+        config = cls.__new__(cls)
+        config._load(dict(data), origin, folder)
+        return config
+
+    def _load(self, data: dict[str, Any], origin: Origin, folder: Path | None) -> None:
+        if "random_seed" in data:
+            seed = data.pop("random_seed")
+            if data.setdefault("seed", seed) != seed:
+                text = f"expected one, got {data['seed']} and {seed}. Remove one."
+                raise_problems([Problem(("random_seed",), "two seeds", text)], origin)
+        checker = Checker(data).run()
+        problems = [*checker.problems, *_suffixes(data, folder)]
+        try:
+            BaseModel.__init__(self, **data)
+        except ValidationError as error:
+            problems.extend(translate(error, _OWNERS))
+        raise_problems(problems, origin)
+        self._warnings = tuple(dict.fromkeys(checker.warnings))
+        self._folder = folder
+        for warning in self._warnings:
+            _LOG.warning("%s%s", f"{origin.source}: " if origin.source else "", warning)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings; where they were read from does not count."""
+        if not isinstance(other, MergeConfig):
+            return NotImplemented
+        return self.as_dict() == other.as_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What has no effect, in words. Also logged once, when the configuration was read."""
+        return self._warnings
+
+    @property
+    def model_references(self) -> tuple[str, ...]:
+        """Every model named, once: ``base_model`` first, then in the order of the document."""
+        names = [self.base_model] if self.base_model is not None else []
+        names += [entry.model for entry in self.models or ()]
+        names += [source.model for part in self.slices or () for source in part.sources]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def donor(self) -> str:
+        """The model whose config, tokenizer and tensor names the output takes."""
+        return self.model_references[0]
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers of the output where ``slices`` fix it, else None (the donor's number)."""
+        if self.slices is None:
+            return None
+        ranges = [part.sources[0].layer_range for part in self.slices]
+        return sum(end - start for start, end in ranges)
+
+    def resolve_path(self, reference: str) -> Path:
+        """Where a model lies: relative to the current directory, else to the YAML's folder.
+
+        Raises:
+            ConfigError: it is in neither place.
+        """
+        path = find_path(reference, self._folder)
+        if path is None:
+            places = listed(str(p) for p in (Path.cwd(), self._folder) if p is not None)
+            raise ConfigError(
+                f"missing checkpoint for {reference}: expected a folder or .safetensors file in "
+                f"{places}, got nothing there. Correct the path, or download the model first."
+            )
+        return path
+
+    def calibration_arguments(self) -> dict[str, Any] | None:
+        """:meth:`CalibrateConfig.as_dict` with the file of scores found; None without calibrate.
+
+        Raises:
+            ConfigError: the file is neither in the current directory nor in the YAML's folder.
+        """
+        if self.calibrate is None:
+            return None
+        arguments = self.calibrate.as_dict()
+        if isinstance(self.calibrate.sensitive, SensitiveScores):
+            path = find_path(self.calibrate.sensitive.path, self._folder)
+            if path is None:
+                raise ConfigError(
+                    f"missing file for calibrate.sensitive: expected a JSON file of scores, got "
+                    f"{self.calibrate.sensitive.path!r}, which does not exist. Correct the path."
+                )
+            arguments["sensitive"]["path"] = str(path)
+        return arguments
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, without what is left at its default: what :meth:`from_dict` takes."""
+        return (
+            self.model_dump(mode="json", exclude_defaults=True)
+            | {"merge_method": self.merge_method}
+            | ({} if self.calibrate is None else {"calibrate": self._calibrate_as_written()})
+        )
+
+    def _calibrate_as_written(self) -> dict[str, Any] | str:
+        assert self.calibrate is not None
+        return self.calibrate.model_dump(mode="json", exclude_defaults=True) or "wsc"
+
+    def to_yaml(self) -> str:
+        """YAML that :meth:`from_yaml` reads back as an equal configuration."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _suffixes(data: Mapping[str, Any], folder: Path | None) -> list[Problem]:
+    """``model+lora`` references, unless a folder of that very name exists."""
+    return [
+        Problem(
+            path,
+            "adapter that is not supported",
+            f"expected a checkpoint, got {reference!r} (model+lora). Merge the adapter into its "
+            "model first.",
+        )
+        for path, reference in references(data)
+        if "+" in reference and find_path(reference, folder) is None
+    ]
+
+
+#: Which model describes which mapping of the document.
+_OWNERS: dict[YamlPath, type[BaseModel]] = {
+    (): MergeConfig,
+    ("models",): ModelEntry,
+    ("slices",): SliceEntry,
+    ("slices", "sources"): SourceEntry,
+    ("tokenizer",): TokenizerEntry,
+    ("calibrate",): CalibrateConfig,
+    ("calibrate", "tensors"): TensorPatterns,
+    ("calibrate", "sensitive"): SensitiveScores,
+}

@@ -1,0 +1,265 @@
+"""What a schema cannot say: which parameters fit the method, which models fit together.
+
+Works on the raw values of the YAML and tolerates broken ones (the schema reports those), so that
+all faults of a file are found in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from magic_fast.config.parameters import (
+    METHODS,
+    NO_EFFECT,
+    MethodSpec,
+    available_methods,
+    known_parameters,
+)
+from magic_fast.config.problems import Path, Problem, listed, show_path, suggest
+from magic_fast.config.references import Entry, Groups, listed_groups, reference_or_none
+from magic_fast.config.settings import check_setting, unknown_parameter
+
+
+@dataclass
+class Checker:
+    """Collects ``problems`` (fatal) and ``warnings`` (kept and logged) of one raw configuration."""
+
+    data: Mapping[str, Any]
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def run(self) -> Checker:
+        """Check everything; returns itself."""
+        self._check_shape()
+        self._check_tokenizer()
+        method = self._check_method()
+        groups = listed_groups(self.data)
+        if method is not None:
+            self._check_base(method)
+            for path, group in groups:
+                self._check_group(method, path, group)
+            self._check_parameters(method, groups)
+        return self
+
+    @property
+    def base_model(self) -> str | None:
+        return reference_or_none(self.data.get("base_model"))
+
+    def _problem(self, path: Path, wrong: str, detail: str) -> None:
+        self.problems.append(Problem(path, wrong, detail))
+
+    def _check_method(self) -> MethodSpec | None:
+        name = self.data.get("merge_method")
+        if not isinstance(name, str):
+            return None  # the schema says so
+        row = METHODS.get(name)
+        if row is not None and row.available:
+            return row
+        choices = listed(available_methods())
+        if row is not None:
+            wrong, hint = "known method that is not available yet", " Choose one of these."
+        else:
+            wrong = "unknown method"
+            hint = suggest(name.lower().replace("-", "_"), METHODS) + " Correct it."
+        self._problem(("merge_method",), wrong, f"expected one of {choices}, got {name!r}.{hint}")
+        return None
+
+    def _check_shape(self) -> None:
+        given = [key for key in ("models", "slices") if self.data.get(key) is not None]
+        if len(given) == 1 or any(self.data.get(key) for key in ("modules", "name")):
+            return
+        got = "both" if given else "neither"
+        self._problem(
+            ("slices",) if given else (),
+            "what to merge is not clear",
+            f"expected one of models and slices, got {got}. List whole models under 'models:', or "
+            "ranges of layers under 'slices:'.",
+        )
+
+    def _check_tokenizer(self) -> None:
+        if self.data.get("chat_template") is not None:
+            self._unsupported(
+                ("chat_template",),
+                "no chat template (the donor's comes along)",
+                self.data["chat_template"],
+            )
+        self._check_tokenizer_source(("tokenizer_source",), self.data.get("tokenizer_source"))
+        block = self.data.get("tokenizer")
+        if isinstance(block, Mapping):
+            self._check_tokenizer_source(("tokenizer", "source"), block.get("source"))
+            for key in ("tokens", "pad_to_multiple_of"):
+                if block.get(key):
+                    self._unsupported(("tokenizer", key), "none", block[key])
+
+    def _check_tokenizer_source(self, path: Path, source: Any) -> None:
+        if source is None or source == "base":
+            return
+        donor = self.base_model or next(
+            (entry.model for _, group in listed_groups(self.data) for entry in group), None
+        )
+        if reference_or_none(source) != donor or donor is None:
+            self._unsupported(path, f"'base' or {donor!r}, which change no embedding", source)
+
+    def _unsupported(self, path: Path, expected: str, got: Any) -> None:
+        self._problem(
+            path,
+            "tokenizer surgery that is not supported",
+            f"expected {expected}, got {got!r}. Remove the key, and change the tokenizer of the "
+            "merged model afterwards.",
+        )
+
+    def _check_base(self, method: MethodSpec) -> None:
+        if self.data.get("base_model") is not None:
+            entries = [entry.model for _, group in listed_groups(self.data) for entry in group]
+            if method.base == "none" and self.base_model not in entries:
+                self._warn(
+                    ("base_model",),
+                    f"{method.name} has no base; it only donates config and tokenizer",
+                )
+            return
+        if method.base == "required":
+            why = f"{method.name} needs the model that task vectors start from"
+            if method.name == "slerp":
+                why = "slerp goes from base_model (t = 0) to the other model (t = 1)"
+        elif self.data.get("calibrate") is not None:
+            why = "calibrate measures how far each model moved from it"
+        else:
+            return
+        self._problem(
+            ("base_model",),
+            "missing key",
+            f"expected the path of the base checkpoint ({why}), got nothing. Add 'base_model:'.",
+        )
+
+    def _check_group(self, method: MethodSpec, path: Path, group: list[Entry]) -> None:
+        """How many models, which of them the base, and their layer ranges."""
+        if not group:
+            self._problem(path, "empty list", "expected at least one model, got []. Add one.")
+            return
+        base = self.base_model if method.uses_base(self.base_model) else None
+        bases = [entry for entry in group if base is not None and entry.model == base]
+        if len(bases) > 1:
+            self._problem(
+                bases[1].path,
+                "base listed twice",
+                f"expected {base!r} once, got it again. Remove one.",
+            )
+        experts = len(group) - len(bases)
+        most = method.max_experts
+        if experts < method.min_experts or (most is not None and experts > most):
+            wanted = (
+                f"at least {method.min_experts}"
+                if most is None
+                else f"exactly {most}"
+                if most == method.min_experts
+                else f"{method.min_experts} to {most}"
+            )
+            beside = " beside base_model" if base is not None else ""
+            self._problem(
+                path,
+                "wrong number of models",
+                f"expected {wanted}{beside} for {method.name}, got {experts}. Correct the list.",
+            )
+        names = [entry.model for entry in group if entry.model is not None and entry not in bases]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            self.warnings.append(f"{show_path(path)}: {name} is listed twice; each counts.")
+        if path[0] == "slices":
+            needs = base is not None or self.data.get("calibrate") is not None
+            self._check_ranges(path, group, appended=self.base_model if needs else None)
+
+    def _check_ranges(self, path: Path, group: list[Entry], appended: str | None) -> None:
+        ranges: list[tuple[int, int]] = []
+        for entry in group:
+            given = entry.raw.get("layer_range")
+            if not isinstance(given, list | tuple) or [type(x) for x in given] != [int, int]:
+                continue  # the schema says so
+            start, end = given
+            if start < 0 or end <= start:
+                self._problem(
+                    (*entry.path, "layer_range"),
+                    "impossible range",
+                    f"expected [first, end) with 0 <= first < end, got {list(given)} for "
+                    f"{entry.model}. Correct it.",
+                )
+            elif ranges and end - start != ranges[0][1] - ranges[0][0]:
+                self._problem(
+                    (*entry.path, "layer_range"),
+                    "unequal number of layers",
+                    f"expected {ranges[0][1] - ranges[0][0]} layers as in the first source of "
+                    f"{show_path(path[:2])}, got {list(given)} for {entry.model}. Correct it.",
+                )
+            ranges.append((start, end))
+        listed_base = any(entry.model == appended for entry in group)
+        if appended is not None and not listed_base and len(set(ranges)) > 1:
+            self._problem(
+                path,
+                "base without a layer_range",
+                f"expected {appended!r} among the sources, because their ranges differ, got only "
+                f"{listed(e.model or '?' for e in group)}. List it with its layer_range.",
+            )
+
+    def _check_parameters(self, method: MethodSpec, groups: Groups) -> None:
+        top = self._block(method, (), self.data, "shared")
+        for path, group in groups:
+            part = self.data["slices"][path[1]] if path[0] == "slices" else {}
+            shared = top | self._block(method, path[:2], part, "shared")
+            for entry in group:
+                is_base = method.uses_base(self.base_model) and entry.model == self.base_model
+                self._block(method, entry.path, entry.raw, "base" if is_base else "expert")
+            for spec in method.parameters:
+                if spec.required and spec.scope == "per_tensor" and shared.isdisjoint(spec.names):
+                    where: Path = (*path[:2], "parameters") if path[0] == "slices" else ()
+                    where = where or ("parameters",)
+                    self._problem(
+                        (*where, spec.name),
+                        "missing parameter",
+                        f"expected {spec.expected()}, got nothing. Add '{spec.name}:' under "
+                        "'parameters:'.",
+                    )
+
+    def _block(
+        self, method: MethodSpec, path: Path, owner: Mapping[str, Any], role: str
+    ) -> frozenset[str]:
+        """Check one ``parameters:`` block; returns the names that it sets."""
+        block = owner.get("parameters")
+        if not isinstance(block, Mapping):
+            return frozenset()
+        path = (*path, "parameters")
+        for name, setting in block.items():
+            spec = method.find(name)
+            if spec is None:
+                self._foreign(method, (*path, name), name)
+                continue
+            self.problems.extend(check_setting(spec, setting, (*path, name)))
+            if spec.names and sum(block.get(n) is not None for n in spec.names) > 1:
+                self._problem(
+                    (*path, spec.name),
+                    "two names of one parameter",
+                    f"expected one of {listed(spec.names)}, got both. Remove one.",
+                )
+            if role == "base":
+                self._warn((*path, name), "the base has no parameters; ignored")
+            elif role == "expert" and spec.scope == "per_tensor":
+                self._warn(
+                    (*path, name),
+                    "one value for the merge, not one a model; ignored. "
+                    "Set it under the top-level 'parameters:'",
+                )
+        return frozenset(name for name, setting in block.items() if setting is not None)
+
+    def _foreign(self, method: MethodSpec, path: Path, name: Any) -> None:
+        if name in NO_EFFECT:
+            self._warn(path, f"no effect: {NO_EFFECT[name]}")
+        elif name in known_parameters():
+            others = [row.name for row in METHODS.values() if row.find(name)]
+            few = listed(others[:4]) + (", ..." if len(others) > 4 else "")
+            self._warn(path, f"{method.name} has no such parameter (it belongs to {few}); ignored")
+        else:
+            own = method.parameter_names()
+            detail = unknown_parameter(str(name), method.name, own, known_parameters())
+            self._problem(path, "unknown parameter", detail)
+
+    def _warn(self, path: Path, text: str) -> None:
+        self.warnings.append(f"{show_path(path)}: {text}.")
