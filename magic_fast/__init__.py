@@ -7,8 +7,8 @@
 >>> mf.merge(base, experts, "average").unique().tolist()
 [2.0]
 
-What stands in ``__all__`` is the public surface; everything else may change. Importing this package imports no
-other: each name is looked up in its room on first use.
+What stands in ``__all__`` is the public surface; everything else may change. Importing this package
+imports no other: each name is looked up in its room on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every test may lean on: the demand for the extension in CI, and one set of tiny checkpoints."""
+"""What every test may lean on: the demand for the extension in CI, and tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base/ and expert-0/ … expert-2/, tiny sharded bf16 Llama checkpoints. Read only."""
+    """base/ and expert-0/ … expert-2/: tiny sharded bf16 Llama checkpoints. Read only."""
     from magic_fast.cli.demo_data import TINY, write_checkpoints
 
     folder = tmp_path_factory.mktemp("models")

@@ -1,9 +1,9 @@
 """Checkpoints to try a merge on: Llama layout, sharded bfloat16, written shard by shard.
 
-An expert is the base plus a task vector with the traits of a real one: heavy-tailed (Student-t, 4 degrees of
-freedom), part-sparse (a share of the entries does not move at all), of a size that grows with depth, and in part
-common to all experts, by a share that differs from layer to layer. Each tensor has its own generator, seeded by
-its name, so that the bytes depend on nothing but ``LlamaShape``, the number of experts and the seed.
+An expert is the base plus a task vector with the traits of a real one: heavy-tailed (Student-t,
+4 degrees of freedom), part-sparse (a share of the entries does not move at all), of a size that
+grows with depth, and in part common to all experts, by a share that differs from layer to layer.
+Each tensor has its own generator, seeded by its name: no order, thread or shard changes its bytes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def write_checkpoints(
         _write_small_files(model, shape, shards)
     with ThreadPoolExecutor(max_workers=2) as pool:
         for file, tensors in shards.items():
-            columns = list(pool.map(lambda t: _tensor(*t, shape.layers, num_experts, seed), tensors))
+            columns = list(
+                pool.map(lambda t: _tensor(*t, shape.layers, num_experts, seed), tensors)
+            )
             for m, model in enumerate(models):
                 state = {
                     name: torch.from_numpy(bits[m].view(np.int16)).view(torch.bfloat16)
@@ -142,7 +144,7 @@ def _student_t4(size: tuple[int, ...], generator: np.random.Generator) -> _Float
 
 
 def _tensor(
-    name: str, size: tuple[int, ...], layers: int, num_experts: int, seed: int
+    name: str, size: tuple[int, ...], *, layers: int, num_experts: int, seed: int
 ) -> list[_Bits]:
     """One tensor of the base and of every expert, as bfloat16 bits."""
     base = _generator(seed, "base", name).standard_normal(size, dtype=np.float32)
@@ -169,7 +171,7 @@ def _tensor(
 
 
 def _traits(name: str, layers: int, seed: int) -> tuple[float, float]:
-    """Relative depth in [0, 1] of a tensor, and the share of its task vectors that all experts have in common."""
+    """Relative depth of a tensor in [0, 1], and the share of its task vectors that is common."""
     parts = name.split(".")
     depth = int(parts[2]) / max(1, layers - 1) if parts[1] == "layers" else 0.5
     return depth, 0.5 * float(_generator(seed, "traits", name).random())

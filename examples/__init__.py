@@ -1,0 +1,1 @@
+"""Configurations to start from; installed as ``magic_fast.examples``."""

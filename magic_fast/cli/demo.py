@@ -1,0 +1,73 @@
+"""``magic-fast demo``: from nothing to a merged, calibrated, verified model."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from magic_fast.cli import options, output
+from magic_fast.cli.progress import progress
+
+if TYPE_CHECKING:
+    from magic_fast.config import MergeConfig
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "demo",
+        help="make small checkpoints, merge and calibrate them, verify the result",
+        description="Makes a base and three experts (once; about 1.2 GB), merges them as "
+        "examples/ties_wsc.yml says, shows the magnitudes before and after calibration, and reads "
+        "the result back.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where (default: .demo)")
+    parser.add_argument(
+        "--size", choices=("small", "tiny"), default="small", help="148 M or 0.2 M parameters"
+    )
+    options.common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from magic_fast import api
+    from magic_fast.cli.demo_check import verify
+    from magic_fast.cli.demo_data import SIZES, write_checkpoints
+    from magic_fast.report.units import format_seconds
+
+    def say(text: str) -> None:
+        if not arguments.quiet:
+            print(text, flush=True)
+
+    folder = arguments.folder.absolute() / arguments.size
+    shape = SIZES[arguments.size]
+    start = time.perf_counter()
+    say(f"Checkpoints: base and 3 experts, {shape.parameters / 1e6:.1f} M parameters, in {folder}")
+    write_checkpoints(folder / "checkpoints", shape)
+    say(f"  there after {format_seconds(time.perf_counter() - start)}")
+
+    config = demo_config(folder)
+    merged = folder / "merged"
+    shutil.rmtree(merged, ignore_errors=True)  # what an earlier demo made
+    say(f"Merge: {config.merge_method} + WSC into {merged}")
+    with progress(quiet=arguments.quiet, title="merge") as report:
+        result = api.merge_checkpoints(config, merged, progress=report)
+    output.show_report(result, quiet=arguments.quiet, json=False)
+
+    say("\nReading it back:")
+    for line in verify(merged, config, backend=result.backend):
+        say(f"  {line}")
+    return 0
+
+
+def demo_config(folder: Path) -> MergeConfig:
+    """``ties_wsc.yml`` with ``folder`` before its paths, whatever else the current folder holds."""
+    from importlib import resources
+
+    from magic_fast.config import MergeConfig
+
+    text = resources.files("magic_fast.examples").joinpath("ties_wsc.yml").read_text("utf-8")
+    return MergeConfig.from_yaml(text.replace("checkpoints/", f"{folder}/checkpoints/"))

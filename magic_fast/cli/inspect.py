@@ -1,0 +1,49 @@
+"""``magic-fast inspect --base B --experts E1 E2 … [--merged M]``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from magic_fast.cli import options
+from magic_fast.cli.progress import progress
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="norms, cosines and sign conflicts of the experts' changes; what a merge left of them",
+        description="Shows, tensor by tensor, how far each expert moved from the base (norm), how alike "
+        "the moves are (cosine), and the share of entries whose signs disagree. With --merged also the "
+        "magnitude of the merged change: its norm over the mean of the experts'; 1 is an expert's own.",
+        allow_abbrev=False,
+    )
+    options.models(parser)
+    parser.add_argument("--merged", metavar="MODEL", help="what was merged from them")
+    parser.add_argument(
+        "--top",
+        type=options.positive,
+        default=20,
+        metavar="N",
+        help="rows of the table (default: 20)",
+    )
+    options.machine_readable(parser)
+    options.common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from magic_fast import api
+    from magic_fast.report.summary import inspect_table
+    from magic_fast.report.table import show
+
+    with progress(quiet=arguments.quiet, title="inspect") as report:
+        statistics = api.inspect_checkpoints(
+            arguments.base, arguments.experts, arguments.merged, progress=report
+        )
+    if arguments.json:
+        options.print_json({"tensors": [dataclasses.asdict(tensor) for tensor in statistics]})
+    else:
+        show(inspect_table(statistics, arguments.top))
+    return 0

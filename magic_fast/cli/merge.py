@@ -1,0 +1,96 @@
+"""``magic-fast merge CONFIG OUT``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from magic_fast.cli import options, output
+from magic_fast.cli.progress import progress
+
+if TYPE_CHECKING:
+    from magic_fast.config import MergeConfig
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "merge",
+        help="merge checkpoints as a YAML configuration says",
+        description="Merges checkpoints as CONFIG says, the YAML that mergekit reads plus "
+        "`calibrate:`, into the new folder OUT, which appears once, whole.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("out", metavar="OUT", help="folder to make; it must be missing or empty")
+    options.execution(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
+    )
+    parser.add_argument("--out-dtype", help="dtype of the result, instead of the configuration's")
+    parser.add_argument(
+        "--preset", help="whose defaults and rules hold, instead of the configuration's"
+    )
+    parser.add_argument(
+        "--calibrate", choices=("wsc",), help="calibrate, though the configuration does not say so"
+    )
+    parser.add_argument("--seed", type=int, help="of the random trims")
+    parser.add_argument(
+        "--compat", metavar="SYSTEM", help="repeat a known fault of a system: mergekit-0.1.4"
+    )
+    parser.add_argument(
+        "--allow-embedding-truncation",
+        action="store_true",
+        help="cut embeddings of unequal vocabularies to the smallest",
+    )
+    options.common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from magic_fast import api
+
+    config = read_config(arguments.config, preset=arguments.preset, out_dtype=arguments.out_dtype)
+    settings = {
+        "device": arguments.device,
+        "backend": arguments.backend,
+        "max_shard_size": arguments.max_shard_size,
+        "seed": arguments.seed,
+        "compat": arguments.compat,
+        "calibrate": arguments.calibrate,
+        "allow_embedding_truncation": arguments.allow_embedding_truncation,
+    }
+    if arguments.dry_run:
+        plan = api.plan_checkpoints(config, arguments.out, **settings)
+        output.show_plan(plan, json=arguments.json)
+        return 0
+    with progress(quiet=arguments.quiet, title="merge") as report:
+        merged = api.merge_checkpoints(config, arguments.out, progress=report, **settings)
+    output.show_report(merged, quiet=arguments.quiet, json=arguments.json)
+    return 0
+
+
+def read_config(path: str, **instead: str | None) -> MergeConfig:
+    """The configuration in a file, with what the command line says ``instead`` of it."""
+    from magic_fast.config import MergeConfig
+    from magic_fast.config.document import read_document
+
+    given = {key: value for key, value in instead.items() if value is not None}
+    if not given:
+        return MergeConfig.from_file(path)
+    folder = Path(path).absolute().parent
+    document = read_document(read_text(path), path)
+    return MergeConfig.from_dict(document.data | given, source=path, folder=folder)
+
+
+def read_text(path: str) -> str:
+    """The text of a file that the user named. Raises InputError."""
+    from magic_fast.errors import InputError
+
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(
+            f"unreadable file for {path}: expected UTF-8 text, got: {reason}. Correct the path."
+        ) from None

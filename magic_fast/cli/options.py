@@ -1,0 +1,145 @@
+"""Options that several commands share, each written once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from magic_fast.errors import InputError
+from magic_fast.report.units import parse_bytes
+
+
+def common(parser: argparse.ArgumentParser) -> None:
+    """How much is said."""
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="errors only, no progress, no summary"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say which backend was taken and why"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def models(parser: argparse.ArgumentParser) -> None:
+    """The checkpoints that a merge came from, or will."""
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="folder or .safetensors file that the experts started from",
+    )
+    parser.add_argument(
+        "--experts",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="MODEL",
+        help="fine-tuned models",
+    )
+
+
+def machine_readable(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def execution(parser: argparse.ArgumentParser) -> None:
+    """Where and how a merge or calibration runs."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    parser.add_argument(
+        "--backend",
+        help="refused where it cannot run (default: the fastest that can; see doctor)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        metavar="SIZE",
+        help="of an output file (5GB)",
+    )
+    machine_readable(parser)
+
+
+def weight_calibration(parser: argparse.ArgumentParser) -> None:
+    """How WSC runs."""
+    group = parser.add_argument_group("calibration (WSC)")
+    group.add_argument(
+        "--variant",
+        choices=("manifold", "manifold_exact", "sphere", "spectral"),
+        default="manifold",
+        help="how the coefficient of a row is computed (default: manifold)",
+    )
+    group.add_argument(
+        "--granularity",
+        choices=("row", "tensor"),
+        default="row",
+        help="what shares a coefficient (default: row)",
+    )
+    group.add_argument(
+        "--eps-mode",
+        choices=("relative", "absolute", "none"),
+        default="relative",
+        help="relative is scale-free (default); absolute is what the authors' code has",
+    )
+    group.add_argument(
+        "--clamp",
+        type=clamp,
+        default="0.1,10",
+        metavar="LOW,HIGH",
+        help="bounds of a coefficient, or none (default: 0.1,10)",
+    )
+    group.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="exponent of a coefficient; 0 does nothing (default: 1)",
+    )
+    group.add_argument(
+        "--sensitive",
+        metavar="FILE",
+        help="JSON list of tensor names, or object of name: score (the ten lowest count), that may "
+        "only shrink; all others may only grow",
+    )
+
+
+def size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def clamp(text: str) -> tuple[float, float] | None:
+    if text == "none":
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LOW,HIGH or none, got {text!r}") from None
+    return low, high
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output; NaN and infinities become null, which JSON has."""
+    json.dump(_plain(value), sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | int):
+        return value
+    return str(value)

@@ -1,0 +1,39 @@
+"""What a merge or a calibration prints at its end, or instead of running."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from magic_fast.cli.options import print_json
+
+if TYPE_CHECKING:
+    from magic_fast.api import MergePlan, MergeReport
+
+
+def show_plan(plan: MergePlan, *, json: bool) -> None:
+    from magic_fast.report import summary
+    from magic_fast.report.table import show
+
+    description = plan.describe()
+    if json:
+        print_json(description)
+        return
+    print("\n".join(summary.plan_lines(description)))
+    print()
+    show(summary.input_table(description))
+    print()
+    show(summary.shard_table(description))
+
+
+def show_report(report: MergeReport, *, quiet: bool, json: bool) -> None:
+    from magic_fast.report import summary
+    from magic_fast.report.table import show
+
+    if json:
+        print_json(report.as_dict())
+    elif not quiet:
+        print("\n".join(summary.report_lines(report)))
+        deviations = summary.deviation_table(report.tensors)
+        if deviations.rows:
+            print()
+            show(deviations)

@@ -1,0 +1,157 @@
+"""Plans, reports, statistics and backends as lines and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from magic_fast.report.table import Table
+from magic_fast.report.units import format_bytes, format_rate, format_seconds
+
+if TYPE_CHECKING:
+    from magic_fast.api import MergeReport, TensorReport, TensorStatistics
+    from magic_fast.ops import BackendStatus
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What a merge would do, from ``MergePlan.describe()``."""
+    shards = plan["shards"]
+    return [
+        f"method    {plan['method']} on backend {plan['backend']}",
+        f"tensors   {plan['tensors']} in {len(shards)} shard{'s' * (len(shards) != 1)}",
+        f"read      {format_bytes(plan['input_bytes'])} from {len(plan['inputs'])} models",
+        f"write     {format_bytes(plan['output_bytes'])}",
+        f"memory    {format_bytes(plan['peak_memory_bytes'])} at most, for buffers",
+        f"disk      {format_bytes(plan['disk_needed_bytes'])} needed, "
+        f"{format_bytes(plan['disk_free_bytes'])} free",
+    ]
+
+
+def input_table(plan: Mapping[str, Any]) -> Table:
+    rows = [(str(model["path"]), format_bytes(model["bytes"])) for model in plan["inputs"]]
+    return Table("Inputs", ("model", "bytes"), rows)
+
+
+def shard_table(plan: Mapping[str, Any]) -> Table:
+    rows = [
+        (str(shard["file"]), _count(shard["tensors"]), format_bytes(shard["bytes"]))
+        for shard in plan["shards"]
+    ]
+    return Table("Output", ("file", "tensors", "bytes"), rows)
+
+
+def report_lines(report: MergeReport) -> list[str]:
+    """What was merged, how fast, what was calibrated, and every warning."""
+    moved = report.bytes_read + report.bytes_written
+    lines = [
+        f"Wrote {report.out}: {len(report.tensors)} tensors by {report.method} "
+        f"on backend {report.backend}.",
+        f"{format_seconds(report.seconds)}, {format_bytes(report.bytes_read)} read and "
+        f"{format_bytes(report.bytes_written)} written ({format_rate(moved, report.seconds)}), "
+        f"peak memory {format_bytes(report.peak_memory_bytes)}.",
+    ]
+    calibrated = [tensor for tensor in report.tensors if tensor.calibrated]
+    if calibrated:
+        rows = sum(tensor.rows for tensor in calibrated)
+        repaired = sum(tensor.rows_repaired for tensor in calibrated)
+        lines.append(
+            f"Calibrated {rows} rows of {len(calibrated)} tensors"
+            + (f", {repaired} of them left as merged (nothing to scale)." if repaired else ".")
+        )
+    return [*lines, *(f"Warning: {warning}" for warning in report.warnings)]
+
+
+def deviation_table(tensors: Iterable[TensorReport], top: int = 10) -> Table:
+    """The tensors whose magnitude was furthest from 1 before calibration, and what became of them.
+
+    Magnitude is ‖Δ‖_F ÷ mean_k ‖τ_k‖_F; 1 is the size of an expert's own change.
+    """
+    known = [tensor for tensor in tensors if _is_number(tensor.magnitude_before)]
+    known.sort(key=lambda tensor: _distance(tensor.magnitude_before), reverse=True)
+    rows = [
+        (
+            tensor.name,
+            _ratio(tensor.magnitude_before),
+            _ratio(tensor.magnitude_after),
+            _range(tensor.coefficient_min, tensor.coefficient_mean, tensor.coefficient_max),
+        )
+        for tensor in known[:top]
+    ]
+    return Table(
+        f"Largest deviations in magnitude ({len(rows)} of {len(known)} tensors)",
+        ("tensor", "before", "after", "coefficient (min mean max)"),
+        rows,
+        note="magnitude = norm of the merged change / mean norm of the experts' changes",
+    )
+
+
+def inspect_table(statistics: Sequence[TensorStatistics], top: int | None = None) -> Table:
+    """Norms, cosines and sign conflict of each tensor; the largest task vectors first."""
+    ordered = sorted(statistics, key=lambda tensor: max(tensor.norms, default=0.0), reverse=True)
+    has_merged = any(tensor.magnitude is not None for tensor in statistics)
+    rows = [
+        (
+            tensor.name,
+            "x".join(map(str, tensor.shape)) or "scalar",
+            " ".join(f"{norm:.4g}" for norm in tensor.norms),
+            _cosine_range(tensor.cosines),
+            f"{tensor.sign_conflict:.1%}",
+            *((_ratio(tensor.magnitude), _ratio(tensor.row_deviation)) if has_merged else ()),
+        )
+        for tensor in ordered[:top]
+    ]
+    columns = ["tensor", "shape", "norms", "cosines", "sign conflict"]
+    if has_merged:
+        columns += ["magnitude", "row deviation"]
+    return Table(
+        f"Task vectors ({len(rows)} of {len(statistics)} tensors, the largest first)",
+        columns,
+        rows,
+        left=2,
+    )
+
+
+def backend_table(backends: Iterable[BackendStatus]) -> Table:
+    """Which backends can run here, and why the others cannot."""
+    rows = [
+        (
+            backend.name,
+            "yes" if backend.available else "no",
+            ", ".join(backend.devices),
+            "; ".join(filter(None, (backend.summary, backend.details)))
+            if backend.available
+            else str(backend.reason),
+        )
+        for backend in backends
+    ]
+    return Table("Backends", ("name", "usable", "devices", "what it is, or why not"), rows, left=4)
+
+
+def _count(tensors: int | Sequence[object]) -> str:
+    return str(tensors if isinstance(tensors, int) else len(tensors))
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _range(*values: float | None) -> str:
+    return " ".join(map(_ratio, values)) if values[0] is not None else "–"
+
+
+def _distance(magnitude: float | None) -> float:
+    """How far from 1, halving and doubling being equally far; a vanished tensor is the furthest."""
+    return abs(math.log(magnitude)) if magnitude else math.inf
+
+
+def _cosine_range(cosines: Sequence[Sequence[float]]) -> str:
+    pairs = [cosine for j, row in enumerate(cosines) for cosine in row[j + 1 :]]
+    if not pairs:
+        return "–"
+    low, high = min(pairs), max(pairs)
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
