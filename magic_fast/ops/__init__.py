@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from magic_fast.errors import InputError, NonFiniteError
+from magic_fast.errors import BackendError, InputError, NonFiniteError
 from magic_fast.ops.backend import Array, Backend, Job, Stats, View
 from magic_fast.ops.checks import check, dtype_word
 from magic_fast.ops.registry import BackendStatus, backends, choose
@@ -23,8 +23,10 @@ __all__ = [
     "dtype_word",
     "merge",
     "row_stats",
+    "run_function",
     "scale",
     "select",
+    "select_model",
 ]
 
 
@@ -56,6 +58,44 @@ def merge(jobs: Sequence[Job], *, backend: str | None = None, nonfinite: str = "
     if nonfinite == "error":
         for job, found in zip(jobs, stats, strict=True):
             raise_nonfinite(job, found)
+    return stats
+
+
+def select_model(jobs: Sequence[Job]) -> None:
+    """Gives every job the selection of a trim over all of them at once (scope ``model``)."""
+    from magic_fast.reference.scope import select_model as reference
+
+    for job in jobs:
+        check(job)
+    ordered = sorted(jobs, key=lambda job: job.name)
+    if ordered:
+        pairs = [(job.base, job.experts) for job in ordered]
+        for job, selection in zip(ordered, reference(pairs, ordered[0].recipe), strict=True):
+            job.selection = selection
+
+
+def run_function(
+    jobs: Sequence[Job],
+    function: Callable[[Job], Any],
+    *,
+    backend: str | None = None,
+    nonfinite: str = "error",
+) -> list[Stats]:
+    """Runs methods that are no recipe: ``function`` gives the merged tensor of a job before rounding; the
+    calibration, the rounding and the checks are those of every merge."""
+    from magic_fast.ops.torch_backend import TorchBackend
+
+    _check_nonfinite_word(nonfinite)
+    if backend not in (None, "auto", "torch"):
+        raise BackendError(
+            f"backend {backend!r}: expected 'torch' for this method, which is no element-wise recipe."
+        )
+    stats = []
+    for job in jobs:
+        check(job)
+        stats.append(TorchBackend().finish(job, function(job)))
+        if nonfinite == "error":
+            raise_nonfinite(job, stats[-1])
     return stats
 
 

@@ -51,25 +51,44 @@ class TorchBackend:
         )
         dtype = reference.decision_dtype(job.base, job.experts)
         delta = reference.combine(job.base, job.experts, job.recipe, decisions, dtype=dtype)
+        stats = self._finish(job, delta, decisions.selection)
+        n = job.experts[0].numel()
+        stats.kept = tuple(n if m is None else int(m.sum()) for m in decisions.keep)
+        stats.extra["decisions"] = decisions
+        return stats
+
+    def finish(self, job: Job, merged: Tensor) -> Stats:
+        """Calibrates, adds, rounds and checks a tensor that was merged by other means."""
+        delta = merged if job.base is None else merged - job.base.to(merged.dtype)
+        keep_everything = Selection.keep_everything(len(job.experts), merged.numel())
+        if job.calibration is None:
+            return self._finish(job, merged, keep_everything, add_base=False)
+        return self._finish(job, delta, keep_everything)
+
+    def _finish(
+        self, job: Job, delta: Tensor, selection: Selection, *, add_base: bool = True
+    ) -> Stats:
         coefficient = None
-        extra: dict[str, Any] = {"decisions": decisions}
+        extra: dict[str, Any] = {}
         if job.calibration is not None:
-            taus = reference.task_vectors(job.base, job.experts, dtype)
+            taus = reference.task_vectors(job.base, job.experts, delta.dtype)
             rows = wsc.calibrate_rows(taus, delta, job.calibration)
             if not bool((rows.factor == 1).all()):
                 delta = wsc.apply_rows(delta, rows.factor, job.calibration.axes)
             coefficient = rows.raw.float()
-            extra |= {"factor": rows.factor, "repaired": rows.repaired}
+            before, after = wsc.magnitudes(rows)
+            extra = {
+                "repaired": rows.repaired,
+                "magnitude_before": before,
+                "magnitude_after": after,
+            }
         assert job.out is not None
-        overflow = self._store(job.base, delta, job.out)
-        n = job.experts[0].numel()
         return Stats(
-            selection=decisions.selection,
+            selection=selection,
             coefficient=coefficient,
-            kept=tuple(n if m is None else int(m.sum()) for m in decisions.keep),
+            overflow=self._store(job.base if add_base else None, delta, job.out),
             first_nonfinite=tuple(first_nonfinite(e) for e in job.experts),
             base_nonfinite=-1 if job.base is None else first_nonfinite(job.base),
-            overflow=overflow,
             extra=extra,
         )
 
@@ -97,6 +116,7 @@ class TorchBackend:
         dtype = reference.decision_dtype(job.base, [*job.experts, merged])
         *taus, delta = reference.task_vectors(job.base, [*job.experts, merged], dtype)
         rows = wsc.calibrate_rows(taus, delta, job.calibration)
+        before, after = wsc.magnitudes(rows)
         if bool((rows.factor == 1).all()):
             job.out.copy_(merged)  # nothing acts: the merged weights as they are, not base + (merged − base)
             overflow = -1
@@ -109,7 +129,11 @@ class TorchBackend:
             first_nonfinite=(*(first_nonfinite(e) for e in job.experts), first_nonfinite(merged)),
             base_nonfinite=-1 if job.base is None else first_nonfinite(job.base),
             overflow=overflow,
-            extra={"factor": rows.factor, "repaired": rows.repaired},
+            extra={
+                "repaired": rows.repaired,
+                "magnitude_before": before,
+                "magnitude_after": after,
+            },
         )
 
     def _scaled(self, job: Job, merged: Tensor, delta: Tensor, factor: Tensor) -> int:

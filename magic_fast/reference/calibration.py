@@ -212,7 +212,7 @@ class CalibratedRows:
     raw: Tensor
     factor: Tensor
     repaired: Tensor
-    stats: RowStats | None
+    stats: RowStats
 
 
 def calibrate_rows(
@@ -242,6 +242,16 @@ def calibrate_rows(
     factor, repaired = act(raw, calibration, usable=usable)
     rows = d.shape[0]
     return CalibratedRows(raw.expand(rows), factor.expand(rows), repaired.expand(rows), stats)
+
+
+def magnitudes(rows: CalibratedRows) -> tuple[float | None, float | None]:
+    """‖Δ‖_F ÷ mean_k ‖τ_k‖_F before and after the factors; None where all task vectors are zero."""
+    gram, norm2 = rows.stats.gram, rows.stats.norm2
+    mean = float(gram.diagonal(dim1=-2, dim2=-1).sum(0).sqrt().mean())
+    if not mean > 0:
+        return None, None
+    after = (norm2 * rows.factor.square()).sum()
+    return float(norm2.sum().sqrt()) / mean, float(after.sqrt()) / mean
 
 
 def apply_rows(delta: Tensor, factor: Tensor, axes: Sequence[int] = (0,)) -> Tensor:

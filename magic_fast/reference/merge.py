@@ -21,7 +21,7 @@ from magic_fast.recipe import (
     VoteOn,
     ZeroVote,
 )
-from magic_fast.reference.trim import keep_mask, rescale_factor, select_trim
+from magic_fast.reference.trim import keep_mask, keep_probabilities, rescale_factor, select_trim
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Decisions:
         contributes: bool mask per expert, None where every kept entry contributes.
         winner: int16 index of the expert that ``Reduce.MAX`` takes (−1: none), or None.
         consensus: bool per element, or None.
+        keep_probability: per expert of a random trim, a number or (DELLA) a float64 tensor; None otherwise.
     """
 
     selection: Selection
@@ -43,6 +44,7 @@ class Decisions:
     contributes: list[Tensor | None] | None = None
     winner: Tensor | None = None
     consensus: Tensor | None = None
+    keep_probability: list[float | Tensor] | None = None
 
 
 def decision_dtype(base: Tensor | None, experts: Sequence[Tensor]) -> torch.dtype:
@@ -166,6 +168,23 @@ def _decide_trim(
     return selection, keep, voted
 
 
+def factors(
+    base: Tensor | None, experts: Sequence[Tensor], recipe: Recipe, selection: Selection
+) -> tuple[float, ...]:
+    """What makes up for the trimmed entries of each expert, thresholds given."""
+    taus = task_vectors(base, experts, decision_dtype(base, experts))
+    keep = _decide_trim(taus, recipe, 0, None, selection)[1]
+    return tuple(rescale_factor(t, m, recipe, k) for k, (t, m) in enumerate(zip(taus, keep, strict=True)))
+
+
+def raw_signs(
+    base: Tensor | None, experts: Sequence[Tensor], recipe: Recipe, selection: Selection
+) -> Tensor:
+    """Signs of the vote before zero votes are resolved, with thresholds given."""
+    taus = task_vectors(base, experts, decision_dtype(base, experts))
+    return _raw_vote(_decide_trim(taus, recipe, 0, None, selection)[2], recipe.vote)
+
+
 def decide(
     base: Tensor | None,
     experts: Sequence[Tensor],
@@ -181,7 +200,7 @@ def decide(
     dtype = decision_dtype(base, experts)
     taus = task_vectors(base, experts, dtype)
     selection, keep, voted = _decide_trim(taus, recipe, stream, masks, selection, offset)
-    decisions = Decisions(selection, keep)
+    decisions = Decisions(selection, keep, keep_probability=keep_probabilities(taus, recipe.trim))
     if recipe.vote is not Vote.NONE:
         signs = _raw_vote(voted, recipe.vote)
         decisions.elected = _resolve_zero_votes(signs, recipe.zero_vote, selection.majority)

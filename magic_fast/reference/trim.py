@@ -7,6 +7,7 @@ infinity, so under ``nonfinite="propagate"`` a NaN is never trimmed silently.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +110,18 @@ def ranked_probability(x: Tensor, density: float, epsilon: float, along_dim1: bo
     if x.dim() >= 2 and along_dim1:
         return p.movedim(-1, 1)
     return p.reshape(x.shape)
+
+
+def keep_probabilities(taus: Sequence[Tensor], trim: Trim) -> list[float | Tensor] | None:
+    """Chance of every entry to stay: a number per expert, a tensor under DELLA; None where no coin decides."""
+    if trim.rule not in (TrimRule.RANDOM, TrimRule.RANKED):
+        return None
+    if trim.rule is TrimRule.RANDOM:
+        return list(trim.density)
+    return [
+        ranked_probability(x, trim.density[k], trim.epsilon[k], trim.rank_dim1) if trim.active(k) else 1.0
+        for k, x in enumerate(taus)
+    ]
 
 
 def _keep_std(x: Tensor, t: float) -> Tensor:

@@ -1,0 +1,85 @@
+"""What the calls return beside tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class MergeResult:
+    """A merge with its decisions (``details=True``). For state dicts every field but ``merged`` is a dict by name.
+
+    Attributes:
+        merged: the result, as without ``details``.
+        keep_masks: K bool masks, or None where nothing was trimmed.
+        elected_sign: int8 sign per element, or None without a vote.
+        thresholds: K smallest kept magnitudes (0: everything kept).
+        keep_probability: K keep probabilities of a random trim (numbers; tensors for DELLA), or None.
+        rescale_factors: K factors on the kept entries.
+        coefficients: raw ξ per row (float32), or None where the tensor is not calibrated.
+    """
+
+    merged: Any
+    keep_masks: Any = None
+    elected_sign: Any = None
+    thresholds: Any = None
+    keep_probability: Any = None
+    rescale_factors: Any = None
+    coefficients: Any = None
+
+
+@dataclass
+class TensorCalibration:
+    """WSC of one tensor.
+
+    Attributes:
+        name, shape: which tensor.
+        calibrated: whether the tensor was selected for calibration at all.
+        coefficient: raw ξ, float32 [rows] (before side, strength and clamp), or None.
+        repaired: rows that the guards left alone.
+        magnitude_before, magnitude_after: ‖Δ‖_F ÷ mean_k ‖τ_k‖_F, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    calibrated: bool
+    coefficient: Tensor | None = None
+    repaired: int = 0
+    magnitude_before: float | None = None
+    magnitude_after: float | None = None
+
+
+@dataclass
+class CalibrationReport:
+    """What a calibration did, tensor by tensor."""
+
+    tensors: list[TensorCalibration] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> TensorCalibration:
+        for t in self.tensors:
+            if t.name == name:
+                return t
+        raise KeyError(name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: means, least and largest coefficients instead of all rows."""
+        rows = []
+        for t in self.tensors:
+            c = t.coefficient
+            rows.append(
+                {
+                    "name": t.name,
+                    "shape": list(t.shape),
+                    "calibrated": t.calibrated,
+                    "coefficient_mean": None if c is None else float(c.mean()),
+                    "coefficient_min": None if c is None else float(c.min()),
+                    "coefficient_max": None if c is None else float(c.max()),
+                    "rows_repaired": t.repaired,
+                    "magnitude_before": t.magnitude_before,
+                    "magnitude_after": t.magnitude_after,
+                }
+            )
+        return {"tensors": rows}

@@ -1,0 +1,190 @@
+"""Measurements: norms, cosines, sign conflicts, magnitude deviations, and the primitives for other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magic_fast import ops
+from magic_fast.api.tensors import Named, models_of, state_dict_of
+from magic_fast.errors import InputError
+from magic_fast.ops.backend import Job
+from magic_fast.recipe import Recipe, RowCalibration, Selection
+from magic_fast.reference import merge as reference
+from magic_fast.reference import trim as trimming
+
+
+@dataclass
+class TensorStatistics:
+    """What the task vectors of one tensor look like.
+
+    Attributes:
+        name, shape: which tensor.
+        norms: ‖τ_k‖_F of each expert.
+        cosines: K × K cosines between task vectors (0 where one is zero).
+        sign_conflict: share of elements where two experts pull to opposite sides.
+        merged_norm: ‖Δ‖_F of the merged model, or None.
+        magnitude: ‖Δ‖_F ÷ mean_k ‖τ_k‖_F, 1 where the merge kept the experts' magnitude; None without a
+            merged model or where all experts are zero.
+        row_deviation: mean over rows of | ‖Δ_r‖ ÷ mean_k ‖τ_{k,r}‖ − 1 |, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norms: tuple[float, ...]
+    cosines: list[list[float]]
+    sign_conflict: float
+    merged_norm: float | None = None
+    magnitude: float | None = None
+    row_deviation: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def statistics_of(
+    base: Tensor | None, experts: Sequence[Tensor], merged: Tensor | None, name: str = ""
+) -> TensorStatistics:
+    """Statistics of one tensor, sums in float64."""
+    dtype = reference.decision_dtype(base, experts)
+    taus = reference.task_vectors(base, experts, dtype)
+    k = len(taus)
+    recipe = Recipe(weights=(1.0,) * k)
+    shape = tuple(experts[0].shape)
+    other = merged if merged is not None else experts[0]
+    if experts[0].numel() == 0 or not experts[0].dim():
+        rows = [t.reshape(1, -1).double() for t in taus]
+        stacked = torch.stack(rows, 1)
+        gram = stacked @ stacked.transpose(1, 2)
+        norm2 = reference.task_vectors(base, [other], dtype)[0].double().square().sum().reshape(1)
+    else:
+        gram, _, norm2 = ops.row_stats(Job(base, experts, recipe, name=name), other, backend="torch")
+    total = gram.sum(0)
+    norms = total.diagonal().sqrt()
+    scale = norms[:, None] * norms[None, :]
+    cosines = torch.where(scale > 0, total / scale, torch.zeros_like(total))
+    positive = torch.zeros(shape, dtype=torch.bool, device=experts[0].device)
+    negative = torch.zeros_like(positive)
+    for t in taus:
+        positive |= t > 0
+        negative |= t < 0
+    conflict = float((positive & negative).double().mean()) if positive.numel() else 0.0
+    found = TensorStatistics(name, shape, tuple(norms.tolist()), cosines.tolist(), conflict)
+    if merged is not None:
+        found.merged_norm = float(norm2.sum().sqrt())
+        mean = float(norms.mean())
+        if mean > 0:
+            found.magnitude = found.merged_norm / mean
+            row_mean = gram.diagonal(dim1=-2, dim2=-1).sqrt().mean(-1)
+            live = row_mean > 0
+            ratio = norm2[live].sqrt() / row_mean[live]
+            found.row_deviation = float((ratio - 1).abs().mean())
+    return found
+
+
+def task_vector_stats(base: Any, experts: Any, merged: Any = None) -> Any:
+    """Norms, cosines, sign conflict and magnitude deviation of task vectors.
+
+    Args:
+        base: tensor, state dict or module; None where the others are task vectors already.
+        experts: K of the same kind.
+        merged: a merged model to compare with, or None.
+
+    Returns:
+        A :class:`TensorStatistics`, or a dict of them by name; integer tensors are left out.
+
+    >>> s = task_vector_stats(torch.zeros(2), [torch.tensor([3.0, 4.0]), torch.tensor([3.0, -4.0])])
+    >>> s.norms, s.sign_conflict
+    ((5.0, 5.0), 0.5)
+    """
+    models = models_of(experts, "experts")
+    labelled = [(f"experts[{k}]", e) for k, e in enumerate(models)]
+    if base is not None:
+        labelled.append(("base", state_dict_of(base, "base")))
+    if merged is not None:
+        labelled.append(("merged", state_dict_of(merged, "merged")))
+    table = Named(labelled)
+    found = {}
+    for name in table.names:
+        row = table.row(name)
+        if not row[0].is_floating_point():
+            continue
+        own, rest = row[: len(models)], row[len(models) :]
+        start = rest.pop(0) if base is not None else None
+        found[name] = statistics_of(start, own, rest[0] if rest else None, name)
+    return found[""] if table.bare else found
+
+
+def row_stats(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    merged: Tensor,
+    *,
+    row_axis: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the rows of raw task vectors and of d = merged − base, in float64.
+
+    Args:
+        base: θ_0 or None where the others are task vectors.
+        experts: K tensors of one shape with at least one dimension.
+        merged: the merged tensor.
+        row_axis: axis of the rows.
+
+    Returns:
+        gram [rows, K, K] = ⟨τ_j, τ_k⟩, dots [rows, K] = ⟨τ_k, d⟩, norm2 [rows] = ‖d‖².
+
+    >>> gram, dots, norm2 = row_stats(None, [torch.ones(1, 3)], torch.full((1, 3), 2.0))
+    >>> gram.item(), dots.item(), norm2.item()
+    (3.0, 6.0, 12.0)
+    """
+    if merged.dim() == 0:
+        raise InputError("merged: expected a tensor with rows, got a 0-d tensor.")
+    rows = merged.shape[row_axis]
+    cols = merged.numel() // rows if rows else 0
+    view = RowCalibration(rows, cols, axes=(row_axis % merged.dim(),))
+    job = Job(base, experts, Recipe(weights=(1.0,) * len(experts)), calibration=view)
+    return ops.row_stats(job, merged, backend=backend)
+
+
+def select(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    recipe: Recipe,
+    *,
+    name: str = "",
+    backend: str | None = None,
+) -> Selection:
+    """Thresholds, tie cuts, norm factors and majority sign that a merge of this recipe uses."""
+    return ops.select(Job(base, experts, recipe, name=name), backend=backend)
+
+
+def kth_magnitude(x: Tensor, k: int) -> float:
+    """The k-th largest |x|, exactly, without sorting.
+
+    Args:
+        x: floating tensor of any shape; computed in float32 (float64 for float64).
+        k: from 1 to the number of elements.
+
+    >>> kth_magnitude(torch.tensor([1.0, -3.0, 2.0]), 2)
+    2.0
+    """
+    if not 1 <= k <= x.numel():
+        raise InputError(f"k: expected 1 to {x.numel()} (the number of elements), got {k}.")
+    wide = x if x.dtype == torch.float64 else x.float()
+    return trimming.kth_magnitude(wide, k)
+
+
+def row_norms(x: Tensor, p: float = 2, *, row_axis: int = 0) -> Tensor:
+    """p-norm of every row, float64 [rows].
+
+    >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([5., 0.], dtype=torch.float64)
+    """
+    from magic_fast.reference.calibration import row_view
+
+    return torch.linalg.vector_norm(row_view(x, (row_axis,)).double(), p, dim=-1)

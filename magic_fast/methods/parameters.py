@@ -1,0 +1,2 @@
+"""temporary: the table moves here."""
+from magic_fast.config.parameters import METHODS, MethodSpec, ParameterSpec  # noqa: F401
