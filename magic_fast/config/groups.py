@@ -1,0 +1,93 @@
+"""Lists of models that are merged with one another: one for whole models, one for each slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from magic_fast.config.outputs import OutputTensor, Source
+from magic_fast.config.parameters import MethodSpec, method_spec
+from magic_fast.config.resolve import GroupParameters, Settings
+from magic_fast.config.schema import MergeConfig
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a group.
+
+    ``start`` is its first layer (0 for whole models); ``merged`` is False for a base that only the
+    calibration uses.
+    """
+
+    model: str
+    start: int
+    is_base: bool = False
+    merged: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Models merged with one another over ``length`` layers (None: all), and their parameters."""
+
+    path: str
+    members: tuple[Member, ...]
+    settings: GroupParameters
+    length: int | None
+
+    @property
+    def leader(self) -> Member:
+        """The base, else the first: the model whose blocks the group follows."""
+        return next((one for one in self.members if one.is_base), self.members[0])
+
+    def output(self, name: str, t: float, names: Sequence[str] | None = None) -> OutputTensor:
+        """The output tensor ``name`` at gradient position ``t``.
+
+        Args:
+            names: the tensor's name in each member; None where it is ``name`` in all.
+        """
+        sources, base = [], None
+        for index, one in enumerate(self.members):
+            own = name if names is None else names[index]
+            source = Source(one.model, own, one.is_base)
+            if one.is_base:
+                base = source
+            if one.merged:
+                sources.append(source)
+        return OutputTensor(name, tuple(sources), base, *self.settings.at(name, t))
+
+
+def build_groups(config: MergeConfig) -> list[Group]:
+    """The groups of a configuration, in its order."""
+    method = method_spec(config.merge_method)
+    if config.slices is None:
+        listed = [(entry.model, entry.parameters, 0) for entry in config.models or ()]
+        return [_build(config, method, "models", listed, [config.parameters], None)]
+    groups = []
+    for index, part in enumerate(config.slices):
+        ranges = [(s.model, s.parameters, s.layer_range[0]) for s in part.sources]
+        start, end = part.sources[0].layer_range
+        shared = [part.parameters, config.parameters]
+        groups.append(_build(config, method, f"slices[{index}]", ranges, shared, end - start))
+    return groups
+
+
+def _build(
+    config: MergeConfig,
+    method: MethodSpec,
+    path: str,
+    listed: Sequence[tuple[str, Settings, int]],
+    shared: Sequence[Settings],
+    length: int | None,
+) -> Group:
+    uses_base = method.uses_base(config.base_model)
+    members, own = [], []
+    for model, parameters, start in listed:
+        is_base = uses_base and model == config.base_model
+        members.append(Member(model, start, is_base))
+        if not is_base:
+            own.append(parameters)
+    needs_base = uses_base or config.calibrate is not None
+    if needs_base and config.base_model is not None and not any(one.is_base for one in members):
+        members.append(Member(config.base_model, members[0].start, True, merged=uses_base))
+    settings = GroupParameters(method, config.preset, shared, own)
+    return Group(path, tuple(members), settings, length)

@@ -1,0 +1,193 @@
+"""From a configuration and the names in the checkpoints to the tensors of the output."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+from magic_fast.config.blocks import (
+    Stack,
+    Structure,
+    comes_before,
+    find_blocks,
+    gradient_position,
+    split_name,
+)
+from magic_fast.config.groups import Group, Member, build_groups
+from magic_fast.config.outputs import ModelView, OutputTensor
+from magic_fast.config.presence import Presence
+from magic_fast.config.schema import MergeConfig
+from magic_fast.config.settings import filters_of
+from magic_fast.errors import CheckpointError, ConfigError
+
+_LOG = logging.getLogger("magic_fast")
+
+
+def resolve_layout(config: MergeConfig, models: Mapping[str, ModelView]) -> list[OutputTensor]:
+    """Every tensor of the output with its sources and the values of its parameters.
+
+    Reads names only, never data; the work is linear in the number of tensors.
+
+    With ``models:`` each tensor of the donor (``config.donor``) is merged with those of the same
+    name. With ``slices:`` layers are renumbered in the order of the slices; tensors before the
+    blocks (embeddings) take the first slice's sources, those after (final norm, head) the last
+    slice's. A gradient is taken at index ÷ (n − 1) inside the slice, at 1 for a single layer, at 0
+    outside the blocks.
+
+    Args:
+        config: a validated configuration.
+        models: a view of each of ``config.model_references``.
+
+    Raises:
+        CheckpointError: a tensor that one model has and another lacks (tied ones are not lacking).
+        ConfigError: a layer_range beyond the model, or no stack of layers to slice.
+    """
+    absent = [name for name in config.model_references if name not in models]
+    if absent:
+        raise ConfigError(
+            f"missing checkpoint for {absent[0]}: expected a view of every model, got none of it. "
+            "Open it first."
+        )
+    presence = Presence(models)
+    groups = build_groups(config)
+    if config.slices is None:
+        outputs = list(_whole_models(config.donor, groups[0], presence))
+    else:
+        outputs = list(_Slices(config.donor, groups, presence).outputs())
+    _warn_unused_filters(config, outputs)
+    return outputs
+
+
+def _whole_models(donor: str, group: Group, presence: Presence) -> Iterator[OutputTensor]:
+    names = presence.stored(donor)
+    structure = find_blocks(names, presence.config(donor), donor)
+    main, declared = structure.main, structure.declared
+    if main is not None and declared is not None and main.count < declared:
+        _LOG.warning(
+            "%s has %d blocks %s*, its config.json says %d layers.",
+            donor, main.count, main.prefix, declared,
+        )  # fmt: skip
+    others = [one.model for one in group.members if one.model != donor]
+    for other in dict.fromkeys(others):
+        for name in presence.stored(other):
+            presence.check(name, donor, name, other)
+    kept = [name for name in names if all([presence.check(name, o, name, donor) for o in others])]
+    presence.raise_missing()
+    for name in kept:
+        yield group.output(name, structure.position(name))
+
+
+class _Slices:
+    """Layers of several models, stacked in a new order."""
+
+    def __init__(self, donor: str, groups: list[Group], presence: Presence) -> None:
+        self.donor = donor
+        self.groups = groups
+        self.presence = presence
+        self.structures: dict[str, Structure] = {}
+        self.prefix = self._stack(donor).prefix
+
+    def outputs(self) -> Iterator[OutputTensor]:
+        for group in self.groups:
+            for member in group.members:
+                self._check_range(group, member)
+        outside = [n for n in self.presence.stored(self.donor) if not self._in_stack(n)]
+        tensors = [
+            *self._outside(self.groups[0], [n for n in outside if comes_before(n)], True),
+            *self._layers(),
+            *self._outside(self.groups[-1], [n for n in outside if not comes_before(n)], False),
+        ]
+        self.presence.raise_missing()
+        yield from tensors
+
+    def _structure(self, model: str) -> Structure:
+        if model not in self.structures:
+            names, config = self.presence.stored(model), self.presence.config(model)
+            self.structures[model] = find_blocks(names, config, model)
+        return self.structures[model]
+
+    def _stack(self, model: str) -> Stack:
+        """The layers of a model that layer_range counts."""
+        structure = self._structure(model)
+        main, declared = structure.main, structure.declared
+        if main is None:
+            found = ", ".join(f"{s.prefix}* ({s.count})" for s in structure.stacks.values())
+            raise ConfigError(
+                f"no layers to slice for {model}: expected one stack of numbered blocks, got "
+                f"{found or 'none'}. Merge whole models under 'models:'."
+            )
+        if declared is not None and main.count < declared:
+            raise CheckpointError(
+                f"missing blocks for {model}: expected {declared} blocks {main.prefix}* as its "
+                f"config.json says, got {main.count}. Download the checkpoint again."
+            )
+        return main
+
+    def _in_stack(self, name: str) -> bool:
+        found = split_name(name)
+        return found is not None and found[0] == self.prefix
+
+    def _check_range(self, group: Group, member: Member) -> None:
+        stack = self._stack(member.model)
+        if stack.prefix != self.prefix:
+            raise CheckpointError(
+                f"different layer names for {member.model}: expected {self.prefix}* as in "
+                f"{self.donor}, got {stack.prefix}*. Merge models of one architecture."
+            )
+        end = member.start + (group.length or 0)
+        if end > stack.count:
+            raise ConfigError(
+                f"layer_range past the end for {group.path}, source {member.model}: expected at "
+                f"most {stack.count}, the number of its layers, got [{member.start}, {end}]. "
+                "Correct the layer_range."
+            )
+
+    def _outside(self, group: Group, names: list[str], before: bool) -> Iterator[OutputTensor]:
+        """Tensors outside the blocks: ``names`` of the donor, from one slice's sources."""
+        models = dict.fromkeys(one.model for one in group.members if one.model != self.donor)
+        for model in models:
+            for name in self.presence.stored(model):
+                if not self._in_stack(name) and comes_before(name) == before:
+                    self.presence.check(name, self.donor, name, model)
+        for name in names:
+            if all([self.presence.check(name, m, name, self.donor) for m in models]):
+                yield group.output(name, 0.0)
+
+    def _layers(self) -> Iterator[OutputTensor]:
+        layer = 0
+        for group in self.groups:
+            length = group.length or 0
+            for step in range(length):
+                t = gradient_position(step, length)
+                yield from self._layer(group, step, f"{self.prefix}{layer}.", t)
+                layer += 1
+
+    def _layer(self, group: Group, step: int, prefix: str, t: float) -> Iterator[OutputTensor]:
+        """One output layer: the leader's tensors of that block, which all members must have."""
+        leader = group.leader
+        places = [f"{self.prefix}{one.start + step}." for one in group.members]
+        first = f"{self.prefix}{leader.start + step}."
+        for one, place in zip(group.members, places, strict=True):
+            for rest in self._stack(one.model).blocks[one.start + step]:
+                self.presence.check(first + rest, leader.model, place + rest, one.model)
+        for rest in self._stack(leader.model).blocks[leader.start + step]:
+            names = [place + rest for place in places]
+            found = [
+                self.presence.check(name, one.model, first + rest, leader.model)
+                for one, name in zip(group.members, names, strict=True)
+            ]
+            if all(found):
+                yield group.output(prefix + rest, t, names)
+
+
+def _warn_unused_filters(config: MergeConfig, outputs: list[OutputTensor]) -> None:
+    """A filter that matches no tensor is most likely misspelt."""
+    blocks = [config.parameters, *(entry.parameters for entry in config.models or ())]
+    for part in config.slices or ():
+        blocks += [part.parameters, *(source.parameters for source in part.sources)]
+    words = dict.fromkeys(
+        w for block in blocks for value in block.values() for w in filters_of(value)
+    )
+    for word in words:
+        if word != "*" and not any(word in tensor.name for tensor in outputs):
+            _LOG.warning("filter %r matches no tensor of the output.", word)
