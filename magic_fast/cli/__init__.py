@@ -1,4 +1,4 @@
-"""The command line: arguments → api → report. No mathematics; nothing heavy is imported at the top."""
+"""The command line: arguments → api → report. No mathematics, no heavy import at the top."""
 
 from magic_fast.cli.program import main
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +98,8 @@ def write_checkpoints(
         _write_small_files(model, shape, shards)
     with ThreadPoolExecutor(max_workers=2) as pool:
         for file, tensors in shards.items():
-            columns = list(
-                pool.map(lambda t: _tensor(*t, shape.layers, num_experts, seed), tensors)
-            )
+            make = partial(_tensor, layers=shape.layers, num_experts=num_experts, seed=seed)
+            columns = list(pool.map(make, *zip(*tensors, strict=True)))
             for m, model in enumerate(models):
                 state = {
                     name: torch.from_numpy(bits[m].view(np.int16)).view(torch.bfloat16)

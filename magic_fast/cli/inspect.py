@@ -14,9 +14,9 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
         help="norms, cosines and sign conflicts of the experts' changes; what a merge left of them",
-        description="Shows, tensor by tensor, how far each expert moved from the base (norm), how alike "
-        "the moves are (cosine), and the share of entries whose signs disagree. With --merged also the "
-        "magnitude of the merged change: its norm over the mean of the experts'; 1 is an expert's own.",
+        description="Shows, tensor by tensor, how far each expert moved from the base (norm), how "
+        "alike the moves are (cosine), and the share of entries whose signs disagree. With "
+        "--merged also the magnitude of the merged change: its norm over the mean of the experts'.",
         allow_abbrev=False,
     )
     options.models(parser)

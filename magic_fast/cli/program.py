@@ -24,7 +24,7 @@ INTERRUPTED = 130
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="magic-fast",
-        description="Merges fine-tuned checkpoints of one base and restores each layer's magnitude.",
+        description="Merges fine-tuned checkpoints of one base; restores each layer's magnitude.",
         epilog="Exit codes: 0 done, 2 the input, 1 our fault, 130 interrupted.",
         allow_abbrev=False,
     )

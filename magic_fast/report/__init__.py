@@ -1,5 +1,5 @@
 """What a merge did, for people.
 
-``table`` and ``summary`` make tables and lines, ``units`` puts bytes and seconds into words, ``card``
-writes the model card of an output folder.
+``table`` and ``summary`` make tables and lines, ``units`` puts bytes and seconds into words,
+``card`` writes the model card of an output folder.
 """
