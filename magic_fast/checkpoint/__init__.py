@@ -1,0 +1,43 @@
+"""Checkpoints on disk, read and written in place by byte ranges. Standard library only."""
+
+from .coverage import Coverage
+from .file_reader import FileReader
+from .fs import REAL, FileSystem, HandleCache
+from .hashing import InputFile, changed_inputs
+from .header import Header, parse_header, serialize_header
+from .plan import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards, shard_index
+from .reader import Checkpoint, open_checkpoint
+from .sidecar import CONFIG_DTYPES, copy_sidecars, sidecar_files, sidecar_source, updated_config
+from .tensors import DTYPE_BITS, TensorInfo, TensorSpec, tensor_nbytes
+from .tied import find_aliases
+from .writer import OutputFolder
+
+__all__ = [
+    "CONFIG_DTYPES",
+    "DEFAULT_SHARD_BYTES",
+    "DTYPE_BITS",
+    "REAL",
+    "Checkpoint",
+    "Coverage",
+    "FileReader",
+    "FileSystem",
+    "HandleCache",
+    "Header",
+    "InputFile",
+    "OutputFolder",
+    "ShardPlan",
+    "TensorInfo",
+    "TensorSpec",
+    "changed_inputs",
+    "copy_sidecars",
+    "find_aliases",
+    "open_checkpoint",
+    "parse_header",
+    "plan_shards",
+    "serialize_header",
+    "shard_index",
+    "sidecar_files",
+    "sidecar_source",
+    "tensor_nbytes",
+    "updated_config",
+]

@@ -1,0 +1,209 @@
+"""Reading checkpoints: names and places from the headers, bytes only when asked for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .file_reader import PREFIX_BYTES, FileReader
+from .hashing import InputFile
+from .header import Header
+from .io_errors import reading
+from .locate import Located, locate, refuse_foreign
+from .messages import problem, shown
+from .strict_json import load_json_object
+from .tensors import TensorInfo
+from .tied import find_aliases
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer, Self
+
+
+class Checkpoint:
+    """A model's tensors by name, each with its place; `open_checkpoint` makes one.
+
+    Attributes:
+        path: the folder or file as it was named, made absolute.
+        folder: the folder that holds the small files too, or None for a bare file.
+        config: the parsed ``config.json``, or {}.
+        tensors: stored name → `TensorInfo`, in the order of files and offsets.
+        aliases: tied name → stored name; disjoint from ``tensors``.
+        files: identity of every weights file.
+        metadata: the headers' ``__metadata__``, merged.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        folder: str | None,
+        headers: list[tuple[Header, InputFile]],
+        config: dict[str, Any],
+        reader: FileReader,
+        owns_reader: bool,
+    ) -> None:
+        self.path = path
+        self.folder = folder
+        self.config = config
+        tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        for header, _ in headers:
+            _add_disjoint(tensors, header.tensors)
+            self.metadata.update(header.metadata)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self.aliases: Mapping[str, str] = MappingProxyType(find_aliases(tensors, config))
+        self.files: tuple[InputFile, ...] = tuple(file for _, file in headers)
+        self._reader = reader
+        self._owns_reader = owns_reader
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors or name in self.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path!r}, {len(self.tensors)} tensors, {len(self.files)} files)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def is_alias(self, name: str) -> bool:
+        """Whether ``name`` is a tied weight that another stored tensor stands for."""
+        return name in self.aliases
+
+    def resolve(self, name: str) -> TensorInfo:
+        """The stored tensor behind a name, tied or not.
+
+        Raises:
+            CheckpointError: there is none; the message names the nearest ones.
+        """
+        info = self.tensors.get(self.aliases.get(name, name))
+        if info is None:
+            near = difflib.get_close_matches(name, self.tensors, n=2)
+            got = f"only names like {' and '.join(map(shown, near))}" if near else "no such name"
+            raise problem(
+                "Missing tensor",
+                f"{shown(name)} in {self.path}",
+                "it to be stored",
+                got,
+                "Use checkpoints of the same architecture",
+            )
+        return info
+
+    def read_into(
+        self, name: str, buffer: Buffer, start: int = 0, nbytes: int | None = None
+    ) -> int:
+        """`FileReader.read_into` by name. Thread-safe."""
+        return self._reader.read_into(self.resolve(name), buffer, start, nbytes)
+
+    def read(self, name: str) -> bytearray:
+        """All bytes of a tensor, little-endian, row-major."""
+        info = self.resolve(name)
+        data = bytearray(info.nbytes)
+        self._reader.read_into(info, data)
+        return data
+
+    def close(self) -> None:
+        """Close the files, unless a reader was shared. Reading again opens them again."""
+        if self._owns_reader:
+            self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, reader: FileReader | None = None
+) -> Checkpoint:
+    """Open a model: a folder, with or without an index of its shards, or one file.
+
+    Only headers are read. A folder without an index may hold ``model.safetensors``, one file of
+    another name, or one complete set of numbered shards; anything else is ambiguous and an error.
+
+    Args:
+        path: ``~`` is expanded. Links are followed, as caches of model hubs are made of them.
+        reader: share open files with other checkpoints; the caller closes it.
+
+    Raises:
+        CheckpointError: what `locate` refuses; damaged headers; a tensor in two files; a tensor
+            that the index names and its file lacks.
+
+    Example:
+        >>> with open_checkpoint("models/base") as base:  # doctest: +SKIP
+        ...     base.tensors["model.norm.weight"].shape
+        (4096,)
+    """
+    given = os.path.expanduser(os.fspath(path))
+    located = locate(given)
+    own = reader is None
+    reader = FileReader() if reader is None else reader
+    try:
+        headers = [reader.read_header(file) for file in located.files]
+        checkpoint = Checkpoint(
+            os.path.abspath(given),
+            located.folder,
+            headers,
+            _read_config(located.folder),
+            reader,
+            own,
+        )
+        _check_index(located, checkpoint.tensors)
+    except BaseException:
+        if own:
+            reader.close()
+        raise
+    return checkpoint
+
+
+def _add_disjoint(tensors: dict[str, TensorInfo], more: Mapping[str, TensorInfo]) -> None:
+    for name in tensors.keys() & more.keys():
+        raise problem(
+            "Tensor in two shards",
+            shown(name),
+            "one file",
+            f"{tensors[name].path} and {more[name].path}",
+            "Remove the file that does not belong to the model",
+        )
+    tensors.update(more)
+
+
+def _check_index(located: Located, tensors: Mapping[str, TensorInfo]) -> None:
+    for name, path in (located.weight_map or {}).items():
+        info = tensors.get(name)
+        if info is None or info.path != path:
+            got = "no such tensor in it" if info is None else f"it in {info.path}"
+            raise problem(
+                "Index naming a tensor that its shard lacks",
+                f"tensor {shown(name)} in {located.index}",
+                f"it in {path}",
+                got,
+                "Download the index and the shards again, of one revision",
+            )
+
+
+def _read_config(folder: str | None) -> dict[str, Any]:
+    if folder is None:
+        return {}
+    path = os.path.join(folder, "config.json")
+    if not os.path.lexists(path):
+        return {}
+    with reading(path), open(path, "rb") as file:
+        raw = file.read()
+    refuse_foreign(raw[:PREFIX_BYTES], path)
+    return load_json_object(raw, "Corrupt config", path, strict=False)

@@ -1,0 +1,165 @@
+"""The small files that make weights a model: configuration, tokenizer, templates, code."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .io_errors import reading
+from .locate import PICKLE_SUFFIXES
+from .reader import Checkpoint
+from .strict_json import load_json_object
+from .writer import OutputFolder
+
+CONFIG_NAME = "config.json"
+#: Names to copy, beside `CONFIG_NAME`.
+PATTERNS: tuple[str, ...] = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "normalizer.json",
+    "*.model",  # sentencepiece, and tokenizer.model
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "*preprocessor_config.json",
+    "processor_config.json",
+)
+_NEVER = (
+    *PICKLE_SUFFIXES,
+    ".safetensors",
+    ".index.json",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".npz",
+)
+_AUTO_MAP_FILES = (
+    CONFIG_NAME,
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+#: safetensors' dtype names as configurations spell them.
+CONFIG_DTYPES: Mapping[str, str] = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
+def sidecar_source(base: Checkpoint | None, models: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint whose small files the result gets: the base, or else the first model.
+
+    A bare file has none and is passed over; None where all are bare files.
+    """
+    candidates = [*([base] if base is not None else []), *models]
+    return next((checkpoint for checkpoint in candidates if checkpoint.folder is not None), None)
+
+
+def sidecar_files(folder: str) -> list[str]:
+    """Names of the small files in a model's folder that go along with its weights, sorted.
+
+    Weights, their indices, training states and READMEs never do; Python files only where a
+    configuration's ``auto_map`` asks for them.
+
+    Raises:
+        CheckpointError: the folder or one of its configurations cannot be read.
+    """
+    patterns = (*PATTERNS, CONFIG_NAME)
+    if any("auto_map" in _json(os.path.join(folder, name)) for name in _AUTO_MAP_FILES):
+        patterns = (*patterns, "*.py")
+    with reading(folder):
+        names = os.listdir(folder)
+        templates = os.path.join(folder, "additional_chat_templates")
+        if os.path.isdir(templates):
+            names += [f"additional_chat_templates/{name}" for name in os.listdir(templates)]
+    return sorted(
+        name
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+        and not name.endswith(_NEVER)
+        and os.path.isfile(os.path.join(folder, name))
+    )
+
+
+def updated_config(
+    config: Mapping[str, Any], dtype: str | None = None, num_layers: int | None = None
+) -> dict[str, Any]:
+    """A copy of ``config.json`` with dtype and depth of the result, and nothing else changed.
+
+    Args:
+        config: not modified.
+        dtype: safetensors' name (``BF16``); replaces the value of ``torch_dtype`` or ``dtype``,
+            whichever is there, at the top and in the parts of a multimodal model. Never added. None
+            leaves it.
+        num_layers: replaces ``num_hidden_layers`` or its kin, at the top and in the text part. None
+            leaves it.
+
+    >>> updated_config({"torch_dtype": "float32", "n_layer": 4}, "BF16", 6)
+    {'torch_dtype': 'bfloat16', 'n_layer': 6}
+    """
+    result = copy.deepcopy(dict(config))
+    parts = [
+        value
+        for key, value in result.items()
+        if key.endswith("_config") and key != "quantization_config"
+    ]
+    if dtype is not None:
+        for part in (result, *parts):
+            _replace(part, _DTYPE_KEYS, CONFIG_DTYPES.get(dtype, dtype.lower()), str)
+    if num_layers is not None:
+        for part in (result, *(result.get(key) for key in _TEXT_CONFIGS)):
+            _replace(part, _LAYER_KEYS, num_layers, int)
+    return result
+
+
+def copy_sidecars(
+    source: Checkpoint,
+    output: OutputFolder,
+    *,
+    dtype: str | None = None,
+    num_layers: int | None = None,
+) -> list[str]:
+    """Copy the small files of ``source``, its configuration by `updated_config`; returns their names.
+
+    A configuration that does not change is copied byte for byte. There are none where source or
+    output is a single file.
+    """
+    if source.folder is None or output.is_file:
+        return []
+    names = sidecar_files(source.folder)
+    for name in names:
+        output.copy_file(os.path.join(source.folder, name), name)
+    config = updated_config(source.config, dtype, num_layers)
+    if config != source.config:
+        output.write_text(CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return names
+
+
+def _replace(part: object, keys: Sequence[str], value: object, kind: type) -> None:
+    """Set those of ``keys`` that are there with a value of this kind."""
+    if isinstance(part, dict):
+        for key in keys:
+            if isinstance(part.get(key), kind):
+                part[key] = value
+
+
+def _json(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        return {}
+    with reading(path), open(path, "rb") as file:
+        raw = file.read()
+    return load_json_object(raw, "Corrupt configuration", path, strict=False)
