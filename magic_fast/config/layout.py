@@ -67,14 +67,18 @@ def _whole_models(donor: str, group: Group, presence: Presence) -> Iterator[Outp
             "%s has %d blocks %s*, its config.json says %d layers.",
             donor, main.count, main.prefix, declared,
         )  # fmt: skip
-    others = [one.model for one in group.members if one.model != donor]
-    for other in dict.fromkeys(others):
-        for name in presence.stored(other):
+    dropped = set()
+    for other in dict.fromkeys(one.model for one in group.members if one.model != donor):
+        stored = presence.stored(other)
+        for name in stored.keys() - names.keys():
             presence.check(name, donor, name, other)
-    kept = [name for name in names if all([presence.check(name, o, name, donor) for o in others])]
+        for name in names.keys() - stored.keys():
+            if not presence.check(name, other, name, donor):
+                dropped.add(name)
     presence.raise_missing()
-    for name in kept:
-        yield group.output(name, structure.position(name))
+    for name in names:
+        if name not in dropped:
+            yield group.output(name, structure.position(name))
 
 
 class _Slices:

@@ -61,7 +61,7 @@ class Presence:
         """Raise CheckpointError for everything that :meth:`check` noted."""
         if not self._missing:
             return
-        (model, name), as_in = next(iter(self._missing.items()))
+        (model, name), as_in = min(self._missing.items())
         more = len(self._missing) - 1
         raise CheckpointError(
             f"missing tensor for {model}: expected {name} as in {as_in}, got no such tensor"

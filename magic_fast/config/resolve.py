@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from magic_fast.config.parameters import MethodSpec, ParameterSpec, Value
-from magic_fast.config.settings import evaluate, is_scalar
+from magic_fast.config.settings import evaluate, filters_of
 from magic_fast.errors import ConfigError
 
 Settings = Mapping[str, Any]
+_Values = tuple[dict[str, Value], dict[str, tuple[Value, ...]]]
 
 
 class _Chain:
@@ -28,7 +29,6 @@ class _Chain:
         default = spec.default_for(preset)
         if default is not None:
             self.settings.append(default)
-        self.constant = not self.settings or is_scalar(self.settings[0])
 
     def at(self, name: str, t: float) -> Value | None:
         """The value for one tensor; None where nothing is set and the method decides."""
@@ -72,13 +72,20 @@ class GroupParameters:
             if spec.scope == "per_model"
         }
         chains = [*self._shared.values(), *(c for own in self._own.values() for c in own)]
-        self._constant = all(chain.constant for chain in chains)
-        self._known: tuple[dict[str, Value], dict[str, tuple[Value, ...]]] | None = None
+        self._words = tuple(
+            dict.fromkeys(w for c in chains for s in c.settings for w in filters_of(s))
+        )
+        self._known: dict[tuple[float, tuple[bool, ...]], _Values] = {}
 
-    def at(self, name: str, t: float) -> tuple[dict[str, Value], dict[str, tuple[Value, ...]]]:
+    def at(self, name: str, t: float) -> _Values:
         """``(parameters, expert_parameters)`` of one tensor; shared, so not to be changed."""
-        if self._known is not None:
-            return self._known
+        # A value depends on t and on which filters match: a few hundred cases, not one a tensor.
+        key = (t, tuple([word in name for word in self._words]))
+        if key not in self._known:
+            self._known[key] = self._evaluate(name, t)
+        return self._known[key]
+
+    def _evaluate(self, name: str, t: float) -> _Values:
         shared = {key: chain.at(name, t) for key, chain in self._shared.items()}
         parameters = {key: value for key, value in shared.items() if value is not None}
         own = {key: tuple(c.at(name, t) for c in chains) for key, chains in self._own.items()}
@@ -87,6 +94,4 @@ class GroupParameters:
             for key, values in own.items()
             if None not in values
         }
-        if self._constant:
-            self._known = parameters, expert_parameters
         return parameters, expert_parameters

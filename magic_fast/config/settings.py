@@ -130,11 +130,6 @@ def _interpolate(points: Sequence[float], t: float) -> float:
     return (1 - fraction) * points[left] + fraction * points[right]
 
 
-def is_scalar(setting: object) -> bool:
-    """Whether a setting has the same value for every tensor, by its form."""
-    return not isinstance(setting, Mapping | list | tuple)
-
-
 def filters_of(setting: object) -> Iterator[str]:
     """All filter words of a setting, nested ones too."""
     if isinstance(setting, Mapping):
