@@ -293,9 +293,17 @@ class Recipe:
     @property
     def needs_select(self) -> bool:
         """Whether a pass over the data must come before the merge pass."""
-        trimmed = any(self.trim.active(k) for k in range(self.num_experts))
-        norms = self.rescale in (Rescale.L1, Rescale.L2, Rescale.LINF) and trimmed
-        return (self.trim.by_magnitude and trimmed) or norms or self.needs_majority
+        return (self.trim.by_magnitude and self.trims) or self.needs_factors or self.needs_majority
+
+    @property
+    def trims(self) -> bool:
+        """Whether any expert loses entries."""
+        return any(self.trim.active(k) for k in range(self.num_experts))
+
+    @property
+    def needs_factors(self) -> bool:
+        """Whether norms before and after the trim are needed."""
+        return self.rescale in (Rescale.L1, Rescale.L2, Rescale.LINF) and self.trims
 
     @property
     def needs_majority(self) -> bool:

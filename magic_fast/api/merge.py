@@ -272,7 +272,9 @@ def _job(
             name, tuple(experts[0].shape), weights, row_axis=call.row_axis
         )
     recipe = call.recipe or Recipe(weights=weights)
-    return Job(base, experts, recipe, out, name, masks=k_masks, calibration=calibration)
+    return Job(
+        base, experts, recipe, out, name, masks=k_masks, calibration=calibration, details=call.details
+    )
 
 
 def _execute(jobs: Sequence[Job], call: _Call) -> list[Stats]:

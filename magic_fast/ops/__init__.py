@@ -69,8 +69,10 @@ def select_model(jobs: Sequence[Job]) -> None:
         check(job)
     ordered = sorted(jobs, key=lambda job: job.name)
     if ordered:
-        pairs = [(job.base, job.experts) for job in ordered]
-        for job, selection in zip(ordered, reference(pairs, ordered[0].recipe), strict=True):
+        selections = reference(
+            lambda: ((job.base, job.experts) for job in ordered), ordered[0].recipe
+        )
+        for job, selection in zip(ordered, selections, strict=True):
             job.selection = selection
 
 

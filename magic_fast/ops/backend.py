@@ -56,6 +56,7 @@ class Job:
         selection: thresholds found elsewhere (model scope, streaming); None: the backend selects.
         offset: flat index of element 0 inside the whole tensor, where the arrays are a slab of it.
         total: elements of the whole tensor (default: this array's); trims count by it.
+        details: keep masks, votes and factors in ``Stats.extra["decisions"]`` (torch backend only).
     """
 
     base: Array | None
@@ -69,6 +70,7 @@ class Job:
     selection: Selection | None = None
     offset: int = 0
     total: int | None = None
+    details: bool = False
 
     @property
     def stream(self) -> int:
@@ -87,6 +89,8 @@ class Stats:
         first_nonfinite: flat index of the first NaN or infinity of each expert (−1: none).
         base_nonfinite: the same for the base.
         overflow: flat index of the first finite result that overflows the output dtype (−1: none).
+        extra: with calibration ``repaired`` (bool [rows]), ``norms2`` (float64 [K + 2]: ‖τ_k‖² of each expert,
+            ‖d‖² before and after the factors), ``magnitude_before`` and ``magnitude_after``.
     """
 
     selection: Selection

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from magic_fast.ops.backend import Array, Job, Stats
-from magic_fast.recipe import Selection
+from magic_fast.recipe import Granularity, Selection, TrimRule
 from magic_fast.reference import calibration as wsc
 from magic_fast.reference import merge as reference
+
+_SLAB_ELEMENTS = 1 << 23  # a slab of float32 is 32 MiB: small against any tensor that needs slabs
 
 
 def first_nonfinite(x: Tensor) -> int:
@@ -20,6 +23,64 @@ def first_nonfinite(x: Tensor) -> int:
     if bool(finite.all()):
         return -1
     return int((~finite).flatten().nonzero()[0])
+
+
+def slabs_of(job: Job, slabs: Sequence[slice], selection: Selection) -> list[Job]:
+    """The job cut along its first axis, the thresholds of the whole tensor given."""
+    total = job.experts[0].numel() if job.total is None else job.total
+    inner = job.experts[0].numel() // job.experts[0].shape[0]
+
+    def cut(arrays: Sequence[Any] | None, rows: slice) -> list[Any] | None:
+        return None if arrays is None else [None if a is None else a[rows] for a in arrays]
+
+    jobs = []
+    for rows in slabs:
+        calibration = job.calibration
+        if calibration is not None:
+            share = calibration.rows // job.experts[0].shape[0]
+            calibration = replace(calibration, rows=(rows.stop - rows.start) * share)
+        jobs.append(
+            replace(
+                job,
+                base=None if job.base is None else job.base[rows],
+                experts=cut(job.experts, rows) or (),
+                out=None if job.out is None else job.out[rows],
+                masks=cut(job.masks, rows),
+                task_masks=cut(job.task_masks, rows),
+                calibration=calibration,
+                selection=selection,
+                offset=job.offset + rows.start * inner,
+                total=total,
+            )
+        )
+    return jobs
+
+
+def join_slabs(parts: Sequence[tuple[Job, Stats]]) -> Stats:
+    """Statistics of a whole tensor from those of its slabs, in order."""
+    start = parts[0][0].offset
+
+    def first(indices: Sequence[int]) -> int:
+        for (slab, _), index in zip(parts, indices, strict=True):
+            if index >= 0:
+                return slab.offset - start + index
+        return -1
+
+    stats = [s for _, s in parts]
+    experts = range(len(parts[0][0].experts))
+    joined = Stats(
+        selection=stats[0].selection,
+        kept=tuple(sum(s.kept[k] for s in stats) for k in experts),
+        first_nonfinite=tuple(first([s.first_nonfinite[k] for s in stats]) for k in experts),
+        base_nonfinite=first([s.base_nonfinite for s in stats]),
+        overflow=first([s.overflow for s in stats]),
+    )
+    if parts[0][0].calibration is not None:
+        joined.coefficient = torch.cat([s.coefficient for s in stats])
+        joined.extra["repaired"] = torch.cat([s.extra["repaired"] for s in stats])
+        norms = sum(s.extra["norms2"] for s in stats)
+        joined.extra |= wsc.magnitude_of(norms)
+    return joined
 
 
 class TorchBackend:
@@ -39,6 +100,35 @@ class TorchBackend:
         return reference.select(job.base, job.experts, job.recipe, stream=job.stream, masks=job.masks)
 
     def merge(self, job: Job) -> Stats:
+        slabs = self._slabs(job)
+        if len(slabs) == 1:
+            return self._merge_whole(job)
+        selection = job.selection
+        if selection is None:
+            selection = self.select(job)
+        parts = slabs_of(job, slabs, selection)
+        return join_slabs([(slab, self._merge_whole(slab)) for slab in parts])
+
+    @staticmethod
+    def _slabs(job: Job) -> list[slice]:
+        """Rows of a large tensor in blocks, so that the float32 copies stay small; one block where the recipe
+        looks at more than a row, or the caller wants the decisions."""
+        shape = tuple(job.experts[0].shape)
+        n = job.experts[0].numel()
+        whole = [slice(None)]
+        if n <= _SLAB_ELEMENTS or not shape or job.details or job.recipe.reference_only:
+            return whole
+        if job.recipe.trim.rank_dim1 and len(shape) > 2:
+            return whole
+        c = job.calibration
+        if c is not None and (c.axes[0] != 0 or c.granularity is not Granularity.ROW):
+            return whole
+        if len(shape) == 1 and job.recipe.trim.rule is TrimRule.RANKED:
+            return whole
+        rows = max(1, _SLAB_ELEMENTS * shape[0] // n)
+        return [slice(r, min(r + rows, shape[0])) for r in range(0, shape[0], rows)]
+
+    def _merge_whole(self, job: Job) -> Stats:
         decisions = reference.decide(
             job.base,
             job.experts,
@@ -54,7 +144,8 @@ class TorchBackend:
         stats = self._finish(job, delta, decisions.selection)
         n = job.experts[0].numel()
         stats.kept = tuple(n if m is None else int(m.sum()) for m in decisions.keep)
-        stats.extra["decisions"] = decisions
+        if job.details:
+            stats.extra["decisions"] = decisions
         return stats
 
     def finish(self, job: Job, merged: Tensor) -> Stats:
@@ -76,12 +167,8 @@ class TorchBackend:
             if not bool((rows.factor == 1).all()):
                 delta = wsc.apply_rows(delta, rows.factor, job.calibration.axes)
             coefficient = rows.raw.float()
-            before, after = wsc.magnitudes(rows)
-            extra = {
-                "repaired": rows.repaired,
-                "magnitude_before": before,
-                "magnitude_after": after,
-            }
+            norms2 = wsc.norms2(rows)
+            extra = {"repaired": rows.repaired, "norms2": norms2, **wsc.magnitude_of(norms2)}
         assert job.out is not None
         return Stats(
             selection=selection,
@@ -116,7 +203,6 @@ class TorchBackend:
         dtype = reference.decision_dtype(job.base, [*job.experts, merged])
         *taus, delta = reference.task_vectors(job.base, [*job.experts, merged], dtype)
         rows = wsc.calibrate_rows(taus, delta, job.calibration)
-        before, after = wsc.magnitudes(rows)
         if bool((rows.factor == 1).all()):
             job.out.copy_(merged)  # nothing acts: the merged weights as they are, not base + (merged − base)
             overflow = -1
@@ -129,11 +215,7 @@ class TorchBackend:
             first_nonfinite=(*(first_nonfinite(e) for e in job.experts), first_nonfinite(merged)),
             base_nonfinite=-1 if job.base is None else first_nonfinite(job.base),
             overflow=overflow,
-            extra={
-                "repaired": rows.repaired,
-                "magnitude_before": before,
-                "magnitude_after": after,
-            },
+            extra={"repaired": rows.repaired, **wsc.magnitude_of(wsc.norms2(rows))},
         )
 
     def _scaled(self, job: Job, merged: Tensor, delta: Tensor, factor: Tensor) -> int:

@@ -244,14 +244,23 @@ def calibrate_rows(
     return CalibratedRows(raw.expand(rows), factor.expand(rows), repaired.expand(rows), stats)
 
 
-def magnitudes(rows: CalibratedRows) -> tuple[float | None, float | None]:
-    """‖Δ‖_F ÷ mean_k ‖τ_k‖_F before and after the factors; None where all task vectors are zero."""
-    gram, norm2 = rows.stats.gram, rows.stats.norm2
-    mean = float(gram.diagonal(dim1=-2, dim2=-1).sum(0).sqrt().mean())
-    if not mean > 0:
-        return None, None
-    after = (norm2 * rows.factor.square()).sum()
-    return float(norm2.sum().sqrt()) / mean, float(after.sqrt()) / mean
+def norms2(rows: CalibratedRows) -> Tensor:
+    """float64 [K + 2]: ‖τ_k‖² of each expert, ‖d‖² before and after the factors, over the whole tensor."""
+    own = rows.stats.gram.diagonal(dim1=-2, dim2=-1).sum(0)
+    before = rows.stats.norm2.sum()
+    after = (rows.stats.norm2 * rows.factor.square()).sum()
+    return torch.cat((own, torch.stack((before, after))))
+
+
+def magnitude_of(norms2: Tensor) -> dict[str, float | None]:
+    """‖Δ‖_F ÷ mean_k ‖τ_k‖_F before and after; None where all task vectors are zero."""
+    mean = float(norms2[:-2].sqrt().mean())
+    before, after = (float(x) for x in norms2[-2:].sqrt())
+    known = mean > 0
+    return {
+        "magnitude_before": before / mean if known else None,
+        "magnitude_after": after / mean if known else None,
+    }
 
 
 def apply_rows(delta: Tensor, factor: Tensor, axes: Sequence[int] = (0,)) -> Tensor:

@@ -7,7 +7,7 @@ when it serves as the oracle, with the same decisions).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from magic_fast.recipe import (
     Contributors,
     Recipe,
     Reduce,
+    Rescale,
     Selection,
     Vote,
     VoteOn,
@@ -124,9 +125,26 @@ def select(
     stream: int = 0,
     masks: Sequence[Tensor | None] | None = None,
 ) -> Selection:
-    """Thresholds, tie cuts, factors and majority sign of one tensor (see ``Selection``)."""
+    """Thresholds, tie cuts, factors and majority sign of one tensor (see ``Selection``); one task vector is held
+    at a time."""
     dtype = decision_dtype(base, experts)
-    return _decide_trim(task_vectors(base, experts, dtype), recipe, stream, masks)[0]
+    bounds, factors, votes = [], [], None
+    for k, expert in enumerate(experts):
+        tau = task_vectors(base, [expert], dtype)[0]
+        bounds.append(select_trim(tau, recipe.trim, k))
+        given = masks[k] if masks is not None else None
+        factor, keep = 1.0, None
+        if recipe.rescale is not Rescale.NONE or recipe.needs_majority:
+            keep = keep_mask(tau, recipe.trim, k, bounds=bounds[k], stream=stream, given=given)
+            factor = rescale_factor(tau, keep, recipe, k)
+        factors.append(factor)
+    lows, cuts, tops, top_cuts = zip(*bounds, strict=True)
+    selection = Selection(lows, cuts, tops, top_cuts, tuple(factors))
+    if recipe.needs_majority:
+        taus = task_vectors(base, experts, dtype)
+        voted = _decide_trim(taus, recipe, stream, masks, selection)[1]
+        selection = replace(selection, majority=_majority(_raw_vote(voted, recipe.vote)))
+    return selection
 
 
 def _decide_trim(
@@ -134,38 +152,25 @@ def _decide_trim(
     recipe: Recipe,
     stream: int,
     masks: Sequence[Tensor | None] | None,
-    selection: Selection | None = None,
+    selection: Selection,
     offset: int = 0,
-) -> tuple[Selection, list[Tensor | None], list[Tensor]]:
-    """Selection, keep masks and the vectors voted on."""
-    bounds, keep, factors, weighted, unweighted = [], [], [], [], []
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Keep masks and the vectors voted on."""
+    keep, voted = [], []
     for k, tau in enumerate(taus):
-        if selection is None:
-            bound = select_trim(tau, recipe.trim, k)
-        else:
-            bound = (
-                selection.threshold[k],
-                selection.tie_cut[k],
-                selection.top_threshold[k],
-                selection.top_tie_cut[k],
-            )
+        bounds = (
+            selection.threshold[k],
+            selection.tie_cut[k],
+            selection.top_threshold[k],
+            selection.top_tie_cut[k],
+        )
         given = masks[k] if masks is not None else None
-        mask = keep_mask(tau, recipe.trim, k, bounds=bound, stream=stream, offset=offset, given=given)
-        factor = rescale_factor(tau, mask, recipe, k) if selection is None else selection.factor[k]
-        trimmed = _trimmed(tau, mask, factor)
-        bounds.append(bound)
+        mask = keep_mask(tau, recipe.trim, k, bounds=bounds, stream=stream, offset=offset, given=given)
+        v = _trimmed(tau, mask, selection.factor[k])
         keep.append(mask)
-        factors.append(factor)
-        unweighted.append(trimmed)
-        weighted.append(trimmed if recipe.weights[k] == 1.0 else trimmed * recipe.weights[k])
-    voted = weighted if recipe.vote_on is VoteOn.WEIGHTED else unweighted
-    if selection is None:
-        majority = 0
-        if recipe.needs_majority:
-            majority = _majority(_raw_vote(voted, recipe.vote))
-        lows, cuts, tops, top_cuts = zip(*bounds, strict=True)
-        selection = Selection(lows, cuts, tops, top_cuts, tuple(factors), majority)
-    return selection, keep, voted
+        weighted = recipe.vote_on is VoteOn.WEIGHTED and recipe.weights[k] != 1.0
+        voted.append(v * recipe.weights[k] if weighted else v)
+    return keep, voted
 
 
 def factors(
@@ -173,7 +178,7 @@ def factors(
 ) -> tuple[float, ...]:
     """What makes up for the trimmed entries of each expert, thresholds given."""
     taus = task_vectors(base, experts, decision_dtype(base, experts))
-    keep = _decide_trim(taus, recipe, 0, None, selection)[1]
+    keep = _decide_trim(taus, recipe, 0, None, selection)[0]
     return tuple(rescale_factor(t, m, recipe, k) for k, (t, m) in enumerate(zip(taus, keep, strict=True)))
 
 
@@ -182,7 +187,7 @@ def raw_signs(
 ) -> Tensor:
     """Signs of the vote before zero votes are resolved, with thresholds given."""
     taus = task_vectors(base, experts, decision_dtype(base, experts))
-    return _raw_vote(_decide_trim(taus, recipe, 0, None, selection)[2], recipe.vote)
+    return _raw_vote(_decide_trim(taus, recipe, 0, None, selection)[1], recipe.vote)
 
 
 def decide(
@@ -199,7 +204,9 @@ def decide(
     """Every mask, vote and winner of one tensor, in float32 (float64 only for float64 inputs)."""
     dtype = decision_dtype(base, experts)
     taus = task_vectors(base, experts, dtype)
-    selection, keep, voted = _decide_trim(taus, recipe, stream, masks, selection, offset)
+    if selection is None:
+        selection = select(base, experts, recipe, stream=stream, masks=masks)
+    keep, voted = _decide_trim(taus, recipe, stream, masks, selection, offset)
     decisions = Decisions(selection, keep, keep_probability=keep_probabilities(taus, recipe.trim))
     if recipe.vote is not Vote.NONE:
         signs = _raw_vote(voted, recipe.vote)
