@@ -209,7 +209,7 @@ def _tensor(name: str, entry: object, data_start: int, path: str) -> TensorInfo:
             raise problem(
                 "Corrupt shape", _where(name, path), "whole numbers from 0 to 2^63-1", shown(shape)
             )
-    if type(offsets) is not list or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+    if type(offsets) is not list or [*map(type, offsets)] != [int, int]:
         raise problem(
             "Corrupt offsets",
             _where(name, path),

@@ -133,7 +133,7 @@ def copy_sidecars(
     dtype: str | None = None,
     num_layers: int | None = None,
 ) -> list[str]:
-    """Copy the small files of ``source``, its configuration by `updated_config`; returns their names.
+    """Copy small files, the configuration by way of `updated_config`; returns their names.
 
     A configuration that does not change is copied byte for byte. There are none where source or
     output is a single file.

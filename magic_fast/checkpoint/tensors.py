@@ -37,8 +37,13 @@ def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is, not yet where: ``dtype`` as safetensors names it, ``shape`` outermost
-    first.
+    """What a tensor is, not yet where.
+
+    Attributes:
+        name: key in the checkpoint.
+        dtype: safetensors' name.
+        shape: sizes, outermost first.
+        nbytes: size of the data in bytes, computed.
 
     Raises:
         InputError: unknown dtype, negative size, or a name that the format cannot hold.
