@@ -1,0 +1,129 @@
+"""Which room may import which: downward only, over every import statement in the tree."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Lower may not import higher; rooms of one rank know nothing of each other, but for BESIDE.
+RANK = {
+    "errors": 0,
+    "recipe": 0,
+    "_version": 0,
+    "reference": 1,
+    "kernels": 1,
+    "_native": 1,
+    "checkpoint": 1,
+    "ops": 2,
+    "methods": 3,
+    "calibration": 3,
+    "engine": 4,
+    "api": 5,
+    "config": 5,
+    "report": 5,
+    "integrations": 5,
+    "magic_fast": 5,  # the public names
+    "cli": 6,
+    "__main__": 6,
+}
+BESIDE = {"api", "config", "report", "integrations", "magic_fast"}
+
+
+def upward(room: str, imported: str) -> bool:
+    """Whether ``room`` importing ``imported`` goes against the layers."""
+    if room == imported or imported == "_version":
+        return False
+    if room == "kernels":
+        return True
+    if room == "recipe" and imported == "errors":
+        return False
+    if RANK[room] == RANK[imported]:
+        return not {room, imported} <= BESIDE
+    return RANK[room] < RANK[imported]
+
+
+def room_of(module: str) -> str:
+    """``magic_fast.ops.checks`` → ``ops``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "magic_fast"
+
+
+def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
+    """Line and room of every import of ours in ``source``, those inside functions too."""
+    package = module.split(".")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package[: len(package) - node.level]) if node.level else ""
+            origin = ".".join(filter(None, (above, node.module)))
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+            if origin == "magic_fast":  # `from magic_fast import merge`: a room or a public name
+                rooms = (alias.name for alias in node.names)
+                names = [f"magic_fast.{n}" if n in RANK else "magic_fast" for n in rooms]
+        else:
+            continue
+        yield from ((node.lineno, room_of(n)) for n in names if n.split(".")[0] == "magic_fast")
+
+
+def modules(root: Path) -> Iterator[tuple[Path, str]]:
+    """Every source file and the name of its module."""
+    for folder, prefix in (("magic_fast", "magic_fast"), ("kernels", "magic_fast.kernels")):
+        for path in sorted((root / folder).rglob("*.py")):
+            inner = path.relative_to(root / folder).with_suffix("").parts
+            yield path, ".".join((prefix, *inner))
+
+
+def faults(source: str, module: str) -> list[str]:
+    room = "magic_fast" if module == "magic_fast.__init__" else room_of(module)
+    assert room in RANK, f"{module} is in a room that RANK does not know: say where it stands"
+    return [
+        f"{module}:{line} imports {imported}"
+        for line, imported in imports(source, module)
+        if upward(room, imported)
+    ]
+
+
+def test_imports_go_downward(root: Path) -> None:
+    found = [
+        fault for path, module in modules(root) for fault in faults(path.read_text(), module)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_every_room_is_seen(root: Path) -> None:
+    rooms = {room_of(module) for _, module in modules(root)}
+    assert {"cli", "report", "ops", "reference", "kernels", "recipe", "checkpoint"} <= rooms
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("magic_fast.ops.x", "from magic_fast.engine import run"),
+        ("magic_fast.ops.x", "def f():\n    import magic_fast.api"),
+        ("magic_fast.reference.x", "from ..ops import merge"),
+        ("magic_fast.checkpoint.x", "from magic_fast.reference import merge"),
+        ("magic_fast.methods.x", "from magic_fast import merge"),
+        ("magic_fast.engine.x", "from magic_fast import config"),
+        ("magic_fast.api.x", "from magic_fast.cli import main"),
+        ("magic_fast.kernels.x", "from magic_fast.errors import InputError"),
+    ],
+)
+def test_upward_import_is_found(module: str, source: str) -> None:
+    assert faults(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("magic_fast.cli.x", "import magic_fast as mf"),
+        ("magic_fast.ops.x", "from .checks import check"),
+        ("magic_fast.engine.x", "from magic_fast.checkpoint import reader"),
+        ("magic_fast.report.x", "from magic_fast.api import MergeReport"),
+    ],
+)
+def test_downward_import_is_not(module: str, source: str) -> None:
+    assert not faults(source, module)
