@@ -30,10 +30,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from magic_fast import api
+    import magic_fast as mf
 
     with progress(quiet=arguments.quiet, title="calibrate") as report:
-        calibrated = api.calibrate_checkpoints(
+        calibrated = mf.calibrate_checkpoints(
             arguments.base,
             arguments.experts,
             arguments.merged,

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from magic_fast import api
+    import magic_fast as mf
     from magic_fast.cli.demo_check import verify
     from magic_fast.cli.demo_data import SIZES, write_checkpoints
     from magic_fast.report.units import format_seconds
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     shutil.rmtree(merged, ignore_errors=True)  # what an earlier demo made
     say(f"Merge: {config.merge_method} + WSC into {merged}")
     with progress(quiet=arguments.quiet, title="merge") as report:
-        result = api.merge_checkpoints(config, merged, progress=report)
+        result = mf.merge_checkpoints(config, merged, progress=report)
     output.show_report(result, quiet=arguments.quiet, json=False)
 
     say("\nReading it back:")

@@ -35,11 +35,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from magic_fast import api
+    import magic_fast as mf
     from magic_fast.report.summary import backend_table
     from magic_fast.report.table import show
 
-    backends = api.backends()
+    backends = mf.backends()
     versions = {"magic_fast": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}

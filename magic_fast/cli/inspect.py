@@ -34,12 +34,12 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from magic_fast import api
+    import magic_fast as mf
     from magic_fast.report.summary import inspect_table
     from magic_fast.report.table import show
 
     with progress(quiet=arguments.quiet, title="inspect") as report:
-        statistics = api.inspect_checkpoints(
+        statistics = mf.inspect_checkpoints(
             arguments.base, arguments.experts, arguments.merged, progress=report
         )
     if arguments.json:

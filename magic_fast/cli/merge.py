@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from magic_fast import api
+    import magic_fast as mf
 
     config = read_config(arguments.config, preset=arguments.preset, out_dtype=arguments.out_dtype)
     settings = {
@@ -61,11 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
         "allow_embedding_truncation": arguments.allow_embedding_truncation,
     }
     if arguments.dry_run:
-        plan = api.plan_checkpoints(config, arguments.out, **settings)
+        plan = mf.plan_checkpoints(config, arguments.out, **settings)
         output.show_plan(plan, json=arguments.json)
         return 0
     with progress(quiet=arguments.quiet, title="merge") as report:
-        merged = api.merge_checkpoints(config, arguments.out, progress=report, **settings)
+        merged = mf.merge_checkpoints(config, arguments.out, progress=report, **settings)
     output.show_report(merged, quiet=arguments.quiet, json=arguments.json)
     return 0
 

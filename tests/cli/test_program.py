@@ -17,7 +17,11 @@ from magic_fast.cli import doctor, main
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (mf.InputError("x for y: expected a, got b. Do c."), 2, "error: x for y: expected a, got b."),
+        (
+            mf.InputError("x for y: expected a, got b. Do c."),
+            2,
+            "error: x for y: expected a, got b.",
+        ),
         (mf.CheckpointError("bad file"), 2, "error: bad file"),
         (mf.OutputError("disk full"), 2, "error: disk full"),
         (mf.InternalError("ours"), 1, "error: ours"),

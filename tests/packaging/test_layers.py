@@ -88,9 +88,7 @@ def faults(source: str, module: str) -> list[str]:
 
 
 def test_imports_go_downward(root: Path) -> None:
-    found = [
-        fault for path, module in modules(root) for fault in faults(path.read_text(), module)
-    ]
+    found = [fault for path, module in modules(root) for fault in faults(path.read_text(), module)]
     assert not found, "\n".join(found)
 
 

@@ -68,7 +68,7 @@ def test_commands_run(
 
 
 def test_methods_are_the_available_ones(readme: str) -> None:
-    from magic_fast.config.parameters import available_methods
+    from magic_fast.methods.parameters import available_methods
 
     table = readme.split("## Methods")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
