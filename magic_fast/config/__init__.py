@@ -1,8 +1,8 @@
 """The YAML that mergekit users have, checked, and resolved into the tensors of the output.
 
-Nothing here imports torch. :class:`MergeConfig` is the document, :func:`resolve_layout` lays it
-over the names of the checkpoints, and ``magic_fast.config.parameters`` is the table of which method
-takes which parameter.
+Nothing here imports torch. :class:`MergeConfig` is the document and :func:`resolve_layout` lays it
+over the names of the checkpoints. Which method takes which parameter stands in
+``magic_fast.methods.parameters``.
 """
 
 from magic_fast.config.calibrate import CalibrateConfig

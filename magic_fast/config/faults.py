@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ValidationError
 
-from magic_fast.config.parameters import METHODS, known_parameters
 from magic_fast.config.problems import Path, Problem, listed, suggest
+from magic_fast.methods.parameters import METHODS, known_parameters
 
 #: Path without list indices -> the model that describes the mapping there.
 Owners = Mapping[Path, type[BaseModel]]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from magic_fast.config.outputs import OutputTensor, Source
-from magic_fast.config.parameters import MethodSpec, method_spec
 from magic_fast.config.resolve import GroupParameters, Settings
 from magic_fast.config.schema import MergeConfig
+from magic_fast.methods.parameters import MethodSpec, method_spec
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from magic_fast.config.parameters import METHODS, Value
+from magic_fast.methods.parameters import METHODS, Value
 
 
 class ModelView(Protocol):

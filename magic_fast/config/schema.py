@@ -36,12 +36,12 @@ from magic_fast.config.entries import (
     canonical_dtype,
 )
 from magic_fast.config.faults import translate
-from magic_fast.config.parameters import PRESETS
 from magic_fast.config.problems import Origin, Problem, listed, raise_problems
 from magic_fast.config.problems import Path as YamlPath
 from magic_fast.config.references import references
 from magic_fast.config.semantics import Checker
 from magic_fast.errors import ConfigError
+from magic_fast.methods.parameters import PRESETS
 
 _LOG = logging.getLogger("magic_fast")
 

@@ -10,16 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from magic_fast.config.parameters import (
+from magic_fast.config.problems import Path, Problem, listed, show_path, suggest
+from magic_fast.config.references import Entry, Groups, listed_groups, reference_or_none
+from magic_fast.config.settings import check_setting, unknown_parameter
+from magic_fast.errors import InputError
+from magic_fast.methods.parameters import (
     METHODS,
     NO_EFFECT,
+    PRESETS,
     MethodSpec,
     available_methods,
     known_parameters,
 )
-from magic_fast.config.problems import Path, Problem, listed, show_path, suggest
-from magic_fast.config.references import Entry, Groups, listed_groups, reference_or_none
-from magic_fast.config.settings import check_setting, unknown_parameter
+from magic_fast.methods.recipes import check_preset
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Checker:
         method = self._check_method()
         groups = listed_groups(self.data)
         if method is not None:
+            self._check_preset(method)
             self._check_base(method)
             for path, group in groups:
                 self._check_group(method, path, group)
@@ -65,6 +69,15 @@ class Checker:
             hint = suggest(name.lower().replace("-", "_"), METHODS) + " Correct it."
         self._problem(("merge_method",), wrong, f"expected one of {choices}, got {name!r}.{hint}")
         return None
+
+    def _check_preset(self, method: MethodSpec) -> None:
+        preset = self.data.get("preset", "mergekit")
+        if preset not in PRESETS:
+            return  # the schema says so
+        try:
+            check_preset(preset, method.name)
+        except InputError as error:
+            self._problem(("preset",), "preset without this method", str(error))
 
     def _check_shape(self) -> None:
         given = [key for key in ("models", "slices") if self.data.get(key) is not None]

@@ -13,8 +13,8 @@ import pytest
 from config.config_views import BLOCK, GOLDEN, View, llama, llama_names, view_of
 
 from magic_fast.config import MergeConfig, OutputTensor, resolve_layout
-from magic_fast.config.parameters import METHODS
 from magic_fast.errors import CheckpointError, ConfigError
+from magic_fast.methods.parameters import METHODS
 
 Q0 = "model.layers.{}.self_attn.q_proj.weight"
 UP = "model.layers.{}.mlp.up_proj.weight"

@@ -13,8 +13,8 @@ from config.config_views import llama_names
 
 from magic_fast.config import CalibrateConfig, MergeConfig
 from magic_fast.config.blocks import comes_before, find_blocks, split_name
-from magic_fast.config.parameters import METHODS, PRESETS, known_parameters, method_spec
 from magic_fast.errors import CheckpointError, ConfigError
+from magic_fast.methods.parameters import METHODS, PRESETS, known_parameters, method_spec
 
 # The table.
 
