@@ -1,4 +1,4 @@
-"""``magic-fast merge``, ``calibrate`` and ``inspect`` on tiny checkpoints, from arguments to files."""
+"""``magic-fast merge``, ``calibrate`` and ``inspect`` on tiny checkpoints."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_terminal_table_shows_markup_as_text() -> None:
 
 
 def test_deviations_are_ordered_by_ratio() -> None:
-    """0.25 is further from 1 than 3 is, a vanished tensor the furthest; unknown ones are left out."""
+    """0.25 is further from 1 than 3 is, a vanished tensor the furthest; unknown ones are out."""
     table = deviation_table(
         [
             tensor("near", 1.1, 1.0),
