@@ -38,4 +38,5 @@ def _slerp(
     return merged if base is None else base.to(dtype) + merged
 
 
+METHODS_WITHOUT_RECIPE = frozenset({"slerp"})
 FUNCTIONS: Mapping[str, Function] = {"slerp": _slerp}

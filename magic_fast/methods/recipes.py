@@ -68,15 +68,18 @@ def _plain(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str |
         reduce = Reduce.MAX
     if p.get("reduce") is not None:
         reduce = Reduce(p["reduce"])
+    weights = p.get("weights", 1.0)
+    if method == "passthrough":  # its scale is one number per model, so it is a weight
+        p, weights = {}, p.get("scale", 1.0)
     return Recipe(
-        weights=per_expert(p.get("weights", 1.0), k, "weights"),
+        weights=per_expert(weights, k, "weights"),
         trim=_trim(method, k, p, preset, compat),
         rescale=Rescale(p.get("rescale", "none")),
         vote=_VOTES[p.get("vote") or "mass"] if votes else Vote.NONE,
         zero_vote=ZeroVote.NEGATIVE if method == "emr_unified" else ZeroVote.POSITIVE,
         contributors=Contributors.AGREEING if votes else Contributors.ALL,
         reduce=reduce,
-        scale=float(p.get("scale", 1.0)),
+        scale=per_expert(p.get("scale", 1.0), k, "scale")[0],
     )
 
 

@@ -53,7 +53,10 @@ def merge(jobs: Sequence[Job], *, backend: str | None = None, nonfinite: str = "
     start = 0
     for stop in range(1, len(jobs) + 1):
         if stop == len(jobs) or chosen[stop] is not chosen[start]:
-            stats.extend(chosen[start].merge_many(jobs[start:stop]))
+            found = chosen[start].merge_many(jobs[start:stop])
+            for one in found:
+                one.backend = chosen[start].name
+            stats.extend(found)
             start = stop
     if nonfinite == "error":
         for job, found in zip(jobs, stats, strict=True):
@@ -96,6 +99,7 @@ def run_function(
     for job in jobs:
         check(job)
         stats.append(TorchBackend().finish(job, function(job)))
+        stats[-1].backend = TorchBackend.name
         if nonfinite == "error":
             raise_nonfinite(job, stats[-1])
     return stats
@@ -110,6 +114,7 @@ def calibrate(
     check(_with_merged(job, merged))
     chosen: Any = choose([job], backend)[0]
     stats: Stats = chosen.calibrate(job, merged)
+    stats.backend = chosen.name
     if nonfinite == "error":
         raise_nonfinite(job, stats)
     return stats

@@ -89,6 +89,7 @@ class Stats:
         first_nonfinite: flat index of the first NaN or infinity of each expert (−1: none).
         base_nonfinite: the same for the base.
         overflow: flat index of the first finite result that overflows the output dtype (−1: none).
+        backend: name of the backend that ran it, filled in by ``ops``.
         extra: with calibration ``repaired`` (bool [rows]), ``norms2`` (float64 [K + 2]: ‖τ_k‖² of each expert,
             ‖d‖² before and after the factors), ``magnitude_before`` and ``magnitude_after``.
     """
@@ -99,6 +100,7 @@ class Stats:
     first_nonfinite: tuple[int, ...] = ()
     base_nonfinite: int = -1
     overflow: int = -1
+    backend: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
 

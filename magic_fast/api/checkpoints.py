@@ -1,0 +1,402 @@
+"""Whole checkpoints: plan, merge, calibrate, inspect."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from magic_fast._version import __version__
+from magic_fast.api.steps import calibration_of, cut, input_of, steps_of
+from magic_fast.calibration import WeightCalibration, as_calibration
+from magic_fast.checkpoint import (
+    Checkpoint,
+    OutputFolder,
+    copy_sidecars,
+    open_checkpoint,
+    sidecar_source,
+)
+from magic_fast.config import MergeConfig
+from magic_fast.engine import (
+    MergePlan,
+    MergeReport,
+    Progress,
+    Step,
+    common_shape,
+    place,
+)
+from magic_fast.engine import run as run_plan
+from magic_fast.engine.plan import FLOATS
+from magic_fast.errors import InputError, OutputError
+from magic_fast.recipe import Recipe
+
+ProgressCall = Callable[[Progress], None]
+
+
+def read_config(config: str | Path | MergeConfig | Mapping[str, Any]) -> MergeConfig:
+    """A configuration from a path, YAML text, a mapping, or one already read."""
+    if isinstance(config, MergeConfig):
+        return config
+    if isinstance(config, Mapping):
+        return MergeConfig.from_dict(config)
+    if isinstance(config, str) and ("\n" in config or ": " in config):
+        return MergeConfig.from_yaml(config)
+    return MergeConfig.from_file(config)
+
+
+def _open(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
+    models: dict[str, Checkpoint] = {}
+    try:
+        for reference, path in references.items():
+            models[reference] = open_checkpoint(path)
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+    return models
+
+
+def _check_out(out: str | Path) -> str:
+    """OUT as a string, refused where something is in the way."""
+    path = Path(out).expanduser()
+    if path.suffix == ".safetensors":
+        if path.exists():
+            raise OutputError(
+                f"output file {str(path)!r}: expected none of that name, got one. Remove it, or name another."
+            )
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(
+            f"output folder {str(path)!r}: expected it missing or empty, got something in it. "
+            "Remove it, or name another."
+        )
+    return str(path)
+
+
+def _check_disk(plan: MergePlan) -> None:
+    from magic_fast.engine.plan import free_bytes
+
+    free = free_bytes(plan.out)
+    if free < plan.disk_needed:
+        raise OutputError(
+            f"disk for {plan.out!r}: expected {plan.disk_needed} free bytes, got {free}. "
+            "Free some space, or write elsewhere."
+        )
+
+
+def plan_checkpoints(
+    config: str | Path | MergeConfig | Mapping[str, Any],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    backend: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    seed: int | None = None,
+    compat: str | None = None,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    allow_embedding_truncation: bool = False,
+) -> MergePlan:
+    """Everything a merge would do, checked, before any data is read. Arguments as of :func:`merge_checkpoints`."""
+    from magic_fast.engine.run import check_device
+
+    settings = read_config(config)
+    target = _check_out(out)
+    check_device(device)
+    models = _open({r: settings.resolve_path(r) for r in settings.model_references})
+    try:
+        calibration = as_calibration(calibrate) or calibration_of(settings)
+        steps, vocab_size = steps_of(
+            settings,
+            models,
+            calibration,
+            seed=seed if seed is not None else (settings.seed or 0),
+            compat=compat,
+            allow_truncation=allow_embedding_truncation,
+        )
+        warnings = list(settings.warnings)
+        if calibration is not None and max((len(s.experts) for s in steps), default=0) == 1:
+            warnings.append("calibrating the merge of one expert gives back a full-size task vector")
+        plan = MergePlan(
+            settings.merge_method,
+            steps,
+            place(steps, target, max_shard_size),
+            models,
+            settings.donor,
+            target,
+            backend,
+            settings.num_layers,
+            vocab_size,
+            settings.to_yaml(),
+            warnings,
+        )
+        _check_disk(plan)
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+    return plan
+
+
+def merge_checkpoints(
+    config: str | Path | MergeConfig | Mapping[str, Any],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    backend: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    seed: int | None = None,
+    compat: str | None = None,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    allow_embedding_truncation: bool = False,
+    nonfinite: str = "error",
+    progress: ProgressCall | None = None,
+) -> MergeReport:
+    """Merges checkpoints on disk as a configuration says.
+
+    Args:
+        config: path of a YAML, YAML text, a mapping, or a :class:`MergeConfig`.
+        out: folder (or ``.safetensors`` file) to make; it appears once, whole.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+        backend: ``native``, ``torch``; None chooses.
+        max_shard_size: bytes of tensors in one file.
+        seed: of the random trims, instead of the configuration's.
+        compat: ``"mergekit-0.1.4"`` matches that release's faults.
+        calibrate: ``"wsc"`` or settings, instead of the configuration's block.
+        allow_embedding_truncation: cut embeddings of unequal vocabularies to the leading rows all have.
+        nonfinite: ``error`` or ``propagate``.
+        progress: called with :class:`Progress` after each batch of tensors.
+
+    Returns:
+        What was done, tensor by tensor; the same is in ``magic_fast.json`` beside the weights.
+
+    Raises:
+        ConfigError, CheckpointError, InputError: before anything is written.
+        NonFiniteError, OutputError: on the way; nothing is left under the final name.
+
+    >>> merge_checkpoints("ties.yml", "merged")  # doctest: +SKIP
+    """
+    plan = plan_checkpoints(
+        config,
+        out,
+        device=device,
+        backend=backend,
+        max_shard_size=max_shard_size,
+        seed=seed,
+        compat=compat,
+        calibrate=calibrate,
+        allow_embedding_truncation=allow_embedding_truncation,
+    )
+    return _run(plan, device, nonfinite, progress)
+
+
+def _run(
+    plan: MergePlan, device: str, nonfinite: str, progress: ProgressCall | None
+) -> MergeReport:
+    try:
+        return run_plan(
+            plan, device=device, nonfinite=nonfinite, progress=progress, finish=_write_small_files
+        )
+    finally:
+        for model in plan.models.values():
+            model.close()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"magic_fast": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_small_files(plan: MergePlan, report: MergeReport, output: OutputFolder) -> None:
+    """Configuration and tokenizer from the donor, the model card, and ``magic_fast.json``."""
+    if output.is_file:
+        return
+    from magic_fast.report.card import model_card
+
+    donor = plan.models[plan.donor]
+    source = sidecar_source(donor, list(plan.models.values()))
+    dtypes = {s.dtype for s in plan.steps if s.dtype in FLOATS}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    if source is not None:
+        copy_sidecars(source, output, dtype=dtype, num_layers=plan.num_layers)
+        if plan.vocab_size is not None and "vocab_size" in source.config:
+            path = Path(output.path_of("config.json"))
+            text = json.loads(path.read_text(encoding="utf-8")) | {"vocab_size": plan.vocab_size}
+            output.write_text("config.json", json.dumps(text, indent=2, ensure_ascii=False) + "\n")
+    versions = _versions()
+    output.write_text(
+        "README.md",
+        model_card(report, models=list(plan.models), recipe=plan.recipe_text, versions=versions),
+    )
+    record = {
+        "format": 1,
+        "versions": versions,
+        "method": plan.method,
+        "backend": report.backend,
+        "recipe": plan.recipe_text,
+        "inputs": [
+            {"model": reference, "file": Path(f.path).name, "size": f.size, "header_sha256": f.header_hash}
+            for reference, model in plan.models.items()
+            for f in model.files
+        ],
+        "tensors": [
+            {k: v for k, v in vars(t).items() if k != "shape"} for t in report.tensors if t.calibrated
+        ],
+        "warnings": report.warnings,
+    }
+    output.write_text("magic_fast.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def calibrate_checkpoints(
+    base: str | Path,
+    experts: Sequence[str | Path],
+    merged: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | WeightCalibration | Mapping[str, Any] = "wsc",
+    device: str = "auto",
+    backend: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    nonfinite: str = "error",
+    progress: ProgressCall | None = None,
+) -> MergeReport:
+    """WSC on a checkpoint that any other tool merged; everything else as in :func:`merge_checkpoints`.
+
+    Args:
+        base, experts, merged: folders or ``.safetensors`` files of one architecture.
+        out: where the calibrated model goes, in the dtypes of ``merged``.
+        calibration: ``"wsc"`` or settings.
+
+    >>> calibrate_checkpoints("base", ["a", "b"], "merged", "calibrated")  # doctest: +SKIP
+    """
+    from magic_fast.engine.run import check_device
+
+    settings = as_calibration(calibration)
+    if settings is None:
+        raise InputError("calibration: expected 'wsc' or a WeightCalibration, got None.")
+    if not experts:
+        raise InputError("experts: expected at least one checkpoint, got none.")
+    target = _check_out(out)
+    check_device(device)
+    names = [str(merged), str(base), *(str(e) for e in experts)]
+    models = _open({name: name for name in names})
+    try:
+        steps = _calibration_steps(models, names, settings)
+        plan = MergePlan(
+            "calibrate",
+            steps,
+            place(steps, target, max_shard_size),
+            models,
+            str(merged),
+            target,
+            backend,
+            recipe_text=_calibration_text(names, settings),
+        )
+        _check_disk(plan)
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+    return _run(plan, device, nonfinite, progress)
+
+
+def _calibration_text(names: Sequence[str], settings: WeightCalibration) -> str:
+    import yaml
+
+    merged, base, *experts = names
+    fields = {
+        k: str(v) if not isinstance(v, bool | int | float | list | type(None)) else v
+        for k, v in vars(settings).items()
+        if not k.startswith("_") and k not in ("sensitive", "clamp")
+    }
+    fields["clamp"] = None if settings.clamp is None else list(settings.clamp)
+    fields["sensitive"] = None if settings.sensitive is None else list(settings.sensitive)
+    document = {"base": base, "experts": experts, "merged": merged, "calibrate": fields}
+    text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _calibration_steps(
+    models: Mapping[str, Checkpoint], names: Sequence[str], settings: WeightCalibration
+) -> list[Step]:
+    merged, base, *experts = names
+    settings.check_names(models[merged])
+    model_type = models[merged].config.get("model_type")
+    recipe = Recipe(weights=(1.0,) * len(experts))
+    steps = []
+    for name in models[merged]:
+        own = input_of(models, merged, name)
+        plain = Step(name, own.info.shape, own.info.dtype, None, (own,), copy=True)
+        if own.info.dtype not in FLOATS:
+            steps.append(plain)
+            continue
+        resolved = settings.resolve(name, own.info.shape, recipe.weights, model_type=model_type)
+        if resolved is None:
+            steps.append(plain)
+            continue
+        rows = [input_of(models, m, name) for m in (base, *experts)]
+        common_shape(name, [own, *rows])
+        steps.append(
+            replace(
+                plain, base=rows[0], experts=tuple(rows[1:]), recipe=recipe, merged=own,
+                calibration=resolved, copy=False,
+            )
+        )  # fmt: skip
+    return steps
+
+
+def inspect_checkpoints(
+    base: str | Path,
+    experts: Sequence[str | Path],
+    merged: str | Path | None = None,
+    *,
+    progress: ProgressCall | None = None,
+) -> list[Any]:
+    """Norms, cosines, sign conflicts and magnitude deviations of every floating tensor.
+
+    Args:
+        base, experts, merged: checkpoints of one architecture.
+        progress: called after each tensor.
+
+    Returns:
+        One :class:`TensorStatistics` per tensor, in the base's order.
+    """
+    from magic_fast.api.stats import statistics_of
+    from magic_fast.engine.tensors import tensor_of
+
+    names = [str(base), *(str(e) for e in experts), *([str(merged)] if merged is not None else [])]
+    if not experts:
+        raise InputError("experts: expected at least one checkpoint, got none.")
+    models = _open({name: name for name in names})
+    try:
+        found, done = [], 0
+        rows = {
+            name: [input_of(models, m, name) for m in names]
+            for name in models[names[0]]
+            if models[names[0]].resolve(name).dtype in FLOATS
+        }
+        total = sum(i.nbytes for row in rows.values() for i in row)
+        for name, row in rows.items():
+            shape, _ = common_shape(name, row)
+            tensors = []
+            for i in row:
+                data = bytearray(i.nbytes)
+                models[i.model].read_into(i.info.name, data)
+                tensors.append(tensor_of(cut(i, shape), data))
+            other = tensors.pop() if merged is not None else None
+            found.append(statistics_of(tensors[0], tensors[1:], other, name))
+            done += sum(i.nbytes for i in row)
+            if progress is not None:
+                progress(Progress(done, total, name))
+    finally:
+        for model in models.values():
+            model.close()
+    return found

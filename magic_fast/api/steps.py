@@ -1,0 +1,140 @@
+"""From a configuration to the steps of a plan: sources looked up, parameters to recipes, shapes checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_from_file
+from magic_fast.checkpoint import Checkpoint
+from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
+from magic_fast.engine import Input, Step, common_shape
+from magic_fast.engine.plan import FLOATS
+from magic_fast.methods.functions import METHODS_WITHOUT_RECIPE
+from magic_fast.methods.parameters import METHODS
+from magic_fast.methods.recipes import build_recipe
+
+_WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A checkpoint as the layout sees it."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.checkpoint.config
+
+    def names(self) -> Iterable[str]:
+        return iter(self.checkpoint)
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint
+
+
+def input_of(models: Mapping[str, Checkpoint], model: str, name: str) -> Input:
+    info = models[model].resolve(name)
+    return Input(model, info, info.shape)
+
+
+def cut(source: Input, shape: tuple[int, ...]) -> Input:
+    """The leading rows of a source."""
+    return source if source.shape == shape else Input(source.model, source.info, shape)
+
+
+def calibration_of(config: MergeConfig) -> WeightCalibration | None:
+    """The ``calibrate:`` block as settings."""
+    arguments = config.calibration_arguments()
+    if arguments is None:
+        return None
+    if isinstance(arguments["tensors"], Mapping):
+        arguments["tensors"] = TensorFilter(**arguments["tensors"])
+    if isinstance(arguments["sensitive"], Mapping):
+        arguments["sensitive"] = sensitive_from_file(**arguments["sensitive"])
+    if arguments["direction"] is None:
+        del arguments["direction"]
+    if arguments.get("granularity") is None:
+        arguments.pop("granularity", None)
+    return WeightCalibration(**arguments)
+
+
+def steps_of(
+    config: MergeConfig,
+    models: Mapping[str, Checkpoint],
+    calibration: WeightCalibration | None,
+    *,
+    seed: int,
+    compat: str | None,
+    allow_truncation: bool,
+) -> tuple[list[Step], int | None]:
+    """One step per output tensor, and the number of rows embeddings were cut to (None: none were)."""
+    layout = resolve_layout(config, {name: View(c) for name, c in models.items()})
+    if calibration is not None:
+        calibration.check_names(t.name for t in layout)
+    builder = _Builder(config, models, calibration, seed, compat, allow_truncation)
+    return [builder.step(tensor) for tensor in layout], builder.vocab_size
+
+
+class _Builder:
+    def __init__(
+        self,
+        config: MergeConfig,
+        models: Mapping[str, Checkpoint],
+        calibration: WeightCalibration | None,
+        seed: int,
+        compat: str | None,
+        allow_truncation: bool,
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._calibration = calibration
+        self._seed = seed
+        self._compat = compat
+        self._allow_truncation = allow_truncation
+        self._model_type = models[config.donor].config.get("model_type")
+        self._whole = METHODS[config.merge_method].base == "none"
+        self.vocab_size: int | None = None
+
+    def _source(self, source: Source) -> Input:
+        return input_of(self._models, source.model, source.tensor_name)
+
+    def step(self, tensor: OutputTensor) -> Step:
+        config = self._config
+        base = None if tensor.base is None else self._source(tensor.base)
+        experts = tuple(self._source(s) for s in tensor.experts)
+        inputs = (*([base] if base else []), *experts)
+        shape, truncated = common_shape(
+            tensor.name, inputs, allow_truncation=self._allow_truncation
+        )
+        if truncated:
+            self.vocab_size = shape[0]
+            base = None if base is None else cut(base, shape)
+            experts = tuple(cut(e, shape) for e in experts)
+            inputs = (*([base] if base else []), *experts)
+        if any(i.info.dtype not in FLOATS for i in inputs):
+            return Step(tensor.name, shape, inputs[0].info.dtype, None, inputs, copy=True)
+        cast = _WORDS[config.dtype] if config.dtype else None
+        word = _WORDS[config.out_dtype] if config.out_dtype else (cast or inputs[0].info.dtype)
+        if not experts:  # nothing but the base
+            return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
+        arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
+        recipe = None
+        if config.merge_method not in METHODS_WITHOUT_RECIPE:
+            recipe = build_recipe(
+                config.merge_method, len(experts), arguments, preset=config.preset, compat=self._compat
+            )
+        weights = recipe.weights if recipe is not None else (1.0,) * len(experts)
+        resolved = None
+        if self._calibration is not None and base is not None:
+            resolved = self._calibration.resolve(
+                tensor.name, shape, weights, model_type=self._model_type
+            )
+        if self._whole and resolved is None:
+            base = None
+        return Step(
+            tensor.name, shape, word, base, experts, recipe, config.merge_method, arguments,
+            config.preset, self._whole, calibration=resolved, cast=cast,
+        )  # fmt: skip

@@ -1,0 +1,17 @@
+"""Merging checkpoints on disk: plan, run, report."""
+
+from magic_fast.engine.plan import Input, MergePlan, Step, common_shape, place
+from magic_fast.engine.report import MergeReport, Progress, TensorReport
+from magic_fast.engine.run import run
+
+__all__ = [
+    "Input",
+    "MergePlan",
+    "MergeReport",
+    "Progress",
+    "Step",
+    "TensorReport",
+    "common_shape",
+    "place",
+    "run",
+]

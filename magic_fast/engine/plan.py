@@ -1,0 +1,222 @@
+"""A merge of checkpoints as data: for each output tensor its sources, what to do, and its place. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from magic_fast.checkpoint import Checkpoint, ShardPlan, TensorInfo, TensorSpec, plan_shards
+from magic_fast.checkpoint.fs import REAL
+from magic_fast.errors import InputError
+from magic_fast.recipe import Recipe, RowCalibration
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+_INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+# Rounding an input to a narrower type is only done where the configuration says so.
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One stored tensor: ``model`` as the user named it; ``shape`` may be cut to the leading rows."""
+
+    model: str
+    info: TensorInfo
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        n = _BYTES.get(self.info.dtype)
+        if n is None or self.shape == self.info.shape:
+            return self.info.nbytes
+        for extent in self.shape:
+            n *= extent
+        return n
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output tensor.
+
+    Attributes:
+        name, shape, dtype: of the output.
+        base: what task vectors start from, or None.
+        experts: the other sources; for ``copy`` steps the first one is copied and all must agree.
+        method, arguments, preset: of a method that is no recipe.
+        recipe: of an element-wise method; None with ``method`` for the others, and for copies.
+        whole: the recipe runs on whole weights; ``base`` is there for the calibration only.
+        merged: a model merged elsewhere that this step calibrates.
+        calibration: WSC, or None.
+        cast: inputs are rounded to this dtype first, or None.
+        copy: an integer tensor, or one that is not touched.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    base: Input | None
+    experts: tuple[Input, ...]
+    recipe: Recipe | None = None
+    method: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    preset: str = "default"
+    whole: bool = False
+    merged: Input | None = None
+    calibration: RowCalibration | None = None
+    cast: str | None = None
+    copy: bool = False
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Everything this step reads, base first, merged last."""
+        parts = ([self.base] if self.base else []) + list(self.experts)
+        return (*parts, *([self.merged] if self.merged else []))
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.dtype, self.shape)
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for extent in self.shape:
+            n *= extent
+        return n
+
+
+@dataclass
+class MergePlan:
+    """Everything that is known before any data is read.
+
+    Attributes:
+        method: for the reader.
+        steps: one per output tensor.
+        shards: where each lands.
+        models: reference → checkpoint, base first.
+        donor: reference of the model whose small files come along.
+        out: where the result goes.
+        backend: the backend asked for, or None.
+        num_layers: layers of the output where slices fixed it.
+        vocab_size: where embeddings were cut, else None.
+        recipe_text: the configuration as YAML, for the model card.
+        warnings: what the user should know.
+    """
+
+    method: str
+    steps: Sequence[Step]
+    shards: Sequence[ShardPlan]
+    models: Mapping[str, Checkpoint]
+    donor: str
+    out: str
+    backend: str | None = None
+    num_layers: int | None = None
+    vocab_size: int | None = None
+    recipe_text: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes to read, a tensor counted once however many steps use it."""
+        seen = {(i.info.path, i.info.offset): i.nbytes for s in self.steps for i in s.inputs}
+        return sum(seen.values())
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(s.spec.nbytes for s in self.steps)
+
+    @property
+    def disk_needed(self) -> int:
+        return sum(shard.file_size for shard in self.shards)
+
+    @property
+    def peak_memory(self) -> int:
+        """Buffers at the worst moment: three batches of tensors in flight and the float32 work space."""
+        from magic_fast.engine.run import peak_memory
+
+        return peak_memory(self.steps)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for ``--dry-run`` and JSON."""
+        return {
+            "method": self.method,
+            "backend": self.backend or "auto",
+            "tensors": len(self.steps),
+            "inputs": [{"path": c.path, "bytes": c.nbytes} for c in self.models.values()],
+            "input_bytes": self.input_bytes,
+            "output_bytes": self.output_bytes,
+            "shards": [
+                {"file": s.file, "bytes": s.file_size, "tensors": len(s.tensors)} for s in self.shards
+            ],
+            "peak_memory_bytes": self.peak_memory,
+            "disk_needed_bytes": self.disk_needed,
+            "disk_free_bytes": free_bytes(self.out),
+            "warnings": list(self.warnings),
+            "steps": [_describe(step) for step in self.steps],
+        }
+
+
+def _describe(step: Step) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "shape": list(step.shape),
+        "dtype": step.dtype,
+        "sources": [f"{i.model}:{i.info.name}" for i in step.inputs],
+        "action": "copy" if step.copy else ("calibrate" if step.merged else step.method),
+        "weights": None if step.recipe is None else list(step.recipe.weights),
+        "density": None if step.recipe is None else list(step.recipe.trim.density),
+        "scale": None if step.recipe is None else step.recipe.scale,
+        "calibrated": step.calibration is not None,
+    }
+
+
+def free_bytes(out: str) -> int:
+    """Free bytes where ``out`` will lie."""
+    import os
+
+    place = os.path.dirname(os.path.abspath(out))
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    return REAL.free_bytes(place)
+
+
+def common_shape(
+    name: str, inputs: Sequence[Input], *, allow_truncation: bool = False
+) -> tuple[tuple[int, ...], bool]:
+    """The shape all inputs share, and whether it was cut to the fewest rows.
+
+    Raises:
+        InputError: shapes differ, or a dtype is not one that can be merged.
+    """
+    first = inputs[0]
+    for other in inputs:
+        if other.info.dtype not in FLOATS + _INTEGERS:
+            raise InputError(
+                f"dtype of '{name}' in {other.model}: expected F64, F32, F16, BF16 or an integer type, got "
+                f"{other.info.dtype}. Convert quantised checkpoints to one of these first."
+            )
+    shapes = {i.info.shape for i in inputs}
+    if len(shapes) == 1:
+        return first.info.shape, False
+    embedding = "embed" in name or "lm_head" in name or name.endswith("wte.weight")
+    same_inner = len({s[1:] for s in shapes}) == 1 and all(len(s) == 2 for s in shapes)
+    other = next(i for i in inputs if i.info.shape != first.info.shape)
+    if embedding and same_inner and allow_truncation:
+        return (min(s[0] for s in shapes), *first.info.shape[1:]), True
+    advice = (
+        "Vocabularies differ: pass --allow-embedding-truncation to keep the leading rows that all have."
+        if embedding and same_inner
+        else "All models must have the same architecture."
+    )
+    raise InputError(
+        f"shape of '{name}' in {other.model}: expected {first.info.shape} as in {first.model}, "
+        f"got {other.info.shape}. {advice}"
+    )
+
+
+def place(steps: Sequence[Step], out: str, max_shard_size: int) -> list[ShardPlan]:
+    """Where every output tensor goes; one file where ``out`` names one."""
+    import os
+
+    single = os.path.basename(out) if out.endswith(".safetensors") else None
+    return plan_shards([s.spec for s in steps], max_shard_size, file_name=single)

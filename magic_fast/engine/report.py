@@ -1,0 +1,62 @@
+"""What a run tells: progress on the way, a report at the end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Bytes read and written so far, of how many, and the tensor just done."""
+
+    done_bytes: int
+    total_bytes: int
+    tensor: str
+
+
+@dataclass
+class TensorReport:
+    """What happened to one tensor.
+
+    Attributes:
+        rows: rows that were calibrated, 0 without calibration.
+        coefficient_mean, coefficient_min, coefficient_max: of the raw ξ over the rows.
+        magnitude_before, magnitude_after: ‖Δ‖_F ÷ mean_k ‖τ_k‖_F; None where not computed.
+        rows_repaired: rows that the guards left as merged.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: int = 0
+    calibrated: bool = False
+    coefficient_mean: float | None = None
+    coefficient_min: float | None = None
+    coefficient_max: float | None = None
+    magnitude_before: float | None = None
+    magnitude_after: float | None = None
+    rows_repaired: int = 0
+
+
+@dataclass
+class MergeReport:
+    """What a merge of checkpoints did.
+
+    Attributes:
+        seconds: wall time.
+        bytes_read, bytes_written: of tensors.
+        peak_memory_bytes: largest resident set of the process.
+    """
+
+    out: str
+    method: str
+    backend: str
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_memory_bytes: int = 0
+    tensors: list[TensorReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
