@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import socket
+from contextlib import suppress
 
 from magic_fast.errors import OutputError
 
@@ -36,8 +37,9 @@ class OutputLock:
             finally:
                 if self._fd is None:
                     fs.close(fd)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with suppress(OSError):  # a full disk: others then see an unnamed holder
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def release(self, *, remove: bool) -> None:
         """Let others in; ``remove`` the file first, while nobody else can hold it."""

@@ -49,12 +49,12 @@ class SmallFiles:
 
     def copy(self, source: str, name: str | None) -> None:
         """Copy a file's content, following links."""
-        path = self.declare(os.path.basename(source) if name is None else name)
         block = memoryview(bytearray(COPY_BLOCK_BYTES))
         with reading(source):
             origin = self._fs.open(source, os.O_RDONLY)
         try:
-            needed = os.fstat(origin).st_size
+            path = self.declare(os.path.basename(source) if name is None else name)
+            needed = self._fs.stat(origin).st_size
             with writing(path, self._folder, self._fs, needed), self._fs.new_file(path) as fd:
                 offset = 0
                 while True:

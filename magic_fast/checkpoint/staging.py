@@ -40,7 +40,8 @@ class Staging:
             with writing(self.partial, self.parent, fs):
                 self.resumed = self._prepare(ours, resume)
         except BaseException:
-            self._lock.release(remove=not os.path.lexists(self.partial))
+            # A lock file beside somebody else's folder would make it look like ours next time.
+            self._lock.release(remove=not ours or not os.path.lexists(self.partial))
             raise
         self.is_open = True
 

@@ -1,4 +1,4 @@
-"""Opening and reading well-formed checkpoints of every layout, from many threads, over few files."""
+"""Opening and reading well-formed checkpoints of every layout, from many threads."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ def test_buffers_that_do_not_fit(tmp_path):
 
 def test_missing_tensor_names_the_nearest(tmp_path):
     save_file({"model.norm.weight": np.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"'model\.norm\.wieght' in .*like 'model\.norm\.weight'"):
+    with pytest.raises(
+        CheckpointError, match=r"'model\.norm\.wieght' in .*like 'model\.norm\.weight'"
+    ):
         open_checkpoint(tmp_path).read("model.norm.wieght")
 
 
@@ -278,7 +280,7 @@ def test_tied_weights_are_aliases(tmp_path, stored, config, alias):
     model = open_checkpoint(tmp_path)
     if alias is None:
         assert not model.aliases
-        with pytest.raises(CheckpointError, match="Missing tensor for 'lm_head.weight'"):
+        with pytest.raises(CheckpointError, match=r"Missing tensor for 'lm_head\.weight'"):
             model.resolve("lm_head.weight")
         return
     assert model.aliases[alias] == stored
