@@ -205,6 +205,11 @@ class Trim:
         return self.density[k] < 1
 
     @property
+    def is_random(self) -> bool:
+        """Whether coins decide (so masks can be fed in instead)."""
+        return self.rule in (TrimRule.RANDOM, TrimRule.RANKED)
+
+    @property
     def by_magnitude(self) -> bool:
         """Whether thresholds of |τ| decide (so a ``select`` pass is needed)."""
         return self.rule in (TrimRule.MAGNITUDE, TrimRule.BAND)

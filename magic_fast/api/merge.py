@@ -111,9 +111,9 @@ def merge(
             f"base for method {method!r}: expected None, got a model. This method works on whole models: "
             "pass base=None and the base among the experts."
         )
-    given = {"weights": _numbers(weights), "scale": scale, "seed": seed, **method_params}
+    given = {"weights": _numbers(weights), "scale": scale, **method_params}
     call = _resolve(
-        method, given, len(models), calibrate, preset, backend, nonfinite, row_axis, masks, name, compat, details
+        method, given, len(models), calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details
     )
     if base is None and call.calibration is not None:
         raise InputError(
@@ -154,9 +154,9 @@ def merge_task_vectors(
     tensor([2., 0.])
     """
     models = models_of(task_vectors, "task_vectors")
-    given = {"weights": _numbers(weights), "scale": scale, "seed": seed, **method_params}
+    given = {"weights": _numbers(weights), "scale": scale, **method_params}
     call = _resolve(
-        method, given, len(models), calibrate, preset, backend, nonfinite, row_axis, masks, name, compat, details
+        method, given, len(models), calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details
     )
     promoted = weights.dtype if preset == "peft" and isinstance(weights, Tensor) else None
     return _run(None, models, call, out, promote=promoted)
@@ -177,6 +177,7 @@ def _resolve(
     row_axis: int | tuple[int, ...] | None,
     masks: Masks | None,
     name: str,
+    seed: int | None,
     compat: str | None,
     details: bool,
 ) -> _Call:
@@ -185,7 +186,15 @@ def _resolve(
     calibration = as_calibration(calibrate)
     recipe = None
     if method not in FUNCTIONS:
+        arguments["seed"] = seed or 0
         recipe = build_recipe(method, num_experts, arguments, preset=preset, compat=compat)
+    if seed is not None and (recipe is None or not recipe.trim.is_random):
+        raise InputError(f"seed for method {method!r}: expected none, got {seed}. Nothing in it is random.")
+    if masks is not None and (recipe is None or not recipe.trim.is_random):
+        raise InputError(
+            f"masks for method {method!r}: expected none, got some. They replace the draw of a random trim; "
+            "here nothing is random."
+        )
     if calibration is not None and num_experts == 1:
         log.warning("calibrating the merge of one expert gives back a full-size task vector")
     if backend is None and details:

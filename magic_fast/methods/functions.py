@@ -24,6 +24,8 @@ def _slerp(
     if preset == "magic":
         if len(experts) != 2:
             raise InputError(f"experts for method 'slerp' of preset 'magic': expected 2, got {len(experts)}.")
+        if arguments["t"] != 0.5:
+            raise InputError(f"t for method 'slerp' of preset 'magic': expected 0.5, got {arguments['t']}.")
         merged = slerp_magic(*task_vectors(base, experts, dtype))
         return merged if base is None else base.to(dtype) + merged
     if base is not None and len(experts) == 1:

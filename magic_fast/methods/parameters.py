@@ -178,7 +178,7 @@ def _task(
     """A method on task vectors: weight, lambda, normalize and, where it trims, rescale."""
     common = [_WEIGHT, *extra, scale or _lambda(), _flag("normalize", normalize)]
     if name.endswith("ties") or name == "della":
-        common.append(_VOTE)
+        common += [_VOTE, _REDUCE]
     if extra:
         common.append(
             ParameterSpec("rescale", kind="rescale", default=random_trim, random_trim=random_trim)
@@ -188,13 +188,17 @@ def _task(
 
 _EPSILON = ParameterSpec("epsilon", "per_model", default=0.15, low=0.0)
 _GAMMA = ParameterSpec("gamma", "per_model", default=0.01, low=0.0, high=1.0, high_open=True)
-_T = ParameterSpec("t", low=0.0, high=1.0, required=True)
+_T = ParameterSpec("t", low=0.0, high=1.0, required=True, preset_defaults={"magic": 0.5})
 _VOTE = ParameterSpec(
     "vote",
     kind="choice",
     choices=("mass", "count", "total", "frequency"),
     aliases=("majority_sign_method",),
 )  # absent: the preset's own rule; total and frequency are PEFT's words for mass and count
+_REDUCE = ParameterSpec(
+    "reduce", kind="choice", choices=("sum", "mean", "weighted_mean", "max")
+)  # absent: by normalize, or the preset's own rule
+_PER_ROW = _flag("per_row", False)
 _RAM_EPSILON = _number("epsilon", 1e-5, 0.0)
 _TIES_LAMBDA = _lambda(1.0, fusion_bench=0.3)
 _SUM_LAMBDA = _lambda(1.0, fusion_bench=0.3, magic=0.3)
@@ -210,7 +214,8 @@ _ROWS = (
     _task("della_linear", _density(0.5), _EPSILON, random_trim=True),
     _task("breadcrumbs", _density(0.9), _GAMMA),
     _task("breadcrumbs_ties", _density(0.9), _GAMMA),
-    MethodSpec("slerp", (_T,), max_experts=1, available=True),
+    _task("magnitude_prune", _density(0.5)),
+    MethodSpec("slerp", (_T, _PER_ROW), max_experts=1, available=True),
     MethodSpec(
         "passthrough", (ParameterSpec("scale", "per_model", default=1.0),),
         base="none", max_experts=1, available=True,
