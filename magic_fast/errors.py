@@ -1,6 +1,8 @@
-"""Errors of magic_fast. The class tells whose fault it was; the command line maps it to an exit code.
+"""Errors of magic_fast. The class tells whose fault it was; the command line maps it to an exit
+code.
 
-Every message reads: *what is wrong* for *which tensor or file*: expected *x*, got *y*. *What to do.*
+Every message reads: *what is wrong* for *which tensor or file*: expected *x*, got *y*. *What to
+do.*
 """
 
 from __future__ import annotations

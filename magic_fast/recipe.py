@@ -1,7 +1,8 @@
-"""What a merge does, as data: frozen dataclasses and enums, and the checks of one field against another.
+"""What a merge does, as data: frozen dataclasses and enums, and the checks of one field against
+another.
 
-A method is a :class:`Recipe`; a backend runs any recipe. The stages, in order, for one tensor with experts
-``θ_k`` and task vectors ``τ_k = θ_k − θ_0``::
+A method is a :class:`Recipe`; a backend runs any recipe. The stages, in order, for one tensor with
+experts ``θ_k`` and task vectors ``τ_k = θ_k − θ_0``::
 
     trim → rescale → weight → vote → contributors → reduce → consensus → scale
 
@@ -20,7 +21,8 @@ from magic_fast.errors import InputError
 
 
 class _Word(str, Enum):
-    """An enum whose members are their own words, so that a string is accepted at the public edge."""
+    """An enum whose members are their own words, so that a string is accepted at the public
+    edge."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -144,19 +146,23 @@ def _check(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Trim:
-    """Which entries of each expert's task vector stay. Per-expert fields have one number per expert.
+    """Which entries of each expert's task vector stay. Per-expert fields have one number per
+    expert.
 
     Attributes:
         rule: the trim.
-        density: kept fraction q of each expert, in (0, 1]; q = 1 keeps all and skips every other check.
+        density: kept fraction q of each expert, in (0, 1]; q = 1 keeps all and skips every other
+            check.
         gamma: Breadcrumbs: share of the very largest entries that is dropped.
         epsilon: DELLA: half the range of the keep probability.
         count_rule, tie_rule, scope: see the enums.
         min_kept: with ``CountRule.FLOOR`` the least number kept (1; PEFT: 0).
         seed: of the counter-based generator (random and ranked trims).
         rank_dim1: DELLA ranks within each ``x[i]`` flattened (a 1-D tensor is one row); True: along
-            dimension 1 alone, whatever the rank (mergekit's rule, different from three dimensions on).
-        empty_band_zeroes: mergekit 0.1.4's fault: a band without outliers (⌊γ·n⌋ = 0) keeps nothing.
+            dimension 1 alone, whatever the rank (mergekit's rule, different from three dimensions
+            on).
+        empty_band_zeroes: mergekit 0.1.4's fault: a band without outliers (⌊γ·n⌋ = 0) keeps
+            nothing.
     """
 
     rule: TrimRule = TrimRule.NONE
@@ -176,7 +182,10 @@ class Trim:
             return
         for k, q in enumerate(self.density):
             if self.rule is TrimRule.STD:
-                _check(q >= 0 and math.isfinite(q), f"threshold of expert {k}: expected >= 0, got {q!r}.")
+                _check(
+                    q >= 0 and math.isfinite(q),
+                    f"threshold of expert {k}: expected >= 0, got {q!r}.",
+                )
                 continue
             _check(
                 isinstance(q, int | float) and 0 < q <= 1,
@@ -189,12 +198,15 @@ class Trim:
                 e = self.epsilon[k]
                 _check(
                     0 <= e and 0 < q - e and q + e < 1,
-                    f"epsilon of expert {k}: expected 0 < density − epsilon and density + epsilon < 1, "
+                    f"epsilon of expert {k}: expected 0 < density − epsilon and density + "
+                    "epsilon < 1, "
                     f"got density {q!r} and epsilon {e!r}.",
                 )
             if self.rule is TrimRule.BAND:
                 g = self.gamma[k]
-                _check(0 <= g < 1, f"gamma of expert {k}: expected a fraction in [0, 1), got {g!r}.")
+                _check(
+                    0 <= g < 1, f"gamma of expert {k}: expected a fraction in [0, 1), got {g!r}."
+                )
 
     def active(self, k: int) -> bool:
         """Whether expert ``k`` loses any entry at all under this trim (a density of 1 skips it)."""
@@ -236,7 +248,8 @@ class Trim:
 
 @dataclass(frozen=True)
 class Consensus:
-    """Keep coordinates that enough tasks need: |τ_t| > λ_t·|Δ − τ_t| for at least ``min_tasks`` of them.
+    """Keep coordinates that enough tasks need: |τ_t| > λ_t·|Δ − τ_t| for at least ``min_tasks`` of
+    them.
 
     ``given=True``: the task masks are fed in instead of computed.
     """
@@ -287,8 +300,13 @@ class Recipe:
             "contributors='agreeing': expected a vote, got vote='none'.",
         )
         _check(
-            not (t.rule is TrimRule.GIVEN and self.rescale is Rescale.KEEP_PROBABILITY and len(t.density) != k),
-            "rescale='keep_probability' with given masks: expected their density, got none. Pass density=.",
+            not (
+                t.rule is TrimRule.GIVEN
+                and self.rescale is Rescale.KEEP_PROBABILITY
+                and len(t.density) != k
+            ),
+            "rescale='keep_probability' with given masks: expected their density, got none. "
+            "Pass density=.",
         )
 
     @property
@@ -349,18 +367,16 @@ class Selection:
     @staticmethod
     def keep_everything(num_experts: int, numel: int) -> Selection:
         k = num_experts
-        return Selection(
-            (0.0,) * k, (numel,) * k, (math.inf,) * k, (0,) * k, (1.0,) * k, 0
-        )
+        return Selection((0.0,) * k, (numel,) * k, (math.inf,) * k, (0,) * k, (1.0,) * k, 0)
 
 
 @dataclass(frozen=True)
 class RowCalibration:
     """WSC resolved for one tensor: what the kernels need (METHODS §5).
 
-    ``direction`` is never AUTO here. ``rows`` × ``cols`` is the row view of the tensor: ``axes`` moved
-    to the front and flattened, everything else flattened behind (a 1-D tensor is [n, 1]). Where
-    ``axes`` are the leading ones in order, that is the contiguous tensor itself.
+    ``direction`` is never AUTO here. ``rows`` × ``cols`` is the row view of the tensor: ``axes``
+    moved to the front and flattened, everything else flattened behind (a 1-D tensor is [n, 1]).
+    Where ``axes`` are the leading ones in order, that is the contiguous tensor itself.
     ``included`` says which experts count (those of weight 0 are left out); empty means all.
     """
 
@@ -380,7 +396,8 @@ class RowCalibration:
 
 
 def stream_of(name: str) -> int:
-    """Philox stream of a tensor: little-endian u64 of BLAKE2b-64 of the UTF-8 output name ('' if bare).
+    """Philox stream of a tensor: little-endian u64 of BLAKE2b-64 of the UTF-8 output name ('' if
+    bare).
 
     >>> hex(stream_of("model.layers.0.mlp.up_proj.weight"))
     '0x345b65baf420f1e5'

@@ -30,7 +30,8 @@ def calibrate_weights(
     nonfinite: str = "error",
     name: str = "",
 ) -> tuple[Any, CalibrationReport]:
-    """The merged model with the magnitudes of its rows restored: base + ξ_r·(merged − base) (METHODS §5).
+    """The merged model with the magnitudes of its rows restored: base + ξ_r·(merged − base)
+    (METHODS §5).
 
     Args:
         base: tensor, state dict or module; None where ``experts`` and ``merged`` are task vectors.
@@ -42,7 +43,8 @@ def calibrate_weights(
         out: takes the result; default: new, dtype of ``merged``.
 
     Returns:
-        (calibrated, report): the same kind as ``merged``; tensors that are not calibrated are copied.
+        (calibrated, report): the same kind as ``merged``; tensors that are not calibrated are
+        copied.
 
     >>> base, merged = torch.zeros(1, 2), torch.tensor([[0.5, 0.5]])
     >>> experts = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]

@@ -65,7 +65,8 @@ def _check_out(out: str | Path) -> str:
     if path.suffix == ".safetensors":
         if path.exists():
             raise OutputError(
-                f"output file {str(path)!r}: expected none of that name, got one. Remove it, or name another."
+                f"output file {str(path)!r}: expected none of that name, got one. Remove it, "
+                "or name another."
             )
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(
@@ -98,7 +99,8 @@ def plan_checkpoints(
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
     allow_embedding_truncation: bool = False,
 ) -> MergePlan:
-    """Everything a merge would do, checked, before any data is read. Arguments as of :func:`merge_checkpoints`."""
+    """Everything a merge would do, checked, before any data is read. Arguments as of
+    :func:`merge_checkpoints`."""
     from magic_fast.engine.run import check_device
 
     settings = read_config(config)
@@ -117,7 +119,9 @@ def plan_checkpoints(
         )
         warnings = list(settings.warnings)
         if calibration is not None and max((len(s.experts) for s in steps), default=0) == 1:
-            warnings.append("calibrating the merge of one expert gives back a full-size task vector")
+            warnings.append(
+                "calibrating the merge of one expert gives back a full-size task vector"
+            )
         plan = MergePlan(
             settings.merge_method,
             steps,
@@ -164,7 +168,8 @@ def merge_checkpoints(
         seed: of the random trims, instead of the configuration's.
         compat: ``"mergekit-0.1.4"`` matches that release's faults.
         calibrate: ``"wsc"`` or settings, instead of the configuration's block.
-        allow_embedding_truncation: cut embeddings of unequal vocabularies to the leading rows all have.
+        allow_embedding_truncation: cut embeddings of unequal vocabularies to the leading rows all
+            have.
         nonfinite: ``error`` or ``propagate``.
         progress: called with :class:`Progress` after each batch of tensors.
 
@@ -243,12 +248,19 @@ def _write_small_files(plan: MergePlan, report: MergeReport, output: OutputFolde
         "backend": report.backend,
         "recipe": plan.recipe_text,
         "inputs": [
-            {"model": reference, "file": Path(f.path).name, "size": f.size, "header_sha256": f.header_hash}
+            {
+                "model": reference,
+                "file": Path(f.path).name,
+                "size": f.size,
+                "header_sha256": f.header_hash,
+            }
             for reference, model in plan.models.items()
             for f in model.files
         ],
         "tensors": [
-            {k: v for k, v in vars(t).items() if k != "shape"} for t in report.tensors if t.calibrated
+            {k: v for k, v in vars(t).items() if k != "shape"}
+            for t in report.tensors
+            if t.calibrated
         ],
         "warnings": report.warnings,
     }
@@ -268,7 +280,8 @@ def calibrate_checkpoints(
     nonfinite: str = "error",
     progress: ProgressCall | None = None,
 ) -> MergeReport:
-    """WSC on a checkpoint that any other tool merged; everything else as in :func:`merge_checkpoints`.
+    """WSC on a checkpoint that any other tool merged; everything else as in
+    :func:`merge_checkpoints`.
 
     Args:
         base, experts, merged: folders or ``.safetensors`` files of one architecture.

@@ -63,20 +63,24 @@ def merge(
     details: bool = False,
     **method_params: Any,
 ) -> Any:
-    """The experts of one base merged into one model: base + scale·Δ, calibrated row by row on request.
+    """The experts of one base merged into one model: base + scale·Δ, calibrated row by row on
+    request.
 
     Args:
-        base: tensor, state dict or module; None for the methods on whole models (``linear``, ``passthrough``).
-        experts: K of the same kind (tensors may be one stacked [K, …] tensor). float32, float16, bfloat16 in any
-            mix; float64 runs in double precision. Integer tensors must agree and are copied.
-        method: see ``magic-fast methods`` and METHODS; ``ties`` by default.
+        base: tensor, state dict or module; None for the methods on whole models (``linear``,
+            ``passthrough``).
+        experts: K of the same kind (tensors may be one stacked [K, …] tensor). float32, float16,
+            bfloat16 in any mix; float64 runs in double precision. Integer tensors must agree and
+            are copied.
+        method: ``ties`` by default; docs/methods.md lists them all.
         weights: per-expert factor, one number or K.
         scale: factor on the merged task vector; None: the method's own default.
         calibrate: None, ``"wsc"`` or a :class:`WeightCalibration`.
-        preset: reproduce ``mergekit``, ``peft``, ``ties_merging``, ``fusion_bench``, ``magic`` or ``sd_mecha``
-            exactly; None: our defaults.
+        preset: reproduce ``mergekit``, ``peft``, ``ties_merging``, ``fusion_bench``, ``magic`` or
+            ``sd_mecha`` exactly; None: our defaults.
         backend: ``native``, ``torch``; None chooses.
-        out: tensor or state dict that takes the result; it overlaps no input. Default: new, dtype of the base.
+        out: tensor or state dict that takes the result; it overlaps no input. Default: new, dtype
+            of the base.
         nonfinite: ``"error"`` or ``"propagate"``.
         row_axis: axis of the output units for calibration (default 0).
         masks: K keep masks (or None) that replace the draw of a random trim.
@@ -95,8 +99,8 @@ def merge(
         BackendError: the backend asked for cannot run this.
 
     >>> base = torch.zeros(4)
-    >>> merge(base, [torch.tensor([1.0, 0, 0, -2]), torch.tensor([3.0, 0, 0, 2])], "ties", density=1.0)
-    tensor([2., 0., 0., 2.])
+    >>> merge(base, [torch.tensor([1.0, 0, 0, -2]), torch.tensor([3.0, 0, 0, 2])], "ties",
+    density=1.0) tensor([2., 0., 0., 2.])
     """
     models = models_of(experts, "experts")
     start = None if base is None else state_dict_of(base, "base")
@@ -108,12 +112,25 @@ def merge(
         )
     if base is not None and spec.base == "none":
         raise InputError(
-            f"base for method {method!r}: expected None, got a model. This method works on whole models: "
+            f"base for method {method!r}: expected None, got a model. This method works on "
+            "whole models: "
             "pass base=None and the base among the experts."
         )
     given = {"weights": _numbers(weights), "scale": scale, **method_params}
     call = _resolve(
-        method, given, len(models), calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details
+        method,
+        given,
+        len(models),
+        calibrate,
+        preset,
+        backend,
+        nonfinite,
+        row_axis,
+        masks,
+        name,
+        seed,
+        compat,
+        details,
     )
     if base is None and call.calibration is not None:
         raise InputError(
@@ -146,7 +163,8 @@ def merge_task_vectors(
 
     Args:
         task_vectors: list of tensors or state dicts, or one stacked [K, …] tensor.
-        weights: number, K numbers, or a 1-D tensor whose dtype promotes the result under preset ``peft``.
+        weights: number, K numbers, or a 1-D tensor whose dtype promotes the result under preset
+            ``peft``.
 
     Everything else as in :func:`merge`. The result has the dtype of the first task vector.
 
@@ -156,7 +174,19 @@ def merge_task_vectors(
     models = models_of(task_vectors, "task_vectors")
     given = {"weights": _numbers(weights), "scale": scale, **method_params}
     call = _resolve(
-        method, given, len(models), calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details
+        method,
+        given,
+        len(models),
+        calibrate,
+        preset,
+        backend,
+        nonfinite,
+        row_axis,
+        masks,
+        name,
+        seed,
+        compat,
+        details,
     )
     promoted = weights.dtype if preset == "peft" and isinstance(weights, Tensor) else None
     return _run(None, models, call, out, promote=promoted)
@@ -189,10 +219,13 @@ def _resolve(
         arguments["seed"] = seed or 0
         recipe = build_recipe(method, num_experts, arguments, preset=preset, compat=compat)
     if seed is not None and (recipe is None or not recipe.trim.is_random):
-        raise InputError(f"seed for method {method!r}: expected none, got {seed}. Nothing in it is random.")
+        raise InputError(
+            f"seed for method {method!r}: expected none, got {seed}. Nothing in it is random."
+        )
     if masks is not None and (recipe is None or not recipe.trim.is_random):
         raise InputError(
-            f"masks for method {method!r}: expected none, got some. They replace the draw of a random trim; "
+            f"masks for method {method!r}: expected none, got some. They replace the draw of "
+            "a random trim; "
             "here nothing is random."
         )
     if calibration is not None and num_experts == 1:
@@ -200,7 +233,17 @@ def _resolve(
     if backend is None and details:
         backend = "torch"
     return _Call(
-        method, arguments, recipe, calibration, preset, backend, nonfinite, name, row_axis, masks, details
+        method,
+        arguments,
+        recipe,
+        calibration,
+        preset,
+        backend,
+        nonfinite,
+        name,
+        row_axis,
+        masks,
+        details,
     )
 
 
@@ -282,7 +325,14 @@ def _job(
         )
     recipe = call.recipe or Recipe(weights=weights)
     return Job(
-        base, experts, recipe, out, name, masks=k_masks, calibration=calibration, details=call.details
+        base,
+        experts,
+        recipe,
+        out,
+        name,
+        masks=k_masks,
+        calibration=calibration,
+        details=call.details,
     )
 
 

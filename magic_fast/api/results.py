@@ -10,14 +10,16 @@ from torch import Tensor
 
 @dataclass
 class MergeResult:
-    """A merge with its decisions (``details=True``). For state dicts every field but ``merged`` is a dict by name.
+    """A merge with its decisions (``details=True``). For state dicts every field but ``merged`` is
+    a dict by name.
 
     Attributes:
         merged: the result, as without ``details``.
         keep_masks: K bool masks, or None where nothing was trimmed.
         elected_sign: int8 sign per element, or None without a vote.
         thresholds: K smallest kept magnitudes (0: everything kept).
-        keep_probability: K keep probabilities of a random trim (numbers; tensors for DELLA), or None.
+        keep_probability: K keep probabilities of a random trim (numbers; tensors for DELLA), or
+            None.
         rescale_factors: K factors on the kept entries.
         coefficients: raw ξ per row (float32), or None where the tensor is not calibrated.
     """

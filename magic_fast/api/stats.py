@@ -1,4 +1,5 @@
-"""Measurements: norms, cosines, sign conflicts, magnitude deviations, and the primitives for other libraries."""
+"""Measurements: norms, cosines, sign conflicts, magnitude deviations, and the primitives for other
+libraries."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ class TensorStatistics:
         cosines: K × K cosines between task vectors (0 where one is zero).
         sign_conflict: share of elements where two experts pull to opposite sides.
         merged_norm: ‖Δ‖_F of the merged model, or None.
-        magnitude: ‖Δ‖_F ÷ mean_k ‖τ_k‖_F, 1 where the merge kept the experts' magnitude; None without a
-            merged model or where all experts are zero.
+        magnitude: ‖Δ‖_F ÷ mean_k ‖τ_k‖_F, 1 where the merge kept the experts' magnitude; None
+            without a merged model or where all experts are zero.
         row_deviation: mean over rows of | ‖Δ_r‖ ÷ mean_k ‖τ_{k,r}‖ − 1 |, or None.
     """
 
@@ -62,7 +63,9 @@ def statistics_of(
         gram = stacked @ stacked.transpose(1, 2)
         norm2 = reference.task_vectors(base, [other], dtype)[0].double().square().sum().reshape(1)
     else:
-        gram, _, norm2 = ops.row_stats(Job(base, experts, recipe, name=name), other, backend="torch")
+        gram, _, norm2 = ops.row_stats(
+            Job(base, experts, recipe, name=name), other, backend="torch"
+        )
     total = gram.sum(0)
     norms = total.diagonal().sqrt()
     scale = norms[:, None] * norms[None, :]
@@ -187,4 +190,5 @@ def row_norms(x: Tensor, p: float = 2, *, row_axis: int = 0) -> Tensor:
     """
     from magic_fast.reference.calibration import row_view
 
-    return torch.linalg.vector_norm(row_view(x, (row_axis,)).double(), p, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(row_view(x, (row_axis,)).double(), p, dim=-1)
+    return norms

@@ -1,4 +1,5 @@
-"""From a configuration to the steps of a plan: sources looked up, parameters to recipes, shapes checked."""
+"""From a configuration to the steps of a plan: sources looked up, parameters to recipes, shapes
+checked."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def steps_of(
     compat: str | None,
     allow_truncation: bool,
 ) -> tuple[list[Step], int | None]:
-    """One step per output tensor, and the number of rows embeddings were cut to (None: none were)."""
+    """One step per output tensor, and the number of rows embeddings were cut to (None: none
+    were)."""
     layout = resolve_layout(config, {name: View(c) for name, c in models.items()})
     if calibration is not None:
         calibration.check_names(t.name for t in layout)
@@ -124,7 +126,11 @@ class _Builder:
         recipe = None
         if config.merge_method not in METHODS_WITHOUT_RECIPE:
             recipe = build_recipe(
-                config.merge_method, len(experts), arguments, preset=config.preset, compat=self._compat
+                config.merge_method,
+                len(experts),
+                arguments,
+                preset=config.preset,
+                compat=self._compat,
             )
         weights = recipe.weights if recipe is not None else (1.0,) * len(experts)
         resolved = None

@@ -36,7 +36,9 @@ def models_of(values: object, what: str) -> list[Tensors]:
     """A list of tensors or state dicts; one stacked [K, …] tensor is taken apart without a copy."""
     if isinstance(values, Tensor):
         if values.dim() == 0:
-            raise InputError(f"{what}: expected a list or a stacked [K, …] tensor, got a 0-d tensor.")
+            raise InputError(
+                f"{what}: expected a list or a stacked [K, …] tensor, got a 0-d tensor."
+            )
         return list(values.unbind(0))
     if isinstance(values, Mapping) or not isinstance(values, Sequence):
         raise InputError(
@@ -56,7 +58,8 @@ class Named:
         for what, model in models:
             if isinstance(model, Tensor) != self.bare:
                 raise InputError(
-                    f"{what}: expected {'a tensor' if self.bare else 'a state dict'} like {models[0][0]}, "
+                    f"{what}: expected {'a tensor' if self.bare else 'a state dict'} like "
+                    f"{models[0][0]}, "
                     f"got {'a tensor' if isinstance(model, Tensor) else 'a state dict'}."
                 )
             self._dicts.append((what, {"": model} if isinstance(model, Tensor) else model))
@@ -87,7 +90,8 @@ class Named:
         return [tensors[name] for _, tensors in self._dicts]
 
     def copied(self, name: str) -> Tensor | None:
-        """For an integer or boolean tensor: the one value all models agree on. None: it is to be merged."""
+        """For an integer or boolean tensor: the one value all models agree on. None: it is to be
+        merged."""
         row = self.row(name)
         if row[0].is_floating_point():
             return None
@@ -96,7 +100,8 @@ class Named:
         for (what, _), other in zip(self._dicts[1:], row[1:], strict=True):
             if other.dtype != row[0].dtype or not torch.equal(other, row[0]):
                 raise InputError(
-                    f"integer tensor '{name}' in {what}: expected the values of {self._dicts[0][0]}, "
+                    f"integer tensor '{name}' in {what}: expected the values of "
+                    f"{self._dicts[0][0]}, "
                     "got others. Integer tensors are not merged; they must agree."
                 )
         return row[0]

@@ -45,10 +45,12 @@ def trim(
 
     Args:
         x: floating tensor, any shape.
-        rule: ``magnitude`` (exactly max(1, ⌊q·n⌋) largest), ``magnitude_plus_one`` (ties-merging, MAGIC: everything
-            at or above the (n − ⌊q·n⌋)-th smallest), ``magnitude_complement`` (sd-mecha), ``magnitude_drop``
-            (strictly above the ⌊(1−q)·n⌋-th smallest: MAGIC's magnitude DARE), ``random``, ``ranked``, ``band``,
-            ``std`` (q = multiples of the deviation), ``norm_fraction`` (q = share of the squared norm).
+        rule: ``magnitude`` (exactly max(1, ⌊q·n⌋) largest), ``magnitude_plus_one`` (ties-merging,
+            MAGIC: everything at or above the (n − ⌊q·n⌋)-th smallest), ``magnitude_complement``
+                (sd-mecha),
+            ``magnitude_drop`` (strictly above the ⌊(1−q)·n⌋-th smallest: MAGIC's magnitude DARE),
+            ``random``, ``ranked``, ``band``, ``std`` (q = multiples of the deviation),
+            ``norm_fraction`` (q = share of the squared norm).
         q: kept fraction in (0, 1].
         relative_to: magnitudes are taken of x ÷ relative_to.
         side: ``"largest"``, or ``"smallest"`` to keep everything at or below the same threshold.

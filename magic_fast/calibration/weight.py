@@ -1,4 +1,5 @@
-"""What to calibrate and how: the public settings of WSC, and their resolution for one tensor (METHODS §5)."""
+"""What to calibrate and how: the public settings of WSC, and their resolution for one tensor
+(METHODS §5)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, V
 
 # Embeddings and heads: their rows are tokens or classes, not units of a hidden layer.
 _EMBEDDING_OR_HEAD = re.compile(
-    r"(^|\.)([a-z0-9_]*embed[a-z0-9_]*|wte|wpe|shared|lm_head|classifier|score)(\.|$)", re.IGNORECASE
+    r"(^|\.)([a-z0-9_]*embed[a-z0-9_]*|wte|wpe|shared|lm_head|classifier|score)(\.|$)",
+    re.IGNORECASE,
 )
 # Architectures whose projections are stored [in, out] (transformers' Conv1D).
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -23,14 +25,16 @@ _EXPERT_STACK = re.compile(r"(^|\.)experts(\.|$)")
 
 
 def is_calibratable_magic(name: str, shape: Sequence[int]) -> bool:
-    """The authors' rule: any name with "conv", else 2-D with "weight" and without the substring "ln"."""
+    """The authors' rule: any name with "conv", else 2-D with "weight" and without the substring
+    "ln"."""
     if "conv" in name:
         return len(shape) >= 1
     return "weight" in name and "ln" not in name and len(shape) == 2
 
 
 def is_calibratable_general(name: str, shape: Sequence[int]) -> bool:
-    """Every weight of two or more dimensions except embeddings and heads; a bare tensor ('') of two or more.
+    """Every weight of two or more dimensions except embeddings and heads; a bare tensor ('') of
+    two or more.
 
     >>> is_calibratable_general("model.layers.0.mlp.up_proj.weight", (8, 4))
     True
@@ -44,8 +48,9 @@ def is_calibratable_general(name: str, shape: Sequence[int]) -> bool:
 class TensorFilter:
     """Tensor selection by regular expressions (``re.search``) on top of the general rule.
 
-    A name that matches any of ``exclude`` is out; else one that matches any of ``include`` is in, whatever the
-    general rule says of embeddings and heads; with no ``include`` the general rule decides.
+    A name that matches any of ``exclude`` is out; else one that matches any of ``include`` is in,
+    whatever the general rule says of embeddings and heads; with no ``include`` the general rule
+    decides.
     """
 
     include: tuple[str, ...] = ()
@@ -57,7 +62,8 @@ class TensorFilter:
                 re.compile(pattern)
             except re.error as e:
                 raise InputError(
-                    f"pattern {pattern!r} of calibration tensors: expected a regular expression, got an "
+                    f"pattern {pattern!r} of calibration tensors: expected a regular "
+                    "expression, got an "
                     f"error: {e}. Escape special characters with a backslash."
                 ) from None
 
@@ -74,7 +80,8 @@ class WeightCalibration:
     """Settings of the weight-space calibration (WSC) of MAGIC, arXiv 2512.19320.
 
     Attributes:
-        variant: ``manifold`` (the paper's), ``manifold_exact``, ``sphere``, ``spectral`` (per tensor).
+        variant: ``manifold`` (the paper's), ``manifold_exact``, ``sphere``, ``spectral`` (per
+            tensor).
         granularity: ``row`` or ``tensor``. ``spectral`` per row is ``sphere`` with p = 2.
         p: norm of ``sphere``: an integer ≥ 1 or infinity.
         eps_mode: ``relative`` (scale-free), ``absolute`` (the authors' 1e-8s), ``none``.
@@ -84,8 +91,8 @@ class WeightCalibration:
         scale: factor on calibrated rows besides ξ (ξ itself cancels any factor of the merge).
         tensors: ``"general"``, ``"magic"`` (the authors' name rule) or a :class:`TensorFilter`.
         direction: ``auto`` follows ``sensitive``; ``free``, ``grow`` and ``shrink`` force one side.
-        sensitive: names of tensors that may only shrink while all others may only grow; None: two-sided;
-            an empty list is a list.
+        sensitive: names of tensors that may only shrink while all others may only grow; None:
+            two-sided; an empty list is a list.
         row_axis: axis (or axes) of output units; None: by the model's layout, else 0.
 
     >>> WeightCalibration(variant="sphere", p=1).variant
@@ -104,7 +111,9 @@ class WeightCalibration:
     direction: Direction = Direction.AUTO
     sensitive: tuple[str, ...] | None = None
     row_axis: int | tuple[int, ...] | None = None
-    _sensitive_set: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
+    _sensitive_set: frozenset[str] = field(
+        init=False, repr=False, compare=False, default=frozenset()
+    )
 
     def __post_init__(self) -> None:
         for name, kind in (("variant", Variant), ("eps_mode", EpsMode), ("direction", Direction)):
@@ -121,18 +130,22 @@ class WeightCalibration:
             low, high = (float(x) for x in self.clamp)
             if not 0 <= low <= high:
                 raise InputError(
-                    f"calibration clamp: expected (low, high) with 0 <= low <= high, got {self.clamp!r}."
+                    "calibration clamp: expected (low, high) with 0 <= low <= high, got "
+                    f"{self.clamp!r}."
                 )
             object.__setattr__(self, "clamp", (low, high))
         for name in ("strength", "scale"):
             if not math.isfinite(getattr(self, name)):
-                raise InputError(f"calibration {name}: expected a finite number, got {getattr(self, name)!r}.")
+                raise InputError(
+                    f"calibration {name}: expected a finite number, got {getattr(self, name)!r}."
+                )
         if isinstance(self.tensors, str) and self.tensors not in ("general", "magic"):
             raise InputError(
-                f"calibration tensors: expected 'general', 'magic' or a TensorFilter, got {self.tensors!r}."
+                "calibration tensors: expected 'general', 'magic' or a TensorFilter, got "
+                f"{self.tensors!r}."
             )
         if self.sensitive is not None:
-            if isinstance(self.sensitive, str):
+            if isinstance(self.sensitive, str):  # type: ignore[unreachable]
                 raise InputError(
                     f"calibration sensitive: expected a list of tensor names, got the string "
                     f"{self.sensitive!r}. Read a file of scores with sensitive_from_file()."
@@ -155,7 +168,8 @@ class WeightCalibration:
         unknown = [n for n in self.sensitive or () if n not in known]
         if unknown:
             raise InputError(
-                f"sensitive tensor {unknown[0]!r}: expected a tensor of the model, got an unknown name"
+                f"sensitive tensor {unknown[0]!r}: expected a tensor of the model, got an "
+                "unknown name"
                 f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
                 "Check the list against the model's tensor names."
             )
@@ -213,7 +227,8 @@ class WeightCalibration:
             for a in axes:
                 if not -dims <= a < dims:
                     raise InputError(
-                        f"row_axis for {name or 'the tensor'}: expected an axis of a {dims}-dimensional "
+                        f"row_axis for {name or 'the tensor'}: expected an axis of a "
+                        f"{dims}-dimensional "
                         f"tensor, got {a}."
                     )
             return tuple(a % dims for a in axes)
@@ -233,8 +248,9 @@ def _word(kind: type, value: object, what: str) -> object:
 
 
 def sensitive_from_file(path: str | Path, top: int = 10) -> tuple[str, ...]:
-    """The ``top`` most sensitive names of a JSON file: either a list of names, or {name: score} where a lower
-    score is worse (the accuracy that remains when the tensor's task vector grows by 10 %)."""
+    """The ``top`` most sensitive names of a JSON file: either a list of names, or {name: score}
+    where a lower score is worse (the accuracy that remains when the tensor's task vector grows by
+    10 %)."""
     try:
         data = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as e:
@@ -242,7 +258,9 @@ def sensitive_from_file(path: str | Path, top: int = 10) -> tuple[str, ...]:
     if isinstance(data, list) and all(isinstance(n, str) for n in data):
         return tuple(data)
     scores = data.get("scores", data) if isinstance(data, dict) else data
-    if not isinstance(scores, Mapping) or not all(isinstance(v, int | float) for v in scores.values()):
+    if not isinstance(scores, Mapping) or not all(
+        isinstance(v, int | float) for v in scores.values()
+    ):
         raise InputError(
             f"sensitive list {str(path)!r}: expected a list of names or an object of name: score, "
             f"got {type(data).__name__}."
@@ -250,7 +268,9 @@ def sensitive_from_file(path: str | Path, top: int = 10) -> tuple[str, ...]:
     return tuple(sorted(scores, key=lambda n: scores[n])[:top])
 
 
-def as_calibration(value: str | WeightCalibration | Mapping[str, object] | None) -> WeightCalibration | None:
+def as_calibration(
+    value: str | WeightCalibration | Mapping[str, object] | None,
+) -> WeightCalibration | None:
     """None, ``"wsc"`` (the defaults), settings, or a mapping of them."""
     if value is None or isinstance(value, WeightCalibration):
         return value

@@ -1,4 +1,5 @@
-"""A merge of checkpoints as data: for each output tensor its sources, what to do, and its place. No torch here."""
+"""A merge of checkpoints as data: for each output tensor its sources, what to do, and its place.
+No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class Input:
-    """One stored tensor: ``model`` as the user named it; ``shape`` may be cut to the leading rows."""
+    """One stored tensor: ``model`` as the user named it; ``shape`` may be cut to the leading
+    rows."""
 
     model: str
     info: TensorInfo
@@ -131,7 +133,8 @@ class MergePlan:
 
     @property
     def peak_memory(self) -> int:
-        """Buffers at the worst moment: three batches of tensors in flight and the float32 work space."""
+        """Buffers at the worst moment: three batches of tensors in flight and the float32 work
+        space."""
         from magic_fast.engine.run import peak_memory
 
         return peak_memory(self.steps)
@@ -146,7 +149,8 @@ class MergePlan:
             "input_bytes": self.input_bytes,
             "output_bytes": self.output_bytes,
             "shards": [
-                {"file": s.file, "bytes": s.file_size, "tensors": len(s.tensors)} for s in self.shards
+                {"file": s.file, "bytes": s.file_size, "tensors": len(s.tensors)}
+                for s in self.shards
             ],
             "peak_memory_bytes": self.peak_memory,
             "disk_needed_bytes": self.disk_needed,
@@ -192,7 +196,8 @@ def common_shape(
     for other in inputs:
         if other.info.dtype not in FLOATS + _INTEGERS:
             raise InputError(
-                f"dtype of '{name}' in {other.model}: expected F64, F32, F16, BF16 or an integer type, got "
+                f"dtype of '{name}' in {other.model}: expected F64, F32, F16, BF16 or an "
+                "integer type, got "
                 f"{other.info.dtype}. Convert quantised checkpoints to one of these first."
             )
     shapes = {i.info.shape for i in inputs}
@@ -204,7 +209,8 @@ def common_shape(
     if embedding and same_inner and allow_truncation:
         return (min(s[0] for s in shapes), *first.info.shape[1:]), True
     advice = (
-        "Vocabularies differ: pass --allow-embedding-truncation to keep the leading rows that all have."
+        "Vocabularies differ: pass --allow-embedding-truncation to keep the leading rows "
+        "that all have."
         if embedding and same_inner
         else "All models must have the same architecture."
     )

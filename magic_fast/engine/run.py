@@ -25,7 +25,8 @@ _FLOAT32_COPIES = 3  # held beside the buffers while a threshold is looked for
 
 
 def batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
-    """Consecutive steps of about ``_BATCH_BYTES`` of input; a larger tensor is a batch of its own."""
+    """Consecutive steps of about ``_BATCH_BYTES`` of input; a larger tensor is a batch of its
+    own."""
     batch: list[Step] = []
     size = 0
     for step in steps:
@@ -40,9 +41,11 @@ def batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
 
 
 def peak_memory(steps: Sequence[Step]) -> int:
-    """Bytes of buffers at the worst moment: one batch being read, one merged, one written, and work space."""
+    """Bytes of buffers at the worst moment: one batch being read, one merged, one written, and
+    work space."""
     sizes = [
-        (sum(i.nbytes for s in b for i in s.inputs), sum(s.spec.nbytes for s in b)) for b in batches(steps)
+        (sum(i.nbytes for s in b for i in s.inputs), sum(s.spec.nbytes for s in b))
+        for b in batches(steps)
     ]
     most = 0
     for n, (read, written) in enumerate(sizes):
@@ -183,7 +186,8 @@ def check_device(device: str) -> str:
         raise InputError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:i', got {device!r}.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {device!r}: expected one of {torch.cuda.device_count()} CUDA devices of this machine. "
+            f"device {device!r}: expected one of {torch.cuda.device_count()} CUDA devices of "
+            "this machine. "
             "Use --device cpu, or check the driver with `magic-fast doctor`."
         )
     return device

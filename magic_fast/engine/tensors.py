@@ -41,7 +41,8 @@ def as_bytes(x: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, little-endian; the view keeps it alive."""
     if not x.numel():
         return memoryview(b"")
-    return memoryview(x.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+    array: Any = x.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
 
 
 class Worker:
@@ -54,11 +55,15 @@ class Worker:
         self._selections: dict[str, Selection] = {}
 
     def prepare(self, read: Callable[[Sequence[Step]], Buffers]) -> None:
-        """Thresholds over the whole model, where a trim has that scope: streamed, once per digit."""
+        """Thresholds over the whole model, where a trim has that scope: streamed, once per
+        digit."""
         steps = [
-            s for s in self._plan.steps
-            if s.recipe is not None and s.recipe.trim.by_magnitude and s.recipe.trim.scope is TrimScope.MODEL
-        ]  # fmt: skip
+            s
+            for s in self._plan.steps
+            if s.recipe is not None
+            and s.recipe.trim.by_magnitude
+            and s.recipe.trim.scope is TrimScope.MODEL
+        ]
         if not steps:
             return
         steps.sort(key=lambda s: s.name)
@@ -68,8 +73,10 @@ class Worker:
             assert step.recipe is not None
             if step.recipe.trim != recipe.trim:
                 raise InputError(
-                    f"trim of '{step.name}': expected the density of '{steps[0].name}', got another. "
-                    "A threshold over the whole model needs one density for all tensors of an expert."
+                    f"trim of '{step.name}': expected the density of '{steps[0].name}', got "
+                    "another. "
+                    "A threshold over the whole model needs one density for all tensors of "
+                    "an expert."
                 )
 
         def source() -> Iterator[tuple[Tensor | None, Sequence[Tensor]]]:
@@ -86,7 +93,8 @@ class Worker:
         self, step: Step, buffers: Sequence[bytearray]
     ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
         rows = [
-            tensor_of(i, b, step.cast, self._device) for i, b in zip(step.inputs, buffers, strict=True)
+            tensor_of(i, b, step.cast, self._device)
+            for i, b in zip(step.inputs, buffers, strict=True)
         ]
         merged = rows.pop() if step.merged is not None else None
         base = rows.pop(0) if step.base is not None else None
@@ -107,7 +115,9 @@ class Worker:
                 calibration=step.calibration, selection=self._selections.get(step.name),
             )  # fmt: skip
             if merged is not None:
-                stats = ops.calibrate(job, merged, backend=self._plan.backend, nonfinite=self._nonfinite)
+                stats = ops.calibrate(
+                    job, merged, backend=self._plan.backend, nonfinite=self._nonfinite
+                )
                 done[step.name] = (as_bytes(out), stats, stats.backend)
             elif step.recipe is None or (step.whole and step.calibration is not None):
                 stats = self._function(step, job)
@@ -116,7 +126,9 @@ class Worker:
                 if step.whole:
                     job.base = None
                 jobs[step.name] = job
-        found = ops.merge(list(jobs.values()), backend=self._plan.backend, nonfinite=self._nonfinite)
+        found = ops.merge(
+            list(jobs.values()), backend=self._plan.backend, nonfinite=self._nonfinite
+        )
         for (name, job), stats in zip(jobs.items(), found, strict=True):
             assert job.out is not None
             done[name] = (as_bytes(job.out), stats, stats.backend)
@@ -130,10 +142,13 @@ class Worker:
             base = job.base
             return FUNCTIONS[step.method](base, job.experts, step.arguments, step.preset)
 
-        return ops.run_function([job], merged, backend=self._plan.backend, nonfinite=self._nonfinite)[0]
+        return ops.run_function(
+            [job], merged, backend=self._plan.backend, nonfinite=self._nonfinite
+        )[0]
 
     def _copy(self, step: Step, buffers: Sequence[bytearray]) -> Any:
-        """The bytes of an integer tensor, which all must share; of a float tensor the first, in the output dtype."""
+        """The bytes of an integer tensor, which all must share; of a float tensor the first, in
+        the output dtype."""
         source = step.inputs[0]
         if source.info.dtype in FLOATS:
             return as_bytes(tensor_of(source, buffers[0], step.cast, "cpu").to(DTYPES[step.dtype]))

@@ -20,12 +20,15 @@ def find_method(name: str) -> MethodSpec:
         return spec
     if spec is not None:
         raise InputError(
-            f"method {name!r}: expected an available one, got one that is known but not available yet. "
+            f"method {name!r}: expected an available one, got one that is known but not "
+            "available yet. "
             f"Available: {', '.join(available)}."
         )
     close = difflib.get_close_matches(str(name), available, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"method {name!r}: expected one of {', '.join(available)}, got an unknown name.{hint}")
+    raise InputError(
+        f"method {name!r}: expected one of {', '.join(available)}, got an unknown name.{hint}"
+    )
 
 
 def python_name(spec: ParameterSpec) -> str:
@@ -42,7 +45,8 @@ def _value(spec: ParameterSpec, value: Any, num_experts: int, method: str, prese
         if not spec.accepts(item):
             where = f" of expert {i}" if many else ""
             raise InputError(
-                f"{python_name(spec)}{where} for method {method!r}: expected {spec.expected()}, got {item!r}."
+                f"{python_name(spec)}{where} for method {method!r}: expected "
+                f"{spec.expected()}, got {item!r}."
             )
     if per_model and spec.kind == "float":
         return per_expert(items if many else float(value), num_experts, python_name(spec))
@@ -58,7 +62,8 @@ def resolve_arguments(
         given: what the caller passed; None counts as absent.
 
     Raises:
-        InputError: unknown method, parameter or preset; a value out of range; a missing required one.
+        InputError: unknown method, parameter or preset; a value out of range; a missing required
+            one.
     """
     spec = find_method(method)
     check_preset(preset, method)
@@ -86,7 +91,9 @@ def resolve_arguments(
             continue
         default = p.default_for(preset)
         if default is None and p.required:
-            raise InputError(f"parameter {key!r} for method {method!r}: expected {p.expected()}, got none.")
+            raise InputError(
+                f"parameter {key!r} for method {method!r}: expected {p.expected()}, got none."
+            )
         if default is not None:
             resolved[key] = _value(p, default, num_experts, method, preset)
     return resolved

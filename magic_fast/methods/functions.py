@@ -1,5 +1,5 @@
-"""Methods that are no recipe: small functions over whole tensors. Each returns the merged tensor in float32
-(float64 for float64 inputs), before the final rounding and any calibration."""
+"""Methods that are no recipe: small functions over whole tensors. Each returns the merged tensor
+in float32 (float64 for float64 inputs), before the final rounding and any calibration."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ Function = Callable[[Tensor | None, Sequence[Tensor], Mapping[str, Any], str], T
 def _slerp(
     base: Tensor | None, experts: Sequence[Tensor], arguments: Mapping[str, Any], preset: str
 ) -> Tensor:
-    """Between the base and one expert, or between two task vectors (two whole models without a base)."""
+    """Between the base and one expert, or between two task vectors (two whole models without a
+    base)."""
     dtype = decision_dtype(base, experts)
     per_row = bool(arguments.get("per_row", False))
     if preset == "magic":
         if len(experts) != 2:
-            raise InputError(f"experts for method 'slerp' of preset 'magic': expected 2, got {len(experts)}.")
+            raise InputError(
+                f"experts for method 'slerp' of preset 'magic': expected 2, got {len(experts)}."
+            )
         if arguments["t"] != 0.5:
-            raise InputError(f"t for method 'slerp' of preset 'magic': expected 0.5, got {arguments['t']}.")
+            raise InputError(
+                f"t for method 'slerp' of preset 'magic': expected 0.5, got {arguments['t']}."
+            )
         merged = slerp_magic(*task_vectors(base, experts, dtype))
         return merged if base is None else base.to(dtype) + merged
     if base is not None and len(experts) == 1:

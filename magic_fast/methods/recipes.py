@@ -1,6 +1,8 @@
-"""From a method's name, its parameters and a preset to a :class:`~magic_fast.recipe.Recipe` (METHODS §1).
+"""From a method's name, its parameters and a preset to a :class:`~magic_fast.recipe.Recipe`
+(METHODS §1).
 
-A preset reproduces another system exactly; it changes stages of the recipe, never the loop that runs it.
+A preset reproduces another system exactly; it changes stages of the recipe, never the loop that
+runs it.
 """
 
 from __future__ import annotations
@@ -46,15 +48,18 @@ def _trim(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str | 
     rule = _TRIMS.get(method, TrimRule.NONE)
     if rule is TrimRule.NONE:
         return Trim()
-    numbers = {
-        name: per_expert(p[name], k, name) for name in ("density", "gamma", "epsilon") if name in p
-    }
+
+    def numbers(name: str) -> tuple[float, ...]:
+        return per_expert(p[name], k, name) if name in p else ()
+
     return Trim(
         rule=rule,
+        density=numbers("density"),
+        gamma=numbers("gamma"),
+        epsilon=numbers("epsilon"),
         seed=int(p.get("seed", 0)),
         rank_dim1=preset == "mergekit",
         empty_band_zeroes=compat == "mergekit-0.1.4",
-        **numbers,
     )
 
 
@@ -103,7 +108,9 @@ def _original_trim(trim: Trim, scope: TrimScope) -> Trim:
     )
 
 
-def _original_ties(scope: TrimScope, reduce: Reduce) -> Callable[[Recipe, str, Mapping[str, Any]], Recipe]:
+def _original_ties(
+    scope: TrimScope, reduce: Reduce
+) -> Callable[[Recipe, str, Mapping[str, Any]], Recipe]:
     """ties-merging's rules; FusionBench's and MAGIC's differ in scope and reduction."""
 
     def change(recipe: Recipe, method: str, p: Mapping[str, Any]) -> Recipe:
@@ -116,9 +123,7 @@ def _original_ties(scope: TrimScope, reduce: Reduce) -> Callable[[Recipe, str, M
 
 
 def _sd_mecha(recipe: Recipe, method: str, p: Mapping[str, Any]) -> Recipe:
-    trim = replace(
-        recipe.trim, count_rule=CountRule.COMPLEMENT_PLUS_ONE, tie_rule=TieRule.KEEP_ALL
-    )
+    trim = replace(recipe.trim, count_rule=CountRule.COMPLEMENT_PLUS_ONE, tie_rule=TieRule.KEEP_ALL)
     vote = _VOTES[p["vote"]] if p.get("vote") else Vote.COUNT
     return _with(recipe, p, Reduce.MEAN, trim=trim, vote=vote, zero_vote=ZeroVote.DROP)
 
@@ -162,7 +167,8 @@ def check_preset(preset: str, method: str) -> None:
     if methods is not None and method not in methods:
         raise InputError(
             f"method {method!r} under preset {preset!r}: expected one of "
-            f"{', '.join(sorted(methods))}, which that system has. Choose one of them, or another preset."
+            f"{', '.join(sorted(methods))}, which that system has. Choose one of them, or "
+            "another preset."
         )
 
 
@@ -180,8 +186,8 @@ def build_recipe(
         method: a name of METHODS §1's table.
         num_experts: K.
         parameters: every parameter of the method by its Python name, defaults filled in
-            (``weights``, ``density``, ``gamma``, ``epsilon``, ``scale``, ``normalize``, ``rescale``, ``vote``,
-            ``reduce``, ``seed``); per-expert ones a number or K numbers.
+            (``weights``, ``density``, ``gamma``, ``epsilon``, ``scale``, ``normalize``,
+            ``rescale``, ``vote``, ``reduce``, ``seed``); per-expert ones a number or K numbers.
         preset: the system whose rules hold.
         compat: ``"mergekit-0.1.4"`` matches that release's faults.
 

@@ -1,4 +1,5 @@
-"""The primitives: check, choose a backend, call it. One definition of each; backends only implement."""
+"""The primitives: check, choose a backend, call it. One definition of each; backends only
+implement."""
 
 from __future__ import annotations
 
@@ -36,12 +37,15 @@ def select(job: Job, *, backend: str | None = None) -> Selection:
     return choose([job], backend)[0].select(job)
 
 
-def merge(jobs: Sequence[Job], *, backend: str | None = None, nonfinite: str = "error") -> list[Stats]:
+def merge(
+    jobs: Sequence[Job], *, backend: str | None = None, nonfinite: str = "error"
+) -> list[Stats]:
     """Runs the jobs, each into its ``out``; consecutive ones of one backend go in one call.
 
     Args:
-        nonfinite: ``"error"``: a NaN or infinity in an input, or a finite result that overflows, raises
-            :class:`NonFiniteError` after the call (``out`` is then unspecified); ``"propagate"`` lets it through.
+        nonfinite: ``"error"``: a NaN or infinity in an input, or a finite result that overflows,
+            raises :class:`NonFiniteError` after the call (``out`` is then unspecified);
+            ``"propagate"`` lets it through.
     """
     _check_nonfinite_word(nonfinite)
     for job in jobs:
@@ -53,10 +57,10 @@ def merge(jobs: Sequence[Job], *, backend: str | None = None, nonfinite: str = "
     start = 0
     for stop in range(1, len(jobs) + 1):
         if stop == len(jobs) or chosen[stop] is not chosen[start]:
-            found = chosen[start].merge_many(jobs[start:stop])
-            for one in found:
+            part = chosen[start].merge_many(jobs[start:stop])
+            for one in part:
                 one.backend = chosen[start].name
-            stats.extend(found)
+            stats.extend(part)
             start = stop
     if nonfinite == "error":
         for job, found in zip(jobs, stats, strict=True):
@@ -86,14 +90,15 @@ def run_function(
     backend: str | None = None,
     nonfinite: str = "error",
 ) -> list[Stats]:
-    """Runs methods that are no recipe: ``function`` gives the merged tensor of a job before rounding; the
-    calibration, the rounding and the checks are those of every merge."""
+    """Runs methods that are no recipe: ``function`` gives the merged tensor of a job before
+    rounding; the calibration, the rounding and the checks are those of every merge."""
     from magic_fast.ops.torch_backend import TorchBackend
 
     _check_nonfinite_word(nonfinite)
     if backend not in (None, "auto", "torch"):
         raise BackendError(
-            f"backend {backend!r}: expected 'torch' for this method, which is no element-wise recipe."
+            f"backend {backend!r}: expected 'torch' for this method, which is no element-wise "
+            "recipe."
         )
     stats = []
     for job in jobs:
@@ -112,8 +117,8 @@ def calibrate(
     _check_nonfinite_word(nonfinite)
     check(job)
     check(_with_merged(job, merged))
-    chosen: Any = choose([job], backend)[0]
-    stats: Stats = chosen.calibrate(job, merged)
+    chosen = choose([job], backend)[0]
+    stats = chosen.calibrate(job, merged)
     stats.backend = chosen.name
     if nonfinite == "error":
         raise_nonfinite(job, stats)
@@ -153,12 +158,14 @@ def raise_nonfinite(job: Job, stats: Stats) -> None:
     for what, index in places:
         if index >= 0:
             raise NonFiniteError(
-                f"NaN or infinity in {what} for {label}: expected finite values, got one at flat index "
+                f"NaN or infinity in {what} for {label}: expected finite values, got one at "
+                "flat index "
                 f"{index}. {advice}"
             )
     if stats.overflow >= 0:
         assert job.out is not None
         raise NonFiniteError(
-            f"result for {label}: expected values within {dtype_word(job.out)}, got an overflow at flat "
+            f"result for {label}: expected values within {dtype_word(job.out)}, got an "
+            "overflow at flat "
             f"index {stats.overflow}. Use a wider output dtype, or pass nonfinite='propagate'."
         )

@@ -1,7 +1,8 @@
-"""What a backend is, and the one description of work that all of them take. No torch is imported here.
+"""What a backend is, and the one description of work that all of them take. No torch is imported
+here.
 
-A backend implements four primitives over :class:`Job`: ``select``, ``merge``, ``row_stats`` and ``scale``.
-``merge_many`` may be overridden where many small tensors deserve one call.
+A backend implements four primitives over :class:`Job`: ``select``, ``merge``, ``row_stats`` and
+``scale``. ``merge_many`` may be overridden where many small tensors deserve one call.
 """
 
 from __future__ import annotations
@@ -42,15 +43,18 @@ class View:
 
 @dataclass
 class Job:
-    """One tensor to merge: where it comes from, what to do, where it goes. Checked by ``ops`` before a backend sees it.
+    """One tensor to merge: where it comes from, what to do, where it goes. Checked by ``ops``
+    before a backend sees it.
 
     Attributes:
         base: θ_0, or None where the experts are task vectors already.
         experts: K arrays of the base's shape, each of its own dtype.
         recipe: what to do.
-        out: array of the same shape that takes the result, rounded once to its dtype. It overlaps no input.
+        out: array of the same shape that takes the result, rounded once to its dtype. It overlaps
+            no input.
         name: output tensor name; keys the random masks and every message.
-        masks: K keep masks (uint8/bool, same shape) or None each; ``TrimRule.GIVEN``, or overriding a random trim.
+        masks: K keep masks (uint8/bool, same shape) or None each; ``TrimRule.GIVEN``, or
+            overriding a random trim.
         task_masks: K task masks for ``Consensus(given=True)``.
         calibration: WSC of this tensor, or None.
         selection: thresholds found elsewhere (model scope, streaming); None: the backend selects.
@@ -83,15 +87,16 @@ class Stats:
 
     Attributes:
         selection: what was used.
-        coefficient: raw ξ per row (float32, before side, strength and clamp), or None without calibration.
-            torch tensor, or a buffer of float32.
+        coefficient: raw ξ per row (float32, before side, strength and clamp), or None without
+            calibration. torch tensor, or a buffer of float32.
         kept: entries of each expert that survived the trim.
         first_nonfinite: flat index of the first NaN or infinity of each expert (−1: none).
         base_nonfinite: the same for the base.
         overflow: flat index of the first finite result that overflows the output dtype (−1: none).
         backend: name of the backend that ran it, filled in by ``ops``.
-        extra: with calibration ``repaired`` (bool [rows]), ``norms2`` (float64 [K + 2]: ‖τ_k‖² of each expert,
-            ‖d‖² before and after the factors), ``magnitude_before`` and ``magnitude_after``.
+        extra: with calibration ``repaired`` (bool [rows]), ``norms2`` (float64 [K + 2]: ‖τ_k‖² of
+            each expert, ‖d‖² before and after the factors), ``magnitude_before`` and
+            ``magnitude_after``.
     """
 
     selection: Selection
@@ -116,7 +121,8 @@ class Backend(Protocol):
         """Why it cannot run this job; None if it can."""
 
     def select(self, job: Job) -> Selection:
-        """Thresholds, tie cuts, factors and majority sign for ``job.recipe``, one read of the data."""
+        """Thresholds, tie cuts, factors and majority sign for ``job.recipe``, one read of the
+        data."""
 
     def merge(self, job: Job) -> Stats:
         """Runs the job into ``job.out``."""
@@ -127,6 +133,10 @@ class Backend(Protocol):
     def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
         """gram f64 [rows, K, K], dots f64 [rows, K], norm2 f64 [rows] of the raw task vectors and
         ``merged − base`` (``merged`` itself where base is None), rows by ``job.calibration``."""
+
+    def calibrate(self, job: Job, merged: Array) -> Stats:
+        """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base) into ``job.out``;
+        rows whose factor is 1 keep the merged values."""
 
     def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
         """out = base + coefficient[row]·(merged − base), rounded once."""

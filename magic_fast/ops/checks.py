@@ -21,7 +21,8 @@ _TORCH_WORDS = {
 
 
 def dtype_word(array: Any) -> str:
-    """safetensors' word for the dtype of a torch tensor or a View; other dtypes keep torch's word."""
+    """safetensors' word for the dtype of a torch tensor or a View; other dtypes keep torch's
+    word."""
     word = str(array.dtype)
     return _TORCH_WORDS.get(word, word)
 
@@ -46,14 +47,17 @@ def _check_masks(job: Job, masks: Sequence[Any] | None, what: str, allow_none: b
         return
     if len(masks) != len(job.experts):
         raise InputError(
-            f"{what} for {_label(job)}: expected one per expert ({len(job.experts)}), got {len(masks)}."
+            f"{what} for {_label(job)}: expected one per expert ({len(job.experts)}), got "
+            f"{len(masks)}."
         )
     for k, mask in enumerate(masks):
         if mask is None and allow_none:
             continue
         if mask is None or dtype_word(mask) not in ("U8", "BOOL"):
             got = "None" if mask is None else str(mask.dtype)
-            raise InputError(f"{what} of expert {k} for {_label(job)}: expected bool or uint8, got {got}.")
+            raise InputError(
+                f"{what} of expert {k} for {_label(job)}: expected bool or uint8, got {got}."
+            )
         if tuple(mask.shape) != tuple(job.experts[0].shape):
             raise InputError(
                 f"{what} of expert {k} for {_label(job)}: expected shape "
@@ -62,11 +66,13 @@ def _check_masks(job: Job, masks: Sequence[Any] | None, what: str, allow_none: b
 
 
 def check(job: Job) -> None:
-    """Raises :class:`InputError` naming the tensor where shapes, dtypes, devices, masks or memory do not fit."""
+    """Raises :class:`InputError` naming the tensor where shapes, dtypes, devices, masks or memory
+    do not fit."""
     experts, recipe = job.experts, job.recipe
     if len(experts) != recipe.num_experts:
         raise InputError(
-            f"experts for {_label(job)}: expected {recipe.num_experts} (one per weight), got {len(experts)}."
+            f"experts for {_label(job)}: expected {recipe.num_experts} (one per weight), got "
+            f"{len(experts)}."
         )
     named = [(f"expert {k}", e) for k, e in enumerate(experts)]
     if job.base is not None:
@@ -80,25 +86,34 @@ def check(job: Job) -> None:
             )
         if dtype_word(array) not in _FLOATS:
             raise InputError(
-                f"dtype of {what} for {_label(job)}: expected float64, float32, float16 or bfloat16, "
-                f"got {array.dtype}. Integer tensors are not merged; they must agree and are copied."
+                f"dtype of {what} for {_label(job)}: expected float64, float32, float16 or "
+                "bfloat16, "
+                f"got {array.dtype}. Integer tensors are not merged; they must agree and are "
+                "copied."
             )
     if job.out is not None:
         if tuple(job.out.shape) != shape:
-            raise InputError(f"out for {_label(job)}: expected shape {shape}, got {tuple(job.out.shape)}.")
+            raise InputError(
+                f"out for {_label(job)}: expected shape {shape}, got {tuple(job.out.shape)}."
+            )
         if dtype_word(job.out) not in _FLOATS:
-            raise InputError(f"out for {_label(job)}: expected a floating dtype, got {job.out.dtype}.")
+            raise InputError(
+                f"out for {_label(job)}: expected a floating dtype, got {job.out.dtype}."
+            )
         first, last = _extent(job.out)
         for what, array in named:
             a, b = _extent(array)
             if a < last and first < b:
                 raise InputError(
-                    f"out for {_label(job)}: expected memory of its own, got memory that overlaps {what}. "
+                    f"out for {_label(job)}: expected memory of its own, got memory that "
+                    f"overlaps {what}. "
                     "Inputs are never written to."
                 )
     _check_devices(job, named)
     if recipe.trim.rule is TrimRule.GIVEN and job.masks is None:
-        raise InputError(f"masks for {_label(job)}: expected one per expert for the trim 'given', got none.")
+        raise InputError(
+            f"masks for {_label(job)}: expected one per expert for the trim 'given', got none."
+        )
     _check_masks(job, job.masks, "keep mask", allow_none=True)
     if recipe.consensus is not None and recipe.consensus.given and job.task_masks is None:
         raise InputError(f"task masks for {_label(job)}: expected one per expert, got none.")
@@ -112,5 +127,6 @@ def _check_devices(job: Job, named: Sequence[tuple[str, Any]]) -> None:
     for what, device in where:
         if device != where[0][1]:
             raise InputError(
-                f"device of {what} for {_label(job)}: expected {where[0][1]} as of {where[0][0]}, got {device}."
+                f"device of {what} for {_label(job)}: expected {where[0][1]} as of "
+                f"{where[0][0]}, got {device}."
             )

@@ -1,7 +1,7 @@
 """The backends, as data, and the choice between them.
 
-An explicit choice (argument or ``MAGIC_FAST_BACKEND``) never falls back; an automatic one may, and says in the
-log what it took and why.
+An explicit choice (argument or ``MAGIC_FAST_BACKEND``) never falls back; an automatic one may, and
+says in the log what it took and why.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def choose(jobs: Sequence[Job], wanted: str | None = None) -> list[Backend]:
         wanted = None
     if wanted is not None and wanted not in [s.name for s in SPECS]:
         names = ", ".join(repr(s.name) for s in SPECS)
-        raise BackendError(f"backend {wanted!r}: expected one of {names} or 'auto', got an unknown name.")
+        raise BackendError(
+            f"backend {wanted!r}: expected one of {names} or 'auto', got an unknown name."
+        )
     chosen = []
     for job in jobs:
         refused = []

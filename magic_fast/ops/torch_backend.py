@@ -97,7 +97,9 @@ class TorchBackend:
         return None
 
     def select(self, job: Job) -> Selection:
-        return reference.select(job.base, job.experts, job.recipe, stream=job.stream, masks=job.masks)
+        return reference.select(
+            job.base, job.experts, job.recipe, stream=job.stream, masks=job.masks
+        )
 
     def merge(self, job: Job) -> Stats:
         slabs = self._slabs(job)
@@ -111,8 +113,8 @@ class TorchBackend:
 
     @staticmethod
     def _slabs(job: Job) -> list[slice]:
-        """Rows of a large tensor in blocks, so that the float32 copies stay small; one block where the recipe
-        looks at more than a row, or the caller wants the decisions."""
+        """Rows of a large tensor in blocks, so that the float32 copies stay small; one block where
+        the recipe looks at more than a row, or the caller wants the decisions."""
         shape = tuple(job.experts[0].shape)
         n = job.experts[0].numel()
         whole = [slice(None)]
@@ -184,7 +186,8 @@ class TorchBackend:
 
     @staticmethod
     def _store(base: Array | None, delta: Tensor, out: Tensor) -> int:
-        """out = base + delta, rounded once; flat index of the first finite value that overflowed, or −1."""
+        """out = base + delta, rounded once; flat index of the first finite value that overflowed,
+        or −1."""
         result = delta if base is None else base.to(delta.dtype) + delta
         out.copy_(result)
         overflowed = torch.isinf(out) & torch.isfinite(result)
@@ -204,7 +207,9 @@ class TorchBackend:
         *taus, delta = reference.task_vectors(job.base, [*job.experts, merged], dtype)
         rows = wsc.calibrate_rows(taus, delta, job.calibration)
         if bool((rows.factor == 1).all()):
-            job.out.copy_(merged)  # nothing acts: the merged weights as they are, not base + (merged − base)
+            job.out.copy_(
+                merged
+            )  # nothing acts: the merged weights as they are, not base + (merged − base)
             overflow = -1
         else:
             overflow = self._scaled(job, merged, delta, rows.factor)

@@ -1,7 +1,8 @@
-"""Weight-space calibration (WSC) in plain PyTorch: row statistics, the coefficient ξ, applying it (METHODS §5).
+"""Weight-space calibration (WSC) in plain PyTorch: row statistics, the coefficient ξ, applying it
+(METHODS §5).
 
-From one read of a row: Gram G_jk = ⟨τ_j, τ_k⟩, dots b_k = ⟨τ_k, d⟩ and s = ‖d‖². Everything else is finished
-in float64 from these sums.
+From one read of a row: Gram G_jk = ⟨τ_j, τ_k⟩, dots b_k = ⟨τ_k, d⟩ and s = ‖d‖². Everything else
+is finished in float64 from these sums.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _BLOCK_ELEMENTS = 1 << 22  # rows are taken in blocks of about this many element
 class RowStats:
     """Sums of every row. ``gram`` [rows, K, K], ``dots`` [rows, K], ``norm2`` [rows], all float64.
 
-    ``norms`` [rows, K] and ``merged_norm`` [rows] hold p-norms where ``p`` is not 2 (``None`` otherwise); for
-    finite p they are sums of |x|^p, so that tensors add up.
+    ``norms`` [rows, K] and ``merged_norm`` [rows] hold p-norms where ``p`` is not 2 (``None``
+    otherwise); for finite p they are sums of |x|^p, so that tensors add up.
     """
 
     gram: Tensor
@@ -55,7 +56,8 @@ def _power_sums(x: Tensor, p: float) -> Tensor:
 
 
 def row_stats(taus: Sequence[Tensor], delta: Tensor, p: float = 2) -> RowStats:
-    """Sums of the rows of K task vectors and of ``delta``, all [rows, cols], accumulated in float64."""
+    """Sums of the rows of K task vectors and of ``delta``, all [rows, cols], accumulated in
+    float64."""
     rows, cols = delta.shape
     k = len(taus)
     double = torch.float64
@@ -139,7 +141,8 @@ def _exact(stats: RowStats, norms: Tensor, mode: EpsMode, p: float) -> Tensor:
 
 
 def coefficient(stats: RowStats, calibration: RowCalibration) -> Tensor:
-    """The raw ξ, float64 [rows] ([1] under granularity ``tensor``). ``spectral`` needs the tensors themselves."""
+    """The raw ξ, float64 [rows] ([1] under granularity ``tensor``). ``spectral`` needs the tensors
+    themselves."""
     if calibration.included and not all(calibration.included):
         chosen = [k for k, yes in enumerate(calibration.included) if yes]
         stats = RowStats(
@@ -157,8 +160,12 @@ def coefficient(stats: RowStats, calibration: RowCalibration) -> Tensor:
         return _exact(stats, norms, mode, calibration.p)
     if calibration.variant is Variant.MANIFOLD:
         mean = norms.mean(-1, keepdim=True)
-        eps = {EpsMode.ABSOLUTE: _EPS, EpsMode.NONE: 0.0, EpsMode.RELATIVE: _EPS * mean.square()}
-        return _manifold(stats, stats.dots / (norms.square() + eps[mode]), norms, mode)
+        eps = torch.zeros_like(mean)
+        if mode is EpsMode.ABSOLUTE:
+            eps += _EPS
+        elif mode is EpsMode.RELATIVE:
+            eps = _EPS * mean.square()
+        return _manifold(stats, stats.dots / (norms.square() + eps), norms, mode)
     if calibration.variant is Variant.SPHERE:
         return _sphere(stats, calibration.p)
     return _sphere(stats, 2)  # spectral per row: the singular value of a row is its norm
@@ -167,13 +174,17 @@ def coefficient(stats: RowStats, calibration: RowCalibration) -> Tensor:
 def spectral_coefficient(taus: Sequence[Tensor], delta: Tensor) -> Tensor:
     """mean_k σ₁(τ_k) / σ₁(Δ) of [rows, cols] matrices, float64 [1]."""
     top = [torch.linalg.matrix_norm(t, ord=2).double() for t in taus]
-    return (torch.stack(top).mean() / torch.linalg.matrix_norm(delta, ord=2).double()).reshape(1)
+    ratio: Tensor = torch.stack(top).mean() / torch.linalg.matrix_norm(delta, ord=2).double()
+    return ratio.reshape(1)
 
 
-def act(raw: Tensor, calibration: RowCalibration, *, usable: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def act(
+    raw: Tensor, calibration: RowCalibration, *, usable: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """From the raw ξ to what multiplies each row of d.
 
-    Order: raw → repair → side → strength → clamp → apply. A row where ξ does not act keeps d, factor 1.
+    Order: raw → repair → side → strength → clamp → apply. A row where ξ does not act keeps d,
+        factor 1.
 
     Args:
         raw: float64 [rows] or [1].
@@ -229,7 +240,9 @@ def calibrate_rows(
     per_tensor = calibration.granularity is Granularity.TENSOR
     stats = row_stats(view, d, calibration.p if calibration.variant is not Variant.SPECTRAL else 2)
     if calibration.variant is Variant.SPECTRAL and per_tensor:
-        chosen = [t for k, t in enumerate(view) if not calibration.included or calibration.included[k]]
+        chosen = [
+            t for k, t in enumerate(view) if not calibration.included or calibration.included[k]
+        ]
         raw = spectral_coefficient(chosen, d)
     else:
         raw = coefficient(stats, calibration)
@@ -245,7 +258,8 @@ def calibrate_rows(
 
 
 def norms2(rows: CalibratedRows) -> Tensor:
-    """float64 [K + 2]: ‖τ_k‖² of each expert, ‖d‖² before and after the factors, over the whole tensor."""
+    """float64 [K + 2]: ‖τ_k‖² of each expert, ‖d‖² before and after the factors, over the whole
+    tensor."""
     own = rows.stats.gram.diagonal(dim1=-2, dim2=-1).sum(0)
     before = rows.stats.norm2.sum()
     after = (rows.stats.norm2 * rows.factor.square()).sum()

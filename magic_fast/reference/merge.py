@@ -1,7 +1,7 @@
 """The element-wise merge in plain PyTorch, stage by stage: the specification in code.
 
-First *decide* (float32, as METHODS §1 defines every mask, vote and winner), then *combine* (float32; float64
-when it serves as the oracle, with the same decisions).
+First *decide* (float32, as METHODS §1 defines every mask, vote and winner), then *combine*
+(float32; float64 when it serves as the oracle, with the same decisions).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Decisions:
         contributes: bool mask per expert, None where every kept entry contributes.
         winner: int16 index of the expert that ``Reduce.MAX`` takes (−1: none), or None.
         consensus: bool per element, or None.
-        keep_probability: per expert of a random trim, a number or (DELLA) a float64 tensor; None otherwise.
+        keep_probability: per expert of a random trim, a number or (DELLA) a float64 tensor; None
+            otherwise.
     """
 
     selection: Selection
@@ -54,7 +55,9 @@ def decision_dtype(base: Tensor | None, experts: Sequence[Tensor]) -> torch.dtyp
     return torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
 
 
-def task_vectors(base: Tensor | None, experts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def task_vectors(
+    base: Tensor | None, experts: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
     """τ_k = fl(θ_k − θ_0), each rounded once to ``dtype``."""
     if base is None:
         return [e.to(dtype) for e in experts]
@@ -92,7 +95,12 @@ def _majority(signs: Tensor) -> int:
 
 
 def _resolve_zero_votes(signs: Tensor, rule: ZeroVote, majority: int) -> Tensor:
-    fill = {ZeroVote.POSITIVE: 1, ZeroVote.NEGATIVE: -1, ZeroVote.MAJORITY: majority, ZeroVote.DROP: 0}
+    fill = {
+        ZeroVote.POSITIVE: 1,
+        ZeroVote.NEGATIVE: -1,
+        ZeroVote.MAJORITY: majority,
+        ZeroVote.DROP: 0,
+    }
     return torch.where(signs == 0, torch.full_like(signs, fill[rule]), signs).to(torch.int8)
 
 
@@ -103,7 +111,9 @@ def _agrees(v: Tensor, elected: Tensor, rule: ZeroVote) -> Tensor:
     return (v > 0) & (elected > 0) | (v < 0) & (elected <= 0)
 
 
-def _winner(values: Sequence[Tensor], contributes: Sequence[Tensor | None], later_wins: bool) -> Tensor:
+def _winner(
+    values: Sequence[Tensor], contributes: Sequence[Tensor | None], later_wins: bool
+) -> Tensor:
     """Index of the contributor of largest magnitude; −1 where nobody contributes."""
     best = torch.full_like(values[0], -1.0)
     winner = torch.full(values[0].shape, -1, dtype=torch.int16, device=best.device)
@@ -125,10 +135,10 @@ def select(
     stream: int = 0,
     masks: Sequence[Tensor | None] | None = None,
 ) -> Selection:
-    """Thresholds, tie cuts, factors and majority sign of one tensor (see ``Selection``); one task vector is held
-    at a time."""
+    """Thresholds, tie cuts, factors and majority sign of one tensor (see ``Selection``); one task
+    vector is held at a time."""
     dtype = decision_dtype(base, experts)
-    bounds, factors, votes = [], [], None
+    bounds, factors = [], []
     for k, expert in enumerate(experts):
         tau = task_vectors(base, [expert], dtype)[0]
         bounds.append(select_trim(tau, recipe.trim, k))
@@ -165,7 +175,9 @@ def _decide_trim(
             selection.top_tie_cut[k],
         )
         given = masks[k] if masks is not None else None
-        mask = keep_mask(tau, recipe.trim, k, bounds=bounds, stream=stream, offset=offset, given=given)
+        mask = keep_mask(
+            tau, recipe.trim, k, bounds=bounds, stream=stream, offset=offset, given=given
+        )
         v = _trimmed(tau, mask, selection.factor[k])
         keep.append(mask)
         weighted = recipe.vote_on is VoteOn.WEIGHTED and recipe.weights[k] != 1.0
@@ -179,7 +191,9 @@ def factors(
     """What makes up for the trimmed entries of each expert, thresholds given."""
     taus = task_vectors(base, experts, decision_dtype(base, experts))
     keep = _decide_trim(taus, recipe, 0, None, selection)[0]
-    return tuple(rescale_factor(t, m, recipe, k) for k, (t, m) in enumerate(zip(taus, keep, strict=True)))
+    return tuple(
+        rescale_factor(t, m, recipe, k) for k, (t, m) in enumerate(zip(taus, keep, strict=True))
+    )
 
 
 def raw_signs(
@@ -252,7 +266,9 @@ def _consensus(
         masks = [m.to(torch.bool) for m in task_masks]
     else:
         merged = _reduce(taus, recipe, decisions, dtype)
-        masks = [t.abs() > lam * (merged - t).abs() for t, lam in zip(taus, rule.lambdas, strict=True)]
+        masks = [
+            t.abs() > lam * (merged - t).abs() for t, lam in zip(taus, rule.lambdas, strict=True)
+        ]
     votes = torch.zeros(taus[0].shape, dtype=torch.int16, device=taus[0].device)
     for m in masks:
         votes += m

@@ -1,7 +1,8 @@
-"""Philox 4x32-10 (Salmon et al., 2011), the counter-based generator behind random masks, in plain PyTorch.
+"""Philox 4x32-10 (Salmon et al., 2011), the counter-based generator behind random masks, in plain
+PyTorch.
 
-Element ``i`` of a tensor takes word ``i mod 4`` of counter ``i div 4``, so a mask depends on nothing but
-the seed, the tensor's name, the expert's index and the element's index (METHODS §1).
+Element ``i`` of a tensor takes word ``i mod 4`` of counter ``i div 4``, so a mask depends on
+nothing but the seed, the tensor's name, the expert's index and the element's index (METHODS §1).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def philox_words(counter: Tensor, stream: int, seed: int) -> Tensor:
 
 
 def expert_stream(stream: int, expert: int) -> int:
-    """High counter half of one expert: the tensor's stream plus expert · 0x9E3779B97F4A7C15 (mod 2⁶⁴)."""
+    """High counter half of one expert: the tensor's stream plus expert · 0x9E3779B97F4A7C15 (mod
+    2⁶⁴)."""
     return (stream + expert * _GOLDEN) & _MASK_64
 
 
@@ -77,8 +79,7 @@ def random_keep(
     high = expert_stream(stream, expert)
     seed &= _MASK_64
     keep = torch.empty(numel, dtype=torch.bool, device=device)
-    whole = not isinstance(probability, Tensor)
-    limit = math.floor(probability * 2.0**32) if whole else None  # type: ignore[operator]
+    whole = None if isinstance(probability, Tensor) else math.floor(probability * 2.0**32)
     start = 0
     while start < numel:
         first = (offset + start) // 4
@@ -86,10 +87,12 @@ def random_keep(
         counter = torch.arange(first, (offset + stop + 3) // 4, dtype=torch.int64, device=device)
         words = philox_words(counter, high, seed).flatten()
         words = words[offset + start - 4 * first :][: stop - start]
-        if whole:
-            keep[start:stop] = words < limit
+        if whole is not None:
+            keep[start:stop] = words < whole
         else:
             assert isinstance(probability, Tensor)
-            keep[start:stop] = words < torch.floor(probability[start:stop] * 2.0**32).to(torch.int64)
+            keep[start:stop] = words < torch.floor(probability[start:stop] * 2.0**32).to(
+                torch.int64
+            )
         start = stop
     return keep

@@ -1,8 +1,11 @@
-"""Magnitude trim over a whole model at once, as in the original TIES paper: one threshold per expert over all
-merged tensors, names sorted, row-major, the flat index running through (METHODS §1).
+"""Magnitude trim over a whole model at once, as in the original TIES paper: one threshold per
+expert over all merged tensors, names sorted, row-major, the flat index running through (METHODS
+§1).
 
-The thresholds are found by counting 16-bit digits of the bit patterns of |τ|, most significant first, so nothing
-is held but the counts: two reads of the models (four for float64), one more where ties are cut exactly.
+The thresholds are found by counting 16-bit digits of the bit patterns of |τ|, most significant
+first, so nothing
+is held but the counts: two reads of the models (four for float64), one more where ties are cut
+exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ _NOTHING = (math.inf, 0)
 
 
 class RadixSelect:
-    """The bit pattern of the ``rank``-th largest magnitude (from 1), by digits; feed every value once a pass."""
+    """The bit pattern of the ``rank``-th largest magnitude (from 1), by digits; feed every value
+    once a pass."""
 
     def __init__(self, rank: int, bits: int) -> None:
         self.rank = rank  # among the values that share the prefix
@@ -65,7 +69,9 @@ def _wanted(recipe: Recipe, k: int, n: int) -> list[tuple[int, TieRule]]:
         return [(top + kept if kept else 0, TieRule.EXACT), (top if kept else 0, TieRule.EXACT)]
     if trim.tie_rule is TieRule.DROP_ALL:
         dropped = drop_count(trim, k, n)
-        return [(n - dropped + 1 if dropped else n, TieRule.DROP_ALL if dropped else TieRule.KEEP_ALL)]
+        return [
+            (n - dropped + 1 if dropped else n, TieRule.DROP_ALL if dropped else TieRule.KEEP_ALL)
+        ]
     return [(trim.kept_count(k, n), trim.tie_rule)]
 
 
@@ -136,7 +142,8 @@ def select_model(source: Source, recipe: Recipe) -> list[Selection]:
     """One selection per tensor from the thresholds of the whole model.
 
     Args:
-        source: called once a pass; yields (base or None, experts) of each tensor in sorted order of names.
+        source: called once a pass; yields (base or None, experts) of each tensor in sorted order
+            of names.
         recipe: a magnitude or band trim with scope ``model``.
     """
     sizes, dtype = [], torch.float32
@@ -168,7 +175,8 @@ def select_model(source: Source, recipe: Recipe) -> list[Selection]:
 
 
 def _second_look(source: Source, recipe: Recipe, selections: list[Selection]) -> list[Selection]:
-    """Norm factors of each tensor, and the sign of all votes of the model, where the recipe asks for them."""
+    """Norm factors of each tensor, and the sign of all votes of the model, where the recipe asks
+    for them."""
     if recipe.needs_factors:
         selections = [
             replace(s, factor=reference.factors(base, experts, recipe, s))

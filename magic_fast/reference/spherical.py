@@ -15,7 +15,8 @@ def _sum(x: Tensor, per_row: bool) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, t: float, *, per_row: bool = False) -> Tensor:
-    """[sin((1−t)ω)·a + sin(tω)·b] / sin ω with ω the angle between a and b; a + t(b − a) where |cos ω| > 0.9995.
+    """[sin((1−t)ω)·a + sin(tω)·b] / sin ω with ω the angle between a and b; a + t(b − a) where
+    |cos ω| > 0.9995.
 
     Args:
         a, b: float32 or float64, same shape; whole weights or task vectors.
@@ -44,11 +45,13 @@ def slerp(a: Tensor, b: Tensor, t: float, *, per_row: bool = False) -> Tensor:
 
 
 def slerp_magic(a: Tensor, b: Tensor) -> Tensor:
-    """The MAGIC authors' rule: per vector along the last dimension, t = ½, plain mean where |sin ω| < 1e-6;
-    a zero vector gives NaN."""
+    """The MAGIC authors' rule: per vector along the last dimension, t = ½, plain mean where |sin
+    ω| < 1e-6; a zero vector gives NaN."""
     norms = a.double().norm(dim=-1, keepdim=True), b.double().norm(dim=-1, keepdim=True)
     cosine = ((a / norms[0]) * (b / norms[1])).sum(-1, keepdim=True).clamp(-1, 1)
     omega = torch.acos(cosine)
     sine = torch.sin(omega)
-    weight = torch.where(sine.abs() < _TINY_SINE, 0.5 * torch.ones_like(sine), torch.sin(omega / 2) / sine)
+    weight = torch.where(
+        sine.abs() < _TINY_SINE, 0.5 * torch.ones_like(sine), torch.sin(omega / 2) / sine
+    )
     return (a + b) * weight.to(a.dtype)

@@ -1,4 +1,5 @@
-"""Trimming one task vector: which entries stay, by every rule of METHODS §1 and §9, in plain PyTorch.
+"""Trimming one task vector: which entries stay, by every rule of METHODS §1 and §9, in plain
+PyTorch.
 
 Magnitudes are compared as bit patterns of |x|, which order like the numbers do; NaN comes above
 infinity, so under ``nonfinite="propagate"`` a NaN is never trimmed silently.
@@ -36,7 +37,8 @@ def kth_magnitude(x: Tensor, k: int) -> float:
 
 
 def threshold_and_cut(x: Tensor, count: int, tie_rule: TieRule) -> tuple[float, int]:
-    """(threshold, tie cut) that keep the ``count`` largest |x|; see :class:`~magic_fast.recipe.Selection`."""
+    """(threshold, tie cut) that keep the ``count`` largest |x|; see
+    :class:`~magic_fast.recipe.Selection`."""
     n = x.numel()
     if count <= 0:
         return math.inf, 0
@@ -52,7 +54,8 @@ def threshold_and_cut(x: Tensor, count: int, tie_rule: TieRule) -> tuple[float, 
 
 
 def keep_above(x: Tensor, threshold: float, tie_cut: int, offset: int = 0) -> Tensor:
-    """bool, shape of ``x``: entries above the threshold, and equal ones of flat index < ``tie_cut``."""
+    """bool, shape of ``x``: entries above the threshold, and equal ones of flat index <
+    ``tie_cut``."""
     bits = magnitude_bits(x)
     limit = _bits_of(threshold, bits)
     keep = bits > limit
@@ -92,8 +95,8 @@ def select_trim(x: Tensor, trim: Trim, k: int) -> tuple[float, int, float, int]:
 
 
 def ranked_probability(x: Tensor, density: float, epsilon: float, along_dim1: bool) -> Tensor:
-    """DELLA's keep probability, float64, shape of ``x``: (q−ε) + 2ε·(rank−1)/(c−1), rank 1 the smallest |x|
-    of its row, equal ones by index; a row of one element keeps with probability q."""
+    """DELLA's keep probability, float64, shape of ``x``: (q−ε) + 2ε·(rank−1)/(c−1), rank 1 the
+    smallest |x| of its row, equal ones by index; a row of one element keeps with probability q."""
     if x.dim() < 2:
         rows = x.reshape(1, -1)
     elif along_dim1:
@@ -113,13 +116,16 @@ def ranked_probability(x: Tensor, density: float, epsilon: float, along_dim1: bo
 
 
 def keep_probabilities(taus: Sequence[Tensor], trim: Trim) -> list[float | Tensor] | None:
-    """Chance of every entry to stay: a number per expert, a tensor under DELLA; None where no coin decides."""
+    """Chance of every entry to stay: a number per expert, a tensor under DELLA; None where no coin
+    decides."""
     if trim.rule not in (TrimRule.RANDOM, TrimRule.RANKED):
         return None
     if trim.rule is TrimRule.RANDOM:
         return list(trim.density)
     return [
-        ranked_probability(x, trim.density[k], trim.epsilon[k], trim.rank_dim1) if trim.active(k) else 1.0
+        ranked_probability(x, trim.density[k], trim.epsilon[k], trim.rank_dim1)
+        if trim.active(k)
+        else 1.0
         for k, x in enumerate(taus)
     ]
 
@@ -130,8 +136,8 @@ def _keep_std(x: Tensor, t: float) -> Tensor:
 
 
 def _keep_norm_fraction(x: Tensor, t: float) -> Tensor:
-    """Shortest prefix by x²/‖x‖² (descending) whose sum reaches ``t``; the crossing entry and, as the
-    original code has it, the last column stay."""
+    """Shortest prefix by x²/‖x‖² (descending) whose sum reaches ``t``; the crossing entry and, as
+    the original code has it, the last column stay."""
     flat = x.flatten()
     share = flat.square() / flat.square().sum()
     ordered = torch.sort(share, descending=True, stable=True)
