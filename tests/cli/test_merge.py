@@ -26,11 +26,11 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def write_config(folder: Path, models: Path, **changes: Any) -> Path:
+def write_config(folder: Path, checkpoints: Path, **changes: Any) -> Path:
     settings: dict[str, Any] = {
         "merge_method": "ties",
-        "base_model": str(models / "base"),
-        "models": [{"model": str(models / f"expert-{k}")} for k in range(3)],
+        "base_model": str(checkpoints / "base"),
+        "models": [{"model": str(checkpoints / f"expert-{k}")} for k in range(3)],
         "parameters": {"density": 0.2},
         "dtype": "bfloat16",
         "calibrate": "wsc",

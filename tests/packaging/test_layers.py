@@ -27,7 +27,7 @@ RANK = {
     "integrations": 5,
     "magic_fast": 5,  # the public names
     "cli": 6,
-    "__main__": 6,
+    "__main__": 7,
 }
 BESIDE = {"api", "config", "report", "integrations", "magic_fast"}
 
