@@ -1,7 +1,7 @@
 """What an adapter is: the public calls that answer one operation of a manifest.
 
-An adapter takes (case, backend, wide) and returns outputs by name. ``wide`` asks for the result in float32
-whatever the inputs' dtype: that one is held to the strict tolerance of ``out_f32``.
+An adapter takes (case, backend, wide) and returns outputs by name. ``wide`` asks for the result in
+float32 whatever the inputs' dtype: that one is held to the strict tolerance of ``out_f32``.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from golden.golden_case import GoldenCase
 from torch import Tensor
 
-from golden.golden_case import GoldenCase
 from magic_fast import ops
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe
 
 Adapter = Callable[[GoldenCase, str, bool], dict[str, Tensor]]
 
-#: operation → adapter; and the operations that no element-wise backend runs (plain functions, one backend)
+#: operation → adapter; and the operations that are plain functions, on one backend
 ADAPTERS: dict[str, Adapter] = {}
 TORCH_ONLY: set[str] = set()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from golden.adapters import NotYet, adapter, run_recipe, target, upcast
+from golden.golden_case import GoldenCase
 from torch import Tensor
 
 import magic_fast as mf
-from golden.adapters import NotYet, adapter, run_recipe, target, upcast
-from golden.golden_case import GoldenCase
 from magic_fast import ops
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import (
@@ -252,8 +252,8 @@ def dare(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
 
 @adapter("magic.generate_task_masks", "iso.generate_task_masks", torch_only=True)
 def tall_mask(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
-    """The mask of task t is the filter of a merge that asks task t alone. Where Δ is 0 no result shows the
-    filter, so it is read from the decisions, which the torch backend hands out."""
+    """The mask of task t is the filter of a merge that asks task t alone. Where Δ is 0 no result shows
+    the filter, so it is read from the decisions, which the torch backend hands out."""
     if "tv" in case.inputs:
         raise NotYet("TALL masks against a merged vector of one's own (no public call yet)")
     base, experts = case.inputs["base"], list(case.inputs["experts"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from golden.adapters import adapter, target, upcast
+from golden.golden_case import GoldenCase
 from torch import Tensor
 
 import magic_fast as mf
-from golden.adapters import adapter, target, upcast
-from golden.golden_case import GoldenCase
 
 _ELEMENTWISE = (
     "task_arithmetic",
@@ -30,7 +30,7 @@ _RULES = {
 
 
 def _compat(case: GoldenCase) -> str | None:
-    """``*_ntop0`` records a fault of release 0.1.4 (δ = 0 where ⌊γ·n⌋ = 0), matched on request only."""
+    """``*_ntop0`` records a fault of release 0.1.4 (δ = 0 where ⌊γ·n⌋ = 0), matched on request."""
     return "mergekit-0.1.4" if case.id.endswith("_ntop0") else None
 
 
@@ -66,8 +66,8 @@ def elementwise(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]
 def slerp(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
     base = case.inputs["base"]
     merged = mf.merge(
-        base, list(case.inputs["experts"]), "slerp", preset="mergekit", t=case.params["params"]["t"],
-        out=target(base, wide),
+        base, list(case.inputs["experts"]), "slerp", preset="mergekit",
+        t=case.params["params"]["t"], out=target(base, wide),
     )  # fmt: skip
     return {"merged": merged}
 

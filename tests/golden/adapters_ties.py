@@ -1,13 +1,13 @@
-"""The original TIES code (its trims by deviation and by share of the norm exist in the reference only)."""
+"""The original TIES code; its trims by deviation and by share of the norm are reference only."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from golden.adapters import adapter, run_recipe
 from golden.golden_case import GoldenCase
+from torch import Tensor
+
 from magic_fast.recipe import (
     Contributors,
     CountRule,

@@ -1,10 +1,10 @@
-"""mergekit end to end: stored YAML, unchanged, to a folder of tensors equal to what `mergekit-yaml` wrote.
+"""mergekit end to end: a stored YAML, unchanged, gives the tensors that `mergekit-yaml` wrote.
 
 Deviations from the recordings (docs of the presets):
 * `breadcrumbs`: release 0.1.4 zeroes small tensors; matched with compat only.
-* `slices_uneven_sources`: the recording lacks a source in final norm and lm_head; these two are not compared.
+* `slices_uneven_sources`: the recording lacks a source in final norm and lm_head; not compared.
 * `embed_size_mismatch`: embeddings are cut only on request; without it the merge is refused.
-* `arcee_fusion_bf16`: the recording is float32 by an accident of promotion; our dtype is the one asked for.
+* `arcee_fusion_bf16`: the recording is float32 by promotion; our dtype is the one asked for.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from golden.golden_case import GoldenCase, golden_folder, load_cases, mismatch, why_absent
 from safetensors import safe_open
+from support.backends import available_backends
 from torch import Tensor
 
 import magic_fast as mf
-from golden.golden_case import GoldenCase, golden_folder, load_cases, mismatch, why_absent
 from magic_fast.cli import main
 from magic_fast.config import MergeConfig
 from magic_fast.methods.parameters import METHODS
-from support.backends import available_backends
 
 _CASES = [case for case in load_cases() if case.on_disk]
 _COMPAT = {"breadcrumbs": "mergekit-0.1.4"}
@@ -66,16 +66,16 @@ def _read(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
     return tensors
 
 
 def _ambiguous(case: GoldenCase) -> dict[str, Tensor]:
-    """Flat indices per tensor where a selection cut of the reference split a group of equal magnitudes."""
+    """Flat indices per tensor where a cut of the reference split a group of equal magnitudes."""
     if not case.record.get("tie_ambiguous"):
         return {}
     with safe_open(str(_folder(case, "tie_ambiguous")), "pt") as file:
-        return {name: file.get_tensor(name).long() for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name).long() for name in file.keys()}
 
 
 def _mask(indices: Tensor | None, shape: torch.Size) -> Tensor | None:

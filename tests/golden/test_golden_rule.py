@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import golden.test_golden_tensors as tensors
 import pytest
 import torch
-
-import golden.test_golden_tensors as tensors
 from golden.adapters import ADAPTERS
 from golden.golden_case import load_cases, mismatch, why_absent
 
@@ -54,12 +53,12 @@ def test_golden_rule_skips_ambiguous_ties_only() -> None:
     assert mismatch(_of(1.0, 9.0), _of(1.0, 2.0), _TOLERANCE, ambiguous) is not None
 
 
-# The groups that this version answers. A group that another version adds runs without a change here.
+# The groups that must be answered.
 _ANSWERED = (
-    "magic_wsc_", "magic_post_rectification_v2", "magic_layer_wise_", "magic_ties", "magic_topk_values_mask",
-    "magic_wa_ta", "magic_slerp", "magic_dare", "ties_original", "mergekit_linear", "mergekit_task_arithmetic",
-    "mergekit_ties", "mergekit_breadcrumbs", "mergekit_slerp", "mergekit_passthrough", "mergekit_sparsify",
-    "mergekit_dare_", "mergekit_della", "peft_ties", "peft_task_arithmetic", "peft_magnitude_prune",
+    "magic_wsc_", "magic_post_rectification_v2", "magic_layer_wise_", "magic_ties", "magic_wa_ta",
+    "magic_topk_values_mask", "magic_slerp", "magic_dare", "ties_original", "mergekit_linear",
+    "mergekit_task_arithmetic", "mergekit_ties", "mergekit_breadcrumbs", "mergekit_slerp",
+    "mergekit_passthrough", "mergekit_sparsify", "mergekit_dare_", "mergekit_della", "peft_ties", "peft_task_arithmetic", "peft_magnitude_prune",
     "peft_dare_", "magic_consensus_",
 )  # fmt: skip
 
@@ -75,8 +74,6 @@ def test_golden_operations_without_implementation_are_counted(
     missing = Counter(case.op for case in cases if case.op not in ADAPTERS)
     with capsys.disabled():
         listed = ", ".join(f"{op} ({count})" for op, count in sorted(missing.items()))
-        print(
-            f"\n{sum(missing.values())} of {len(cases)} recorded cases without implementation: {listed}"
-        )
+        print(f"\n{sum(missing.values())} of {len(cases)} cases without implementation: {listed}")
     lost = [case.id for case in cases if case.id.startswith(_ANSWERED) and case.op not in ADAPTERS]
     assert not lost

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
-import golden.adapters_magic  # noqa: F401 - registers
-import golden.adapters_mergekit  # noqa: F401
-import golden.adapters_peft  # noqa: F401
-import golden.adapters_ties  # noqa: F401
 from golden.adapters import ADAPTERS, TORCH_ONLY, NotYet
 from golden.golden_case import GoldenCase, load_cases, mismatch, why_absent
-from magic_fast.errors import BackendError
 from support.backends import available_backends
+from torch import Tensor
+
+from magic_fast.errors import BackendError
 
 _CASES = [case for case in load_cases() if not case.on_disk]
 
@@ -39,8 +35,8 @@ def _ambiguous(case: GoldenCase, output: str) -> Tensor | None:
     if output == "merged":
         return case.ambiguous
     if case.op in ("mergekit.della", "mergekit.della_linear") and output.startswith("prob"):
-        # METHODS: ranks in float32. The reference ranks differences rounded to the inputs' dtype, so entries of
-        # a row whose rounded magnitudes are equal have no rank to compare.
+        # Our ranks are of float32 differences; the reference ranks them rounded to the inputs' dtype,
+        # so entries of a row whose rounded magnitudes are equal have no rank to compare.
         k = int(output.removeprefix("prob"))
         base, expert = case.inputs["base"], case.inputs["experts"][k]
         if base.dtype != torch.float32:
