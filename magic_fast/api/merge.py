@@ -98,9 +98,9 @@ def merge(
         NonFiniteError: NaN or infinity in an input, or an overflow of the result.
         BackendError: the backend asked for cannot run this.
 
-    >>> base = torch.zeros(4)
-    >>> merge(base, [torch.tensor([1.0, 0, 0, -2]), torch.tensor([3.0, 0, 0, 2])], "ties",
-    density=1.0) tensor([2., 0., 0., 2.])
+    >>> experts = [torch.tensor([1.0, 0, 0, -2]), torch.tensor([3.0, 0, 0, 2])]
+    >>> merge(torch.zeros(4), experts, "ties", density=1.0)
+    tensor([2., 0., 0., 2.])
     """
     models = models_of(experts, "experts")
     start = None if base is None else state_dict_of(base, "base")
