@@ -252,8 +252,8 @@ def dare(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
 
 @adapter("magic.generate_task_masks", "iso.generate_task_masks", torch_only=True)
 def tall_mask(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
-    """The mask of task t is the filter of a merge that asks task t alone. Where Δ is 0 no result shows
-    the filter, so it is read from the decisions, which the torch backend hands out."""
+    """The mask of task t is the filter of a merge that asks task t alone. Where Δ is 0 no result
+    shows the filter, so it is read from the decisions, which the torch backend hands out."""
     if "tv" in case.inputs:
         raise NotYet("TALL masks against a merged vector of one's own (no public call yet)")
     base, experts = case.inputs["base"], list(case.inputs["experts"])

@@ -1,7 +1,7 @@
 """A recorded case: its tensors, its parameters, and the rule by which a result is compared with it.
 
-The folder comes from MAGIC_FAST_GOLDEN (default: ../shared/golden beside the repository); any folder
-with a manifest.json of the same structure runs through the same code.
+The folder comes from MAGIC_FAST_GOLDEN (default: ../shared/golden beside the repository); any
+folder with a manifest.json of the same structure runs through the same code.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def mismatch(
 ) -> str | None:
     """Why ``got`` is not ``want`` by the rule of the manifest; None if it is.
 
-    |got − want| <= atol + rtol·|want| in float64 in all but ``max_mismatch_frac`` of the elements; a
-    NaN is met by a NaN, an infinity by the same one, where ``equal_nan`` is set; integers are equal.
+    |got − want| <= atol + rtol·|want| in float64 in all but ``max_mismatch_frac`` of the elements.
+    A NaN meets a NaN, an infinity the same one, where ``equal_nan`` is set; integers are equal.
     """
     if tuple(got.shape) != tuple(want.shape):
         return f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden import adapters_magic, adapters_mergekit, adapters_peft, adapters_ties
 from golden.adapters import ADAPTERS, TORCH_ONLY, NotYet
 from golden.golden_case import GoldenCase, load_cases, mismatch, why_absent
 from support.backends import available_backends
 from torch import Tensor
 
 from magic_fast.errors import BackendError
+
+# importing them registers their operations
+REGISTERED = (adapters_magic, adapters_mergekit, adapters_peft, adapters_ties)
 
 _CASES = [case for case in load_cases() if not case.on_disk]
 
@@ -35,8 +39,8 @@ def _ambiguous(case: GoldenCase, output: str) -> Tensor | None:
     if output == "merged":
         return case.ambiguous
     if case.op in ("mergekit.della", "mergekit.della_linear") and output.startswith("prob"):
-        # Our ranks are of float32 differences; the reference ranks them rounded to the inputs' dtype,
-        # so entries of a row whose rounded magnitudes are equal have no rank to compare.
+        # Our ranks are of float32 differences; the reference ranks them rounded to the inputs'
+        # dtype, so entries of a row whose rounded magnitudes are equal have no rank to compare.
         k = int(output.removeprefix("prob"))
         base, expert = case.inputs["base"], case.inputs["experts"][k]
         if base.dtype != torch.float32:

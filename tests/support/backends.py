@@ -12,8 +12,8 @@ ENVIRONMENT = "MAGIC_FAST_TEST_BACKENDS"
 
 
 def chosen_backends() -> list[str]:
-    """Names of the backends under test. An empty selection or an unknown name is an error: a run with
-    nothing in it must not pass."""
+    """Names of the backends under test. An empty selection or an unknown name is an error: a run
+    with nothing in it must not pass."""
     known = [spec.name for spec in SPECS]
     text = os.environ.get(ENVIRONMENT)
     if text is None:
@@ -38,7 +38,7 @@ def available_backends() -> list[str]:
 
 
 def backend_params() -> list[object]:
-    """A pytest parameter per backend under test; one that cannot run here is skipped, saying why."""
+    """One parameter per backend under test; one that cannot run here is skipped with its reason."""
     params = []
     for name in chosen_backends():
         reason = why_not(name)
