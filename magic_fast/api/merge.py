@@ -340,7 +340,7 @@ def _execute(jobs: Sequence[Job], call: _Call) -> list[Stats]:
     if call.recipe is None:
         function: Callable[..., Tensor] = FUNCTIONS[call.method]
         return ops.run_function(
-            jobs, lambda job: function(job.base, job.experts, call.arguments, call.preset),
+            jobs, lambda job: function(job, call.arguments, call.preset),
             backend=call.backend, nonfinite=call.nonfinite,
         )  # fmt: skip
     if call.recipe.trim.scope is TrimScope.MODEL and call.recipe.trim.by_magnitude:

@@ -139,8 +139,7 @@ class Worker:
             if step.recipe is not None:  # whole weights, calibrated against a base
                 decisions = reference.decide(None, job.experts, step.recipe, stream=job.stream)
                 return reference.combine(None, job.experts, step.recipe, decisions)
-            base = job.base
-            return FUNCTIONS[step.method](base, job.experts, step.arguments, step.preset)
+            return FUNCTIONS[step.method](job, step.arguments, step.preset)
 
         return ops.run_function(
             [job], merged, backend=self._plan.backend, nonfinite=self._nonfinite

@@ -1,25 +1,26 @@
-"""Methods that are no recipe: small functions over whole tensors. Each returns the merged tensor
-in float32 (float64 for float64 inputs), before the final rounding and any calibration."""
+"""Methods that are no recipe: small functions over whole tensors. Each takes the job (base,
+experts, tensor name), the method's arguments and the preset, and returns the merged tensor in
+float32 (float64 for float64 inputs), before the final rounding and any calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from magic_fast.errors import InputError
+from magic_fast.ops.backend import Job
 from magic_fast.reference.merge import decision_dtype, task_vectors
 from magic_fast.reference.spherical import slerp, slerp_magic
 
-Function = Callable[[Tensor | None, Sequence[Tensor], Mapping[str, Any], str], Tensor]
+Function = Callable[[Job, Mapping[str, Any], str], Tensor]
 
 
-def _slerp(
-    base: Tensor | None, experts: Sequence[Tensor], arguments: Mapping[str, Any], preset: str
-) -> Tensor:
+def _slerp(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
     """Between the base and one expert, or between two task vectors (two whole models without a
     base)."""
+    base, experts = job.base, job.experts
     dtype = decision_dtype(base, experts)
     per_row = bool(arguments.get("per_row", False))
     if preset == "magic":
