@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     )
 
     # Functions named as their modules: from these, mypy takes the function for sure.
-    from magic_fast.api.merge import merge
-    from magic_fast.api.trim import trim
+    from magic_fast.api.merging import merge
+    from magic_fast.api.trimming import trim
     from magic_fast.calibration import WeightCalibration
     from magic_fast.config import MergeConfig
     from magic_fast.errors import (

@@ -1,25 +1,59 @@
-"""The public calls. Their names are a promise; see ``magic_fast.__all__``."""
+"""The public calls. Their names are a promise; see ``magic_fast.__all__``.
 
-from magic_fast.api.calibrate import calibrate_weights
-from magic_fast.api.checkpoints import (
-    calibrate_checkpoints,
-    inspect_checkpoints,
-    merge_checkpoints,
-    plan_checkpoints,
-)
-from magic_fast.api.merge import merge, merge_task_vectors
-from magic_fast.api.results import CalibrationReport, MergeResult, TensorCalibration
-from magic_fast.api.stats import (
-    TensorStatistics,
-    kth_magnitude,
-    row_norms,
-    row_stats,
-    select,
-    task_vector_stats,
-)
-from magic_fast.api.trim import trim
-from magic_fast.engine import MergePlan, MergeReport, Progress, TensorReport
-from magic_fast.ops import backends
+Each name is looked up on first use, so that merging checkpoints never loads what only the calls on
+tensors need.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from magic_fast.api.calibrate import calibrate_weights
+    from magic_fast.api.checkpoints import (
+        calibrate_checkpoints,
+        inspect_checkpoints,
+        merge_checkpoints,
+        plan_checkpoints,
+    )
+    from magic_fast.api.merging import merge, merge_task_vectors
+    from magic_fast.api.results import CalibrationReport, MergeResult, TensorCalibration
+    from magic_fast.api.stats import (
+        TensorStatistics,
+        kth_magnitude,
+        row_norms,
+        row_stats,
+        select,
+        task_vector_stats,
+    )
+    from magic_fast.api.trimming import trim
+    from magic_fast.engine import MergePlan, MergeReport, Progress, TensorReport
+    from magic_fast.ops import backends
+
+_HOMES = {
+    "magic_fast.api.calibrate": ("calibrate_weights",),
+    "magic_fast.api.checkpoints": (
+        "calibrate_checkpoints",
+        "inspect_checkpoints",
+        "merge_checkpoints",
+        "plan_checkpoints",
+    ),
+    "magic_fast.api.merging": ("merge", "merge_task_vectors"),
+    "magic_fast.api.results": ("CalibrationReport", "MergeResult", "TensorCalibration"),
+    "magic_fast.api.stats": (
+        "TensorStatistics",
+        "kth_magnitude",
+        "row_norms",
+        "row_stats",
+        "select",
+        "task_vector_stats",
+    ),
+    "magic_fast.api.trimming": ("trim",),
+    "magic_fast.engine": ("MergePlan", "MergeReport", "Progress", "TensorReport"),
+    "magic_fast.ops": ("backends",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CalibrationReport",
@@ -45,3 +79,12 @@ __all__ = [
     "task_vector_stats",
     "trim",
 ]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
