@@ -1,5 +1,4 @@
-"""The few file functions that checkpoints need, as one object, so that tests can put faults under
-everything.
+"""The few file functions that checkpoints need, as one object that tests can put faults under.
 
 Methods raise `OSError`, and may transfer fewer bytes than asked; `read_exactly` and `write_exactly`
 loop. All are safe to call from any thread: reads and writes carry their position.

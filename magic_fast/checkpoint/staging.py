@@ -13,8 +13,7 @@ from .lock import OutputLock
 
 
 class Staging:
-    """``.OUT.partial/`` and its lock ``.OUT.partial.lock``, from construction to `commit` or
-    `abandon`.
+    """``.OUT.partial/`` and its lock ``.OUT.partial.lock``, until `commit` or `abandon`.
 
     The lock file is there whenever the folder is, so that a folder without one is known to be
     somebody else's.
@@ -46,12 +45,11 @@ class Staging:
         self.is_open = True
 
     def commit(self) -> None:
-        """Rename to OUT and force that to the disk. OUT is there, whole, even if the last step
-        fails.
+        """Rename to OUT and force that to the disk.
 
         Raises:
-            OutputError: OUT came into being in the meantime, or the rename failed; then nothing
-                changed.
+            OutputError: OUT came into being in the meantime, or the rename failed: nothing changed.
+                Or only forcing it to the disk failed: OUT is there, whole.
         """
         self._refuse_existing()
         source = os.path.join(self.partial, self.name) if self.is_file else self.partial

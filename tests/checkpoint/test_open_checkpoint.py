@@ -155,7 +155,8 @@ def test_threads_and_few_files(tmp_path):
     assert len(reader._handles) > 0
     reader.close()
     assert len(reader._handles) == 0
-    assert len(first.read("t0")) == 20000  # opens again
+    assert len(first.read("t0")) == 20000  # opens again, and keeps open
+    assert len(reader._handles) == 1
     reader.close()
 
 

@@ -18,6 +18,7 @@ from checkpoint.checkpoint_files import Faults
 from safetensors.numpy import load_file
 
 from magic_fast.checkpoint import OutputFolder, TensorSpec, open_checkpoint, plan_shards
+from magic_fast.checkpoint.lock import OutputLock
 from magic_fast.errors import CheckpointError, InternalError, OutputError
 
 SPECS = [TensorSpec("a", "F32", (2, 3)), TensorSpec("b", "U8", (5,)), TensorSpec("c", "I64", ())]
@@ -326,10 +327,31 @@ def test_at_most_one_process_holds_the_lock(tmp_path):
     assert [process.wait(60) for process in processes] == [0, 0, 0, 0]
 
 
+def test_a_lock_whose_file_is_removed_while_it_is_taken(tmp_path):
+    """The holder removes the file and ends after we opened it: our lock would guard nothing."""
+
+    class Removing(Faults):
+        def open(self, path: str, flags: int) -> int:
+            fd = super().open(path, flags)
+            if len(self.calls) == 1:
+                os.unlink(path)
+            return fd
+
+    fs = Removing()
+    lock = OutputLock(str(tmp_path / "lock"), "out", fs=fs)
+    assert len(fs.calls) == 2
+    with pytest.raises(OutputError, match="Output in use"):
+        OutputLock(str(tmp_path / "lock"), "out")
+    lock.release(remove=True)
+    assert os.listdir(tmp_path) == []
+
+
 def test_without_resume_a_killed_run_is_cleared(tmp_path, other_run):
     other_run.kill()
     other_run.wait()
     assert sorted(os.listdir(tmp_path)) == [".o.partial", ".o.partial.lock"]
+    with OutputFolder(tmp_path / "o", resumable=True) as output:
+        assert not output.resumed and os.listdir(output.partial) == []
     make(tmp_path / "o")
     assert os.listdir(tmp_path) == ["o"]
     assert set(open_checkpoint(tmp_path / "o")) == {"a", "b", "c"}
@@ -343,7 +365,7 @@ def test_resume_keeps_what_fits_and_nothing_else(tmp_path):
         Path(output.path_of("stale.json")).write_text("old")
         Path(output.path_of("model-00009-of-00009.safetensors")).write_text("old")
     assert not (tmp_path / "o").exists()
-    os.truncate(tmp_path / ".o.partial" / PLANS[1].file, 30)  # one shard is damaged
+    os.truncate(tmp_path / ".o.partial" / PLANS[1].file, PLANS[1].file_size - 1)
     with OutputFolder(tmp_path / "o", resume=True) as output:
         assert Path(output.path_of("journal")).read_text() == "done: a"
         assert output.create_shards(PLANS) == {PLANS[0].file}

@@ -93,6 +93,13 @@ def test_refusals():
         plan_shards([spec, spec], 4)
 
 
+def test_coverage_stays_small():
+    coverage = Coverage()
+    for start in (4, 0, 12, 8, 16):
+        coverage.add(start, start + 4)
+    assert coverage.missing(20) == [] and len(coverage._starts) == 1
+
+
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=12))
 def test_coverage_is_a_set_of_bytes(ranges):
     coverage, truth = Coverage(), set()
