@@ -97,7 +97,7 @@ def select_trim(x: Tensor, trim: Trim, k: int) -> tuple[float, int, float, int]:
 def ranked_probability(x: Tensor, density: float, epsilon: float, along_dim1: bool) -> Tensor:
     """DELLA's keep probability, float64, shape of ``x``: (q−ε) + 2ε·(rank−1)/(c−1), rank 1 the
     smallest |x| of its row, equal ones by index; a row of one element keeps with probability q."""
-    if x.dim() < 2:
+    if x.dim() < 2 or x.numel() == 0:
         rows = x.reshape(1, -1)
     elif along_dim1:
         rows = x.movedim(1, -1)
@@ -165,7 +165,7 @@ def keep_mask(
     """
     if given is not None:
         return given.to(torch.bool).reshape(x.shape)
-    if not trim.active(k) or x.numel() == 0:
+    if trim.rule is TrimRule.GIVEN or not trim.active(k) or x.numel() == 0:
         return None
     if trim.by_magnitude:
         threshold, cut, top_threshold, top_cut = bounds
