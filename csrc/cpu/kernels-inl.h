@@ -1,0 +1,191 @@
+// The loops of one instruction set, and the table by which they are called.
+#pragma once
+
+#include "gram-inl.h"
+#include "reduce-inl.h"
+#include "search-inl.h"
+
+namespace mf {
+namespace MF_ISA_NAMESPACE {
+namespace {
+
+// ---- out = base + factor * delta ----
+template <class T, bool HAS_BASE>
+static int32_t store_as(const float* base, const float* delta, int n, float factor, typename T::type* out) {
+  const vf f = splat(factor);
+  vi top = splat_i(0);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    vf x = f * load(delta + i);
+    if (HAS_BASE) x = load(base + i) + x;
+    top = max_i(top, abs_bits(x));
+    T::put(out + i, x);
+  }
+  if (i < n) {  // base and delta are padded
+    typename T::type rest[kLanes];
+    vf x = f * load(delta + i);
+    if (HAS_BASE) x = load(base + i) + x;
+    T::put(rest, x);
+    for (int l = 0; i + l < n; ++l) {
+      out[i + l] = rest[l];
+      const int32_t a = (int32_t)(bits_of(x[l]) & kAbsMask);
+      if (a > top[0]) top[0] = a;
+    }
+  }
+  return largest(top);
+}
+
+template <class T>
+static int32_t store_tile(const float* base, const float* delta, int64_t start, int n, float factor, void* out) {
+  typename T::type* p = (typename T::type*)out + start;
+  return base ? store_as<T, true>(base, delta, n, factor, p) : store_as<T, false>(base, delta, n, factor, p);
+}
+
+// First result that was finite and no longer is, where it comes before what is there.
+static void note_overflow(Scratch& s, const float* base, const float* delta, int64_t start, int n,
+                          float factor, uint32_t limit) {
+  for (int i = 0; i < n && start + i < s.overflow; ++i) {
+    const float scaled = factor * delta[i];
+    const uint32_t a = bits_of(base ? base[i] + scaled : scaled) & kAbsMask;
+    if (a >= limit && a < kInfBits) s.overflow = start + i;
+  }
+}
+
+static void write_tile(const Work& w, Scratch& s, const float* base, const float* delta, int64_t start, int n,
+                       float factor) {
+  const mf_job& job = *w.job;
+  int32_t top;
+  uint32_t limit;
+  if (job.out_dtype == MF_BF16) {
+    top = store_tile<Bf16>(base, delta, start, n, factor, job.out), limit = Bf16::kOverflow;
+  } else if (job.out_dtype == MF_F16) {
+    top = store_tile<F16>(base, delta, start, n, factor, job.out), limit = F16::kOverflow;
+  } else {
+    top = store_tile<F32>(base, delta, start, n, factor, job.out), limit = F32::kOverflow;
+  }
+  if ((uint32_t)top >= limit) note_overflow(s, base, delta, start, n, factor, limit);
+}
+
+// A calibrated row that nothing acts on keeps the bits it came with.
+static void copy_merged(const Work& w, Scratch& s, int64_t start, int64_t n) {
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    load_tile(w.job->merged, w.job->merged_dtype, nullptr, start + done, len, s.base);
+    write_tile(w, s, nullptr, s.base, start + done, len, 1);
+  }
+}
+MF_INLINE bool keeps_merged(const Work& w, float factor) {
+  return w.job->merged && w.job->calibration && factor == 1;
+}
+
+static void merge(const Work& w, Scratch& s, int64_t start, int64_t n, float factor) {
+  if (keeps_merged(w, factor)) return copy_merged(w, s, start, n);
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    delta_tile(w, s, start + done, len, s.tau, w.tile, s.delta);
+    write_tile(w, s, w.job->base ? s.base : nullptr, s.delta, start + done, len, factor);
+  }
+}
+
+static void apply(const Work& w, Scratch& s, int64_t start, int64_t n, const float* delta, float factor) {
+  if (keeps_merged(w, factor)) return copy_merged(w, s, start, n);
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    const int64_t at = start + done;
+    write_tile(w, s, load_base(w, s, at, len), delta + done, at, len, factor);
+  }
+}
+
+// ---- sums ----
+static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, float* delta, double* pairs,
+                       double* powers) {
+  const float* rows[kMaxVectors];
+  for (int64_t done = 0; done < n; done += w.tile) {
+    const int len = imin(w.tile, n - done);
+    float* d = delta ? delta + done : s.delta;
+    for (int sub = 0; sub < len; sub += kTile)
+      delta_tile(w, s, start + done + sub, imin(kTile, len - sub), s.tau + sub, w.tile, d + sub);
+    for (int v = 0; v + 1 < w.m; ++v) rows[v] = s.tau + (int64_t)w.stat_experts[v] * w.tile;
+    rows[w.m - 1] = d;
+    if (w.gram) {
+      gram_tile(rows, w.m, padded(len), pairs);
+    } else {
+      norms_tile(rows, w.m, padded(len), pairs);
+    }
+    if (w.powers) powers_tile(rows, w.m, padded(len), w.job->calibration->p, powers);
+  }
+}
+
+static int64_t votes(const Work& w, Scratch& s, int64_t start, int64_t n) {
+  int64_t sum = 0;
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    values_tile(w, s, start + done, len, s.tau, w.tile, s.delta);
+    const ReduceTile t = reduce_tile_of(w, s, len);
+    sum += w.job->vote == MF_VOTE_COUNT ? vote_loop<MF_VOTE_COUNT>(t) : vote_loop<MF_VOTE_MASS>(t);
+  }
+  return sum;
+}
+
+// Adds to sums: [0] |x|, [1] x^2, [2] the largest |x|. Float64 on 16 virtual lanes.
+static void norm_sums(const float* x, int n, double sums[3]) {
+  double absolute[kSumLanes] = {}, square[kSumLanes] = {};
+  vi top = splat_i(0);
+  for (int i = 0; i < padded(n); i += kSumLanes)
+    for (int l = 0; l < kSumLanes; ++l) {
+      const double a = (double)float_of(bits_of(x[i + l]) & kAbsMask);
+      absolute[l] += a;
+      square[l] += a * a;
+    }
+  for (int i = 0; i < padded(n); i += kLanes) top = max_i(top, abs_bits(load(x + i)));
+  for (int step = kSumLanes / 2; step > 0; step /= 2)
+    for (int l = 0; l < step; ++l) absolute[l] += absolute[l + step], square[l] += square[l + step];
+  const double m = (double)float_of((uint32_t)largest(top));
+  sums[0] += absolute[0];
+  sums[1] += square[0];
+  if (m > sums[2]) sums[2] = m;
+}
+
+static void norms(const Work& w, Scratch& s, int64_t start, int64_t n, double* before, double* after) {
+  const int which = w.job->rescale == MF_RESCALE_L1 ? 0 : w.job->rescale == MF_RESCALE_L2 ? 1 : 2;
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    const float* base = load_base(w, s, start + done, len);
+    for (int k = 0; k < w.k; ++k) {
+      if (w.experts[k].trim == MF_TRIM_NONE) continue;
+      load_tau(w, s, k, base, start + done, len, s.tau);
+      trim_tile(w, s, k, start + done, len, s.tau, 1.0f, kStore, s.value);
+      double raw[3] = {0, 0, before[k]}, trimmed[3] = {0, 0, after[k]};
+      norm_sums(s.tau, len, raw);
+      norm_sums(s.value, len, trimmed);
+      before[k] = which == 2 ? raw[2] : before[k] + raw[which];
+      after[k] = which == 2 ? trimmed[2] : after[k] + trimmed[which];
+    }
+  }
+}
+
+static void row_norms(const Work& w, Scratch& s, int64_t start, int64_t n, double sums[3]) {
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    load_tau(w, s, 0, load_base(w, s, start + done, len), start + done, len, s.tau);
+    norm_sums(s.tau, len, sums);
+  }
+}
+
+static void words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint32_t* out) {
+  uint32_t buffer[kTile + 2 * kTilePad + 2 * kLanes], skip;
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    draw_words(flat + (uint64_t)done, len, stream, seed, buffer, &skip);
+    __builtin_memcpy(out + done, buffer + skip, 4 * (size_t)len);
+  }
+}
+
+constexpr Kernels kTable = {merge, statistics, apply, votes, norms, magnitudes, scan, row_norms, words};
+
+}  // namespace
+
+const Kernels* kernels() { return &kTable; }
+
+}  // namespace MF_ISA_NAMESPACE
+}  // namespace mf

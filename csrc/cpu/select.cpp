@@ -1,0 +1,137 @@
+// What has to be known about a whole tensor before it can be merged: thresholds, factors, the majority sign.
+#include <algorithm>
+#include <cmath>
+
+#include "../common/numeric.h"
+#include "radix.h"
+#include "runner.h"
+#include "search.h"
+
+namespace mf {
+namespace {
+
+constexpr int64_t kInCache = kBlock;  // elements; up to here the magnitudes of an expert are kept and sorted by digits
+constexpr double kTinyNorm = 1e-7;    // below it a norm is not restored
+
+// (threshold, tie cut) that keep the `count` largest of bits[n].
+void cut_at(const uint32_t* bits, int64_t n, int64_t count, int tie_rule, uint32_t* work, float* threshold,
+            int64_t* tie_cut) {
+  *threshold = float_of(kInfBits), *tie_cut = 0;
+  if (count <= 0) return;
+  if (count > n) throw Failure(MF_INVALID, "select: counts must lie between 0 and the number of elements.");
+  int64_t above = 0;
+  const uint32_t value = kth_largest(bits, n, count, work, &above);
+  *threshold = float_of(value);
+  if (tie_rule == MF_TIES_KEEP_ALL) *tie_cut = n;
+  if (tie_rule == MF_TIES_EXACT) *tie_cut = nth_equal(bits, n, value, count - above) + 1;
+}
+
+void select_in_cache(Runner& runner, Prepared& p) {
+  const int64_t n = p.job.numel;
+  runner.parallel(p.work.k, [&](int64_t k, ThreadScratch& t) {
+    mf_expert& e = p.job.experts[k];
+    if (e.trim != MF_TRIM_BAND) return;
+    uint32_t* bits = reinterpret_cast<uint32_t*>(t.row(2 * n));
+    runner.kernels.magnitudes(p.work, t.scratch(), (int)k, 0, n, bits);
+    const bool band = e.top_count >= 0;
+    cut_at(bits, n, e.count, band ? (int)MF_TIES_EXACT : p.job.tie_rule, bits + n, &e.threshold, &e.tie_cut);
+    if (band) cut_at(bits, n, e.top_count, MF_TIES_EXACT, bits + n, &e.top_threshold, &e.top_tie_cut);
+  });
+}
+
+void select_thresholds(Runner& runner, Prepared& p) {
+  bool any = false;
+  for (int k = 0; k < p.work.k; ++k) {
+    mf_expert& e = p.job.experts[k];
+    e.threshold = 0, e.tie_cut = p.job.total;
+    e.top_threshold = float_of(kInfBits), e.top_tie_cut = 0;
+    any |= e.trim == MF_TRIM_BAND;
+  }
+  if (!any || p.job.numel == 0) return;
+  if (p.job.numel != p.job.total) throw Failure(MF_INVALID, "select: expected the whole tensor, got a part of it.");
+  if (p.job.numel <= kInCache) return select_in_cache(runner, p);
+  Search search(p.job);
+  search.sample(runner, p);
+  mf_job part = p.job;
+  while (!search.finished()) {
+    const auto ranges = search.wants();
+    for (const auto& range : ranges) {
+      if (range.second - range.first == p.job.numel) {
+        search.feed(runner, p);
+        continue;
+      }
+      std::vector<mf_expert> experts(p.job.experts, p.job.experts + p.work.k);
+      const auto shift = [&](const void* data, int dtype) {
+        return data ? static_cast<const char*>(data) + range.first * (dtype == MF_F32 ? 4 : 2) : nullptr;
+      };
+      for (mf_expert& e : experts) e.data = shift(e.data, e.dtype);
+      part.base = shift(p.job.base, p.job.base_dtype);
+      part.experts = experts.data();
+      part.offset = range.first, part.numel = range.second - range.first;
+      part.calibration = nullptr;
+      Prepared piece(part);
+      search.feed(runner, piece);
+    }
+  }
+  search.result(p.job.experts);
+}
+
+// factor = norm before / norm after the trim, of the whole tensor.
+void select_factors(Runner& runner, Prepared& p) {
+  const int k = p.work.k, width = 2 * k;
+  std::vector<double> sums((size_t)width, 0.0);
+  for (int i = 0; i < k; ++i) p.job.experts[i].factor = 1;
+  runner.begin(p.work);
+  with_ranked_masks(runner, p, 0, p.job.numel, 1, [&](int64_t start, int64_t n) {
+    runner.ordered_sum(start, n, width, p.job.rescale == MF_RESCALE_LINF ? 0 : width, sums.data(),
+                       [&](int64_t at, int64_t len, ThreadScratch& t, double* partial) {
+                         runner.kernels.norms(p.work, t.scratch(), at, len, partial, partial + k);
+                       });
+  });
+  for (int i = 0; i < k; ++i) {
+    double before = sums[(size_t)i], after = sums[(size_t)(k + i)];
+    if (p.job.rescale == MF_RESCALE_L2) before = std::sqrt(before), after = std::sqrt(after);
+    if (p.job.experts[i].trim != MF_TRIM_NONE && before >= kTinyNorm && after >= kTinyNorm)
+      p.job.experts[i].factor = (float)(before / after);
+  }
+}
+
+void select_majority(Runner& runner, Prepared& p) {
+  Work voting = p.work;  // values, whatever the reduction; no statistics
+  voting.linear = false;
+  voting.m = 0, voting.tile = kTile, voting.keep_tau = false;
+  std::vector<int64_t> partial;
+  int64_t sum = 0;
+  runner.begin(voting);
+  with_ranked_masks(runner, p, 0, p.job.numel, 1, [&](int64_t start, int64_t n) {
+    voting.mask_start = p.work.mask_start;
+    const int64_t blocks = (n + kBlock - 1) / kBlock;
+    partial.assign((size_t)blocks, 0);
+    runner.parallel(blocks, [&](int64_t i, ThreadScratch& t) {
+      partial[(size_t)i] =
+          runner.kernels.votes(voting, t.scratch(), start + i * kBlock, std::min(kBlock, n - i * kBlock));
+    });
+    for (const int64_t x : partial) sum += x;
+  });
+  p.job.majority = (sum > 0) - (sum < 0);
+}
+
+}  // namespace
+
+void select_job(Runner& runner, Prepared& p) {
+  if (p.job.selected || p.job.merged) return;
+  runner.begin(p.work);
+  select_thresholds(runner, p);
+  const bool whole = p.job.numel == p.job.total;
+  bool trimmed = false;
+  for (int k = 0; k < p.work.k; ++k) trimmed |= p.job.experts[k].trim != MF_TRIM_NONE;
+  const bool majority = p.job.vote != MF_VOTE_NONE && p.job.zero_vote == MF_ZERO_MAJORITY;
+  const bool factors = p.job.rescale != MF_RESCALE_NONE && trimmed;
+  if ((majority || factors) && !whole)
+    throw Failure(MF_INVALID, "select: expected the whole tensor, got a part of it.");
+  if (factors) select_factors(runner, p);
+  p.job.majority = 0;
+  if (majority) select_majority(runner, p);
+}
+
+}  // namespace mf

@@ -1,0 +1,188 @@
+"""Builds the native core. Everything else about the package is in pyproject.toml.
+
+Environment:
+    MAGIC_FAST_CUDA            auto (default): the CUDA part where nvcc is found; 0: never; 1: without nvcc is an error.
+    MAGIC_FAST_REQUIRE_NATIVE  1: a failed build of the extension is an error instead of a pure-Python install.
+    MAGIC_FAST_SANITIZE        address,undefined (or another -fsanitize= list): an instrumented build for the tests.
+
+One static library per instruction set, each compiled with its own flags, so that no code of one set can end up in
+another's functions; they are linked into ``magic_fast._native``, which chooses at run time.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from glob import glob
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_clib import build_clib
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+os.chdir(ROOT)
+
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    # gcc 12's own AVX-512 header trips these two warnings
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ],
+    "neon": [],
+}
+X86 = ("x86_64", "amd64", "AMD64")
+ARM = ("aarch64", "arm64")
+
+
+def isas() -> list[str]:
+    """Instruction sets to compile for this machine's architecture."""
+    machine = platform.machine()
+    if machine in X86:
+        return ["baseline", "avx2", "avx512"]
+    return ["neon"] if machine in ARM else ["baseline"]
+
+
+def want_cuda() -> bool:
+    """MAGIC_FAST_CUDA resolved: whether CUDA sources are compiled in."""
+    word = os.environ.get("MAGIC_FAST_CUDA", "auto")
+    if word not in ("auto", "0", "1"):
+        raise SetupError(f"MAGIC_FAST_CUDA: expected auto, 0 or 1, got {word!r}.")
+    nvcc = shutil.which("nvcc")
+    if word == "1" and nvcc is None:
+        raise SetupError(
+            "MAGIC_FAST_CUDA=1: expected nvcc on the PATH, got none. "
+            "Install the CUDA toolkit, or set MAGIC_FAST_CUDA=0."
+        )
+    return word != "0" and nvcc is not None and bool(glob("csrc/cuda/*.cu"))
+
+
+CUDA = want_cuda()
+SANITIZE = os.environ.get("MAGIC_FAST_SANITIZE", "")
+REQUIRED = os.environ.get("MAGIC_FAST_REQUIRE_NATIVE", "0") == "1" or bool(SANITIZE)
+
+# Votes and thresholds are exact in float32: nothing may be reassociated or contracted.
+CFLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+CFLAGS += ["-fvisibility-inlines-hidden", "-fPIC", "-Wall", "-Wextra"]
+LINK = ["-pthread"] if sys.platform != "win32" else []
+MACROS: list[tuple[str, str | None]] = [(f"MF_HAVE_{isa.upper()}", None) for isa in isas()]
+if CUDA:
+    MACROS.append(("MF_HAVE_CUDA", None))
+if SANITIZE:
+    CFLAGS += [
+        f"-fsanitize={SANITIZE}",
+        "-fno-omit-frame-pointer",
+        "-fno-sanitize-recover=all",
+        "-g",
+    ]
+    LINK += [f"-fsanitize={SANITIZE}"]
+    MACROS.append(("MF_SANITIZED", None))
+
+INCLUDES = ["csrc/include", pybind11.get_include()]
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+SOURCES = sorted(glob("csrc/cpu/*.cpp")) + ["csrc/bindings/module.cpp"]
+LIBRARIES = [
+    (
+        f"mf_{isa}",
+        {
+            "sources": [f"csrc/cpu/isa/{isa}.cpp"],
+            "include_dirs": ["csrc/include"],
+            "cflags": CFLAGS + ISA_FLAGS[isa],
+            "obj_deps": {"": HEADERS},  # without it a changed header rebuilds nothing
+        },
+    )
+    for isa in isas()
+]
+# What an existing build directory was built with; another setting must not reuse its objects.
+SETTINGS = repr((CUDA, SANITIZE, isas(), CFLAGS, os.environ.get("CXX"), os.environ.get("CC")))
+
+
+BUILD_ERRORS = (BaseError, CCompilerError, OSError)
+
+
+def say(message: str) -> None:
+    print(f"magic_fast: {message}", file=sys.stderr)
+
+
+def _settings_changed(folder: str) -> bool:
+    """Whether ``folder`` was built with other settings; remembers these."""
+    stamp = Path(folder) / "magic_fast.settings"
+    changed = stamp.exists() and stamp.read_text() != SETTINGS
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(SETTINGS)
+    return changed
+
+
+def _without_native(error: BaseException) -> None:
+    if REQUIRED:
+        raise error
+    say(f"the native extension was not built: {error}")
+    say("the package works without it, on the torch backend; `magic-fast doctor` says so.")
+    say(
+        "Install a C++17 compiler and reinstall to get it, or set MAGIC_FAST_REQUIRE_NATIVE=1 to make this an error."
+    )
+
+
+class BuildLibraries(build_clib):
+    """The per-ISA libraries; a failure leaves the extension out."""
+
+    failed: BaseException | None = None
+
+    def run(self) -> None:
+        if _settings_changed(self.build_temp):
+            self.force = True
+        try:
+            super().run()
+        except BUILD_ERRORS as error:
+            BuildLibraries.failed = error
+            _without_native(error)
+
+
+class BuildExtension(build_ext):
+    """The extension; optional, and never an old one under new settings."""
+
+    def run(self) -> None:
+        self.run_command("build_clib")  # `build_ext --inplace` alone would not
+        if BuildLibraries.failed is not None:
+            self.extensions = []
+            return
+        if _settings_changed(self.build_temp):
+            self.force = True
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except BUILD_ERRORS as error:
+            _without_native(error)
+            self.extensions = []
+
+
+setup(
+    packages=[
+        *find_packages(include=["magic_fast", "magic_fast.*"]),
+        "magic_fast.kernels",
+        "magic_fast.examples",
+    ],
+    libraries=LIBRARIES,
+    ext_modules=[
+        Extension(
+            "magic_fast._native",
+            sources=SOURCES,
+            include_dirs=INCLUDES,
+            define_macros=MACROS,
+            extra_compile_args=CFLAGS,
+            extra_link_args=LINK,
+            depends=[*HEADERS, *sorted(glob("csrc/cpu/isa/*.cpp"))],
+            language="c++",
+            optional=not REQUIRED,
+        )
+    ],
+    cmdclass={"build_clib": BuildLibraries, "build_ext": BuildExtension},
+)
