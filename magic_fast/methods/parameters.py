@@ -17,7 +17,7 @@ from magic_fast.errors import ConfigError
 Value = float | int | bool | str
 Scope = Literal["per_tensor", "per_model"]
 Kind = Literal["float", "int", "bool", "rescale", "choice"]
-BaseUse = Literal["required", "optional", "none"]
+BaseUse = Literal["required", "optional", "member", "none"]
 
 PRESETS = ("mergekit", "default", "peft", "ties_merging", "fusion_bench", "magic", "sd_mecha")
 RESCALES = ("none", "keep_probability", "l1", "l2", "linf")
@@ -122,7 +122,8 @@ class MethodSpec:
     """One merge method as a YAML sees it.
 
     ``base`` says whether ``base_model`` is the point that task vectors start from (``required``),
-    may be (``optional``), or only donates config and tokenizer (``none``).
+    may be (``optional``), is itself one of the models that are merged (``member``), or only donates
+    config and tokenizer (``none``).
     """
 
     name: str
@@ -142,7 +143,9 @@ class MethodSpec:
 
     def uses_base(self, base_model: str | None) -> bool:
         """Whether the base takes part in the merge as its base."""
-        return self.base == "required" or (self.base == "optional" and base_model is not None)
+        if self.base in ("optional", "member"):
+            return base_model is not None
+        return self.base == "required"
 
 
 _WEIGHT = ParameterSpec("weight", "per_model", default=1.0, argument="weights")
@@ -200,6 +203,12 @@ _REDUCE = ParameterSpec(
 )  # absent: by normalize, or the preset's own rule
 _PER_ROW = _flag("per_row", False)
 _RAM_EPSILON = _number("epsilon", 1e-5, 0.0)
+_CONSENSUS_ON = ParameterSpec("on", kind="choice", default="sum", choices=("sum", "ties"))
+_CONSENSUS_DENSITY = ParameterSpec(
+    "density", "per_model", default=1.0, preset_defaults={"magic": 0.2}, low=0.0, high=1.0,
+    low_open=True, note=_PERCENT,
+)  # fmt: skip
+_SCOPE = ParameterSpec("scope", kind="choice", default="model", choices=("model", "tensor"))
 _TIES_LAMBDA = _lambda(1.0, fusion_bench=0.3)
 _SUM_LAMBDA = _lambda(1.0, fusion_bench=0.3, magic=0.3)
 
@@ -224,30 +233,36 @@ _ROWS = (
     MethodSpec(
         "nuslerp",
         (_WEIGHT, _flag("nuslerp_flatten", True), _flag("nuslerp_row_wise", False)),
-        base="optional", min_experts=2, max_experts=2,
+        base="optional", min_experts=2, max_experts=2, available=True,
     ),
     MethodSpec(
         "multislerp",
         (_WEIGHT, _flag("normalize_weights", True), _number("eps", 1e-8, 0.0, low_open=True)),
-        base="optional",
+        base="optional", available=True,
     ),
     MethodSpec(
         "karcher",
         (ParameterSpec("max_iter", kind="int", default=10, low=1), _number("tol", 1e-5, 0.0)),
-        base="none",
+        base="member", available=True,
     ),
-    MethodSpec("nearswap", (ParameterSpec("t", low=0.0, required=True),), max_experts=1),
-    MethodSpec("arcee_fusion", (), max_experts=1),
-    MethodSpec("model_stock", (_flag("filter_wise", False),), min_experts=2),
-    MethodSpec("sce", (_number("select_topk", 1.0, 0.0, 1.0, low_open=True),)),
-    MethodSpec("ram", (_RAM_EPSILON,)),
-    MethodSpec("ramplus_tl", (_number("r", 0.1), _number("alpha", 0.2, 0.0), _RAM_EPSILON)),
-    MethodSpec("magmax", (_lambda(0.5),)),
-    MethodSpec("emr_unified", ()),
+    MethodSpec(
+        "nearswap", (ParameterSpec("t", low=0.0, required=True),), max_experts=1, available=True
+    ),
+    MethodSpec("arcee_fusion", (), max_experts=1, available=True),
+    MethodSpec("model_stock", (_flag("filter_wise", False),), min_experts=2, available=True),
+    MethodSpec("sce", (_number("select_topk", 1.0, 0.0, 1.0, low_open=True),), available=True),
+    MethodSpec("ram", (_RAM_EPSILON,), available=True),
+    MethodSpec(
+        "ramplus_tl", (_number("r", 0.1), _number("alpha", 0.2, 0.0), _RAM_EPSILON),
+        available=True,
+    ),
+    MethodSpec("magmax", (_lambda(0.5),), available=True),
+    MethodSpec("emr_unified", (_lambda(),), available=True),
     MethodSpec(
         "consensus_ta",
-        (_number("tall_mask_lambda", 0.4, 0.0), _lambda(),
-         ParameterSpec("min_tasks", kind="int", default=2, low=1)),
+        (ParameterSpec("tall_mask_lambda", "per_model", default=0.4, low=0.0), _CONSENSUS_ON,
+         _CONSENSUS_DENSITY, _lambda(), ParameterSpec("min_tasks", kind="int", default=2, low=1)),
+        available=True,
     ),
     MethodSpec("iso_c", (_lambda(),)),
     MethodSpec("iso_cts", (_number("common_space_fraction", 0.8, 0.0, 1.0), _lambda())),
@@ -256,7 +271,10 @@ _ROWS = (
         (_lambda(),
          ParameterSpec("svd", kind="choice", default="auto", choices=("auto", "exact"))),
     ),
-    MethodSpec("pcb", (_number("ratio", 0.1, 0.0, 1.0, low_open=True), _lambda(1.2))),
+    MethodSpec(
+        "pcb", (_number("ratio", 0.1, 0.0, 1.0, low_open=True), _SCOPE, _lambda(1.2)),
+        available=True,
+    ),
     MethodSpec("star", (_number("eta", 0.4, 0.0, 1.0, low_open=True),)),
 )  # fmt: skip
 

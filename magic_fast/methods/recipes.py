@@ -1,5 +1,5 @@
 """From a method's name, its parameters and a preset to a :class:`~magic_fast.recipe.Recipe`
-(METHODS §1).
+(docs/methods.md).
 
 A preset reproduces another system exactly; it changes stages of the recipe, never the loop that
 runs it.
@@ -13,6 +13,7 @@ from typing import Any
 
 from magic_fast.errors import InputError
 from magic_fast.recipe import (
+    Consensus,
     Contributors,
     CountRule,
     Recipe,
@@ -30,6 +31,7 @@ from magic_fast.recipe import (
 
 _TRIMS = {
     "ties": TrimRule.MAGNITUDE,
+    "consensus_ta": TrimRule.MAGNITUDE,
     "magnitude_prune": TrimRule.MAGNITUDE,
     "dare_linear": TrimRule.RANDOM,
     "dare_ties": TrimRule.RANDOM,
@@ -64,8 +66,8 @@ def _trim(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str | 
 
 
 def _plain(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str | None) -> Recipe:
-    """The method as METHODS §1 tables it."""
-    votes = method in _VOTING
+    """The method as docs/methods.md tables it."""
+    votes = method in _VOTING or p.get("on") == "ties"
     reduce = Reduce.WEIGHTED_MEAN if p.get("normalize", False) else Reduce.SUM
     if method == "average":
         reduce = Reduce.MEAN
@@ -84,8 +86,14 @@ def _plain(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str |
         zero_vote=ZeroVote.NEGATIVE if method == "emr_unified" else ZeroVote.POSITIVE,
         contributors=Contributors.AGREEING if votes else Contributors.ALL,
         reduce=reduce,
+        consensus=_consensus(k, p) if method == "consensus_ta" else None,
         scale=per_expert(p.get("scale", 1.0), k, "scale")[0],
     )
+
+
+def _consensus(k: int, p: Mapping[str, Any]) -> Consensus:
+    lambdas = per_expert(p["tall_mask_lambda"], k, "tall_mask_lambda")
+    return Consensus(lambdas, min_tasks=int(p["min_tasks"]))
 
 
 def _with(recipe: Recipe, p: Mapping[str, Any], reduce: Reduce, **changes: Any) -> Recipe:
@@ -122,6 +130,16 @@ def _original_ties(
     return change
 
 
+_magic_ties = _original_ties(TrimScope.TENSOR, Reduce.MEAN)
+
+
+def _magic(recipe: Recipe, method: str, p: Mapping[str, Any]) -> Recipe:
+    """Their consensus trims every task vector over the whole model before the sum."""
+    if method == "consensus_ta":
+        return replace(recipe, trim=_original_trim(recipe.trim, TrimScope.MODEL))
+    return _magic_ties(recipe, method, p)
+
+
 def _sd_mecha(recipe: Recipe, method: str, p: Mapping[str, Any]) -> Recipe:
     trim = replace(recipe.trim, count_rule=CountRule.COMPLEMENT_PLUS_ONE, tie_rule=TieRule.KEEP_ALL)
     vote = _VOTES[p["vote"]] if p.get("vote") else Vote.COUNT
@@ -151,8 +169,8 @@ _PRESETS: dict[str, tuple[_Change, frozenset[str] | None]] = {
         frozenset({"average", "task_arithmetic", "ties", "slerp"}),
     ),
     "magic": (
-        _original_ties(TrimScope.TENSOR, Reduce.MEAN),
-        frozenset({"average", "task_arithmetic", "ties", "slerp"}),
+        _magic,
+        frozenset({"average", "task_arithmetic", "ties", "slerp", "consensus_ta"}),
     ),
     "sd_mecha": (_sd_mecha, frozenset({"ties"})),
 }
@@ -183,11 +201,12 @@ def build_recipe(
     """The recipe of an element-wise method.
 
     Args:
-        method: a name of METHODS §1's table.
+        method: an element-wise method of docs/methods.md.
         num_experts: K.
         parameters: every parameter of the method by its Python name, defaults filled in
             (``weights``, ``density``, ``gamma``, ``epsilon``, ``scale``, ``normalize``,
-            ``rescale``, ``vote``, ``reduce``, ``seed``); per-expert ones a number or K numbers.
+            ``rescale``, ``vote``, ``reduce``, ``seed``; of ``consensus_ta`` ``tall_mask_lambda``,
+            ``min_tasks``, ``on``); per-expert ones a number or K numbers.
         preset: the system whose rules hold.
         compat: ``"mergekit-0.1.4"`` matches that release's faults.
 

@@ -22,6 +22,7 @@ from magic_fast.recipe import (
     VoteOn,
     ZeroVote,
 )
+from magic_fast.reference import consensus
 from magic_fast.reference.trim import keep_mask, keep_probabilities, rescale_factor, select_trim
 
 
@@ -263,16 +264,11 @@ def _consensus(
     assert rule is not None
     if rule.given:
         assert task_masks is not None
-        masks = [m.to(torch.bool) for m in task_masks]
+        masks = list(task_masks)
     else:
         merged = _reduce(taus, recipe, decisions, dtype)
-        masks = [
-            t.abs() > lam * (merged - t).abs() for t, lam in zip(taus, rule.lambdas, strict=True)
-        ]
-    votes = torch.zeros(taus[0].shape, dtype=torch.int16, device=taus[0].device)
-    for m in masks:
-        votes += m
-    return votes >= rule.min_tasks
+        masks = consensus.task_masks(taus, merged, rule.lambdas)
+    return consensus.consensus(masks, rule.min_tasks)
 
 
 def _reduce(

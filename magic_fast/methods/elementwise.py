@@ -1,0 +1,94 @@
+"""Element-wise methods whose rules no recipe can state: a statistic of the tensor (SCE, RAM+,
+Arcee Fusion, PCB), or another form than trim, vote and reduce (NearSwap, RAM)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magic_fast.errors import InputError, InternalError
+from magic_fast.ops.backend import Job
+from magic_fast.reference import fusion
+from magic_fast.reference import pcb as competition
+from magic_fast.reference import ram as ram_formulas
+from magic_fast.reference import sce as sce_formulas
+from magic_fast.reference.merge import decision_dtype, task_vectors
+
+_BOUNDS = "bounds"
+
+
+def _taus(job: Job) -> list[Tensor]:
+    return task_vectors(job.base, job.experts, decision_dtype(job.base, job.experts))
+
+
+def _with_base(job: Job, delta: Tensor) -> Tensor:
+    return delta if job.base is None else job.base.to(delta.dtype) + delta
+
+
+def _pair(job: Job, method: str) -> tuple[Tensor, Tensor]:
+    """The base and the one expert."""
+    if job.base is None or len(job.experts) != 1:
+        got = f"{len(job.experts)} and {'no' if job.base is None else 'a'} base"
+        raise InputError(
+            f"experts for method {method!r}: expected one beside the base, got {got}. It goes from "
+            "one model to another."
+        )
+    dtype = decision_dtype(job.base, job.experts)
+    return job.base.to(dtype), job.experts[0].to(dtype)
+
+
+def nearswap(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
+    return fusion.nearswap(*_pair(job, "nearswap"), arguments["t"])
+
+
+def arcee_fusion(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
+    return fusion.arcee_fusion(*_pair(job, "arcee_fusion"))
+
+
+def sce(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
+    absolute = preset == "mergekit"
+    delta = sce_formulas.sce(_taus(job), arguments["select_topk"], absolute=absolute)
+    return _with_base(job, delta)
+
+
+def ram(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
+    """RAM, and RAM+ where there is an ``r``."""
+    delta = ram_formulas.ram(
+        _taus(job),
+        arguments["epsilon"],
+        r=arguments.get("r", 0.0),
+        alpha=arguments.get("alpha", 0.0),
+    )
+    return _with_base(job, delta)
+
+
+def prepare_pcb(source: competition.Source, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Under scope ``model`` the bounds of all tensors together."""
+    if arguments["scope"] != "model":
+        return {}
+    return {_BOUNDS: competition.model_bounds(source, arguments["ratio"])}
+
+
+def pcb(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
+    taus = _taus(job)
+    if not taus[0].numel():
+        return _with_base(job, torch.zeros_like(taus[0]))
+    bounds = arguments.get(_BOUNDS)
+    if arguments["scope"] == "tensor":
+        bounds = competition.tensor_bounds(taus, arguments["ratio"])
+    if bounds is None:
+        raise InternalError("pcb over a whole model: expected its bounds, got none.")
+    return _with_base(job, competition.pcb(taus, bounds) * arguments["scale"])
+
+
+ELEMENTWISE = {
+    "nearswap": nearswap,
+    "arcee_fusion": arcee_fusion,
+    "sce": sce,
+    "ram": ram,
+    "ramplus_tl": ram,
+    "pcb": pcb,
+}

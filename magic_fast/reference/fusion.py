@@ -1,0 +1,58 @@
+"""Two models, element by element: NearSwap and Arcee Fusion (docs/methods.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_NO_DISTANCE = 1e-6
+_SMALL_PROBABILITY = 1e-8
+
+
+def nearswap(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """w·b + (1−w)·a with w = clamp(t ÷ max(|a−b|, 1e-6), 0, 1): b where it is near, hardly moved
+    where it is far.
+
+    Args:
+        a, b: float32 or float64, same shape.
+        t: distance up to which b is taken whole, ≥ 0.
+
+    >>> nearswap(torch.tensor([0.0, 0.0]), torch.tensor([0.1, 2.0]), 0.5)
+    tensor([0.1000, 0.5000])
+    """
+    w = (t / (a - b).abs().clamp(min=_NO_DISTANCE)).clamp(0, 1)
+    return w * b + (1 - w) * a
+
+
+def importance(a: Tensor, b: Tensor) -> Tensor:
+    """|b−a|·KL with KL = Σ p·ln(p/q) per last-dimension vector, p and q the softmax of b and a, each
+    plus 1e-8. A 1-D tensor has one KL, a scalar none (0)."""
+    if a.dim() == 0:
+        return torch.zeros_like(a)
+    p = torch.softmax(b, dim=-1) + _SMALL_PROBABILITY
+    q = torch.softmax(a, dim=-1) + _SMALL_PROBABILITY
+    divergence = (p * torch.log(p / q)).sum(-1, keepdim=True, dtype=torch.float64)
+    return (b - a).abs() * divergence.to(a.dtype)
+
+
+def arcee_fusion(a: Tensor, b: Tensor) -> Tensor:
+    """b where its importance reaches Q(½) + 1.5·(Q(¾) − Q(¼)), a elsewhere.
+
+    Q(u) is the importance at index ⌊u·(n−1)⌋ in ascending order, exactly (mergekit 0.1.5 samples
+    above a million elements).
+
+    Args:
+        a, b: base and expert, float32 or float64, same shape.
+    """
+    if not a.numel():
+        return a.clone()
+    scores = importance(a, b)
+    flat = scores.flatten()
+    n = flat.numel()
+
+    def quantile(u: float) -> Tensor:
+        index = int(torch.tensor(u, dtype=torch.float32).double() * (n - 1))
+        return torch.kthvalue(flat, index + 1).values
+
+    threshold = quantile(0.5) + 1.5 * (quantile(0.75) - quantile(0.25))
+    return torch.where(scores >= threshold, b, a)
