@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -75,9 +76,11 @@ def test_works_without_a_compiler(pure_wheel: Path, tmp_path: Path) -> None:
         "print(mf.__file__)\n"
         "print(mf.merge(torch.zeros(2), [torch.ones(2)], 'average').tolist())\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    # -S: without it the editable install, if any, would lend its extension to this copy.
+    paths = (str(tmp_path / "site"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-S", "-c", code],
         capture_output=True,
         text=True,
         check=False,
