@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         merge_checkpoints,
         plan_checkpoints,
     )
+    from magic_fast.api.masks import EmrModels, consensus_mask, emr, task_masks
     from magic_fast.api.merging import merge, merge_task_vectors
     from magic_fast.api.results import CalibrationReport, MergeResult, TensorCalibration
     from magic_fast.api.stats import (
@@ -39,6 +40,7 @@ _HOMES = {
         "merge_checkpoints",
         "plan_checkpoints",
     ),
+    "magic_fast.api.masks": ("EmrModels", "consensus_mask", "emr", "task_masks"),
     "magic_fast.api.merging": ("merge", "merge_task_vectors"),
     "magic_fast.api.results": ("CalibrationReport", "MergeResult", "TensorCalibration"),
     "magic_fast.api.stats": (
@@ -57,6 +59,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CalibrationReport",
+    "EmrModels",
     "MergePlan",
     "MergeReport",
     "MergeResult",
@@ -67,6 +70,8 @@ __all__ = [
     "backends",
     "calibrate_checkpoints",
     "calibrate_weights",
+    "consensus_mask",
+    "emr",
     "inspect_checkpoints",
     "kth_magnitude",
     "merge",
@@ -76,6 +81,7 @@ __all__ = [
     "row_norms",
     "row_stats",
     "select",
+    "task_masks",
     "task_vector_stats",
     "trim",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from magic_fast.api.tensors import Named, Tensors, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import find_method, resolve_arguments
-from magic_fast.methods.functions import FUNCTIONS
+from magic_fast.methods.functions import FUNCTIONS, PREPARATIONS
 from magic_fast.methods.recipes import build_recipe
 from magic_fast.ops.backend import Job, Stats
+from magic_fast.ops.checks import check
 from magic_fast.recipe import Recipe, TrimScope
 
 log = logging.getLogger("magic_fast")
@@ -68,7 +69,7 @@ def merge(
 
     Args:
         base: tensor, state dict or module; None for the methods on whole models (``linear``,
-            ``passthrough``).
+            ``passthrough``). To ``karcher`` it is one more model.
         experts: K of the same kind (tensors may be one stacked [K, …] tensor). float32, float16,
             bfloat16 in any mix; float64 runs in double precision. Integer tensors must agree and
             are copied.
@@ -83,7 +84,8 @@ def merge(
             of the base.
         nonfinite: ``"error"`` or ``"propagate"``.
         row_axis: axis of the output units for calibration (default 0).
-        masks: K keep masks (or None) that replace the draw of a random trim.
+        masks: K keep masks (or None) that replace the draw of a random trim; K task masks of
+            ``consensus_ta`` instead of those it would compute.
         name: tensor name of a bare tensor (keys the random masks and the messages).
         seed: of the random trims.
         compat: ``"mergekit-0.1.4"`` matches that release's faults.
@@ -222,11 +224,12 @@ def _resolve(
         raise InputError(
             f"seed for method {method!r}: expected none, got {seed}. Nothing in it is random."
         )
-    if masks is not None and (recipe is None or not recipe.trim.is_random):
+    if masks is not None and recipe is not None and recipe.consensus is not None:
+        recipe = replace(recipe, consensus=replace(recipe.consensus, given=True))
+    elif masks is not None and (recipe is None or not recipe.trim.is_random):
         raise InputError(
             f"masks for method {method!r}: expected none, got some. They replace the draw of "
-            "a random trim; "
-            "here nothing is random."
+            "a random trim or the task masks of a consensus; here is neither."
         )
     if calibration is not None and num_experts == 1:
         log.warning("calibrating the merge of one expert gives back a full-size task vector")
@@ -317,7 +320,9 @@ def _job(
     out: Tensor,
     k_masks: list[Tensor | None] | None,
 ) -> Job:
-    weights = call.recipe.weights if call.recipe is not None else (1.0,) * len(experts)
+    weights = call.arguments.get("weights", (1.0,) * len(experts))
+    if call.recipe is not None:
+        weights = call.recipe.weights
     calibration = None
     if call.calibration is not None:
         calibration = call.calibration.resolve(
@@ -330,7 +335,8 @@ def _job(
         recipe,
         out,
         name,
-        masks=k_masks,
+        masks=None if recipe.consensus is not None else k_masks,
+        task_masks=k_masks if recipe.consensus is not None else None,
         calibration=calibration,
         details=call.details,
     )
@@ -339,6 +345,12 @@ def _job(
 def _execute(jobs: Sequence[Job], call: _Call) -> list[Stats]:
     if call.recipe is None:
         function: Callable[..., Tensor] = FUNCTIONS[call.method]
+        if call.method in PREPARATIONS:
+            for job in jobs:
+                check(job)
+            call.arguments |= PREPARATIONS[call.method](
+                lambda: ((job.base, job.experts) for job in jobs), call.arguments
+            )
         return ops.run_function(
             jobs, lambda job: function(job, call.arguments, call.preset),
             backend=call.backend, nonfinite=call.nonfinite,

@@ -18,7 +18,6 @@ Source = Callable[[], Iterable[tuple[Tensor | None, Sequence[Tensor]]]]
 Preparation = Callable[[Source, Mapping[str, Any]], dict[str, Any]]
 
 FUNCTIONS: Mapping[str, Function] = {**GEOMETRIC, **ELEMENTWISE}
-METHODS_WITHOUT_RECIPE = frozenset(FUNCTIONS)
 
 #: Functions that first look at the whole model: from its tensors and the arguments to further
 #: arguments.

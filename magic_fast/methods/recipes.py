@@ -43,6 +43,16 @@ _TRIMS = {
 _VOTING = frozenset({"ties", "dare_ties", "della", "breadcrumbs_ties", "emr_unified"})
 _VOTES = {"mass": Vote.MASS, "count": Vote.COUNT, "total": Vote.MASS, "frequency": Vote.COUNT}
 
+#: Methods that are a recipe; the others are functions over whole tensors.
+RECIPES = frozenset(_TRIMS) | {
+    "average",
+    "emr_unified",
+    "linear",
+    "magmax",
+    "passthrough",
+    "task_arithmetic",
+}
+
 COMPATS = ("mergekit-0.1.4",)
 
 

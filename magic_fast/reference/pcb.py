@@ -26,8 +26,8 @@ _LEAST_SHARE = 1e-12
 
 @dataclass(frozen=True)
 class Bounds:
-    """What ranks decide, K numbers each: magnitudes are held within [``low``, ``high``], competition
-    scores within [``cut``, ``top``]."""
+    """What ranks decide, K numbers each: magnitudes are held within [``low``, ``high``],
+    competition scores within [``cut``, ``top``]."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]

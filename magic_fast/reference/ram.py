@@ -1,5 +1,5 @@
-"""RAM and RAM+, reinforced agent merging: means over the experts that moved an element (Yuan et al.,
-arXiv 2601.13572; docs/methods.md)."""
+"""RAM and RAM+, reinforced agent merging: means over the experts that moved an element (Yuan et
+al., arXiv 2601.13572; docs/methods.md)."""
 
 from __future__ import annotations
 

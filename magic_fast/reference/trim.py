@@ -56,7 +56,7 @@ def threshold_and_cut(x: Tensor, count: int, tie_rule: TieRule) -> tuple[float, 
 def keep_above(x: Tensor, threshold: float, tie_cut: int, offset: int = 0) -> Tensor:
     """bool, shape of ``x``: entries above the threshold, and equal ones of flat index <
     ``tie_cut``."""
-    bits = magnitude_bits(x)
+    bits = magnitude_bits(x).contiguous()  # the cut counts row-major, whatever the strides
     limit = _bits_of(threshold, bits)
     keep = bits > limit
     if tie_cut - offset >= x.numel():
