@@ -5,22 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from golden.adapters import NotYet, adapter, run_recipe, target, upcast
+from golden.adapters import adapter, target, upcast
 from golden.golden_case import GoldenCase
 from torch import Tensor
 
 import magic_fast as mf
-from magic_fast import ops
-from magic_fast.ops.backend import Job
-from magic_fast.recipe import (
-    Consensus,
-    CountRule,
-    Recipe,
-    TieRule,
-    Trim,
-    TrimRule,
-    TrimScope,
-)
 
 # As the authors wrote it: every ratio applied, nothing guarded, nothing limited.
 _PARITY: dict[str, Any] = {"guards": False, "clamp": None, "tensors": "magic"}
@@ -248,64 +237,3 @@ def dare(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
         rescale="keep_probability", backend=backend, out=target(w[0], wide),
     )  # fmt: skip
     return {"merged": merged}
-
-
-@adapter("magic.generate_task_masks", "iso.generate_task_masks", torch_only=True)
-def tall_mask(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
-    """The mask of task t is the filter of a merge that asks task t alone. Where Δ is 0 no result
-    shows the filter, so it is read from the decisions, which the torch backend hands out."""
-    if "tv" in case.inputs:
-        raise NotYet("TALL masks against a merged vector of one's own (no public call yet)")
-    base, experts = case.inputs["base"], list(case.inputs["experts"])
-    lam = case.params["tall_mask_lambda"]
-    masks = []
-    for task in range(len(experts)):
-        # |τ| > inf·|…| is never true, so only this task can vote
-        only = tuple(lam if k == task else float("inf") for k in range(len(experts)))
-        recipe = Recipe((1.0,) * len(experts), consensus=Consensus(only, min_tasks=1))
-        job = Job(base, experts, recipe, target(base, wide), details=True)
-        (stats,) = ops.merge([job], backend=backend)
-        masks.append(stats.extra["decisions"].consensus)
-    return {"mask": torch.stack(masks).to(torch.uint8)}
-
-
-@adapter("magic.construct_consensus_mask")
-def consensus_mask(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
-    masks = case.models("mask")
-    rule = Consensus((), min_tasks=case.params["prun_thre_k"], given=True)
-    recipe = Recipe((1.0,) * len(masks), consensus=rule)
-    outputs = {}
-    for name in masks[0]:
-        task_masks = [m[name] for m in masks]
-        ones = [torch.ones(m.shape) for m in task_masks]
-        kept = run_recipe(ones, recipe, backend, task_masks=task_masks)
-        outputs[name] = (kept != 0).to(torch.uint8)
-    return outputs
-
-
-@adapter("magic.Consensus_TA")
-def consensus_ta(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
-    """Trims to 20 % over the whole model before the sum, which the original method does not."""
-    base, experts, masks = case.model("base"), case.models("expert"), case.models("mask")
-    trim = Trim(
-        TrimRule.MAGNITUDE,
-        density=(0.2,) * len(experts),
-        count_rule=CountRule.FLOOR_PLUS_ONE,
-        tie_rule=TieRule.KEEP_ALL,
-        scope=TrimScope.MODEL,
-    )
-    recipe = Recipe((1.0,) * len(experts), trim=trim, consensus=Consensus((), 2, given=True))
-    jobs = [
-        Job(
-            None,
-            [e[name] - base[name] for e in experts],
-            recipe,
-            torch.empty(base[name].shape),
-            name,
-            task_masks=[m[name] for m in masks],
-        )
-        for name in base
-    ]
-    ops.select_model(jobs)
-    ops.merge(jobs, backend=backend)
-    return {job.name: job.out for job in jobs}

@@ -60,7 +60,9 @@ _ANSWERED = (
     "mergekit_task_arithmetic", "mergekit_ties", "mergekit_breadcrumbs", "mergekit_slerp",
     "mergekit_passthrough", "mergekit_sparsify", "mergekit_dare_",
     "mergekit_della", "peft_ties", "peft_task_arithmetic", "peft_magnitude_prune",
-    "peft_dare_", "magic_consensus_",
+    "peft_dare_", "magic_consensus_", "magic_tall_mask", "iso_original_tall_mask",
+    "mergekit_nuslerp", "mergekit_multislerp", "mergekit_karcher", "mergekit_model_stock",
+    "mergekit_nearswap", "mergekit_arcee_fusion", "mergekit_sce", "mergekit_ram",
 )  # fmt: skip
 
 

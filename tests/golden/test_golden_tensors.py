@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import adapters_magic, adapters_mergekit, adapters_peft, adapters_ties
+from golden import (
+    adapters_consensus,
+    adapters_geometric,
+    adapters_magic,
+    adapters_mergekit,
+    adapters_peft,
+    adapters_ties,
+)
 from golden.adapters import ADAPTERS, TORCH_ONLY, NotYet
 from golden.golden_case import GoldenCase, load_cases, mismatch, why_absent
 from support.backends import available_backends
@@ -13,7 +20,10 @@ from torch import Tensor
 from magic_fast.errors import BackendError
 
 # importing them registers their operations
-REGISTERED = (adapters_magic, adapters_mergekit, adapters_peft, adapters_ties)
+REGISTERED = (
+    adapters_consensus, adapters_geometric, adapters_magic, adapters_mergekit, adapters_peft,
+    adapters_ties,
+)  # fmt: skip
 
 _CASES = [case for case in load_cases() if not case.on_disk]
 
