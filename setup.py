@@ -1,12 +1,16 @@
 """Builds the native core. Everything else about the package is in pyproject.toml.
 
 Environment:
-    MAGIC_FAST_CUDA            auto (default): the CUDA part where nvcc is found; 0: never; 1: without nvcc is an error.
-    MAGIC_FAST_REQUIRE_NATIVE  1: a failed build of the extension is an error instead of a pure-Python install.
-    MAGIC_FAST_SANITIZE        address,undefined (or another -fsanitize= list): an instrumented build for the tests.
+    MAGIC_FAST_CUDA            auto (default): the CUDA part where nvcc is found; 0: never;
+                               1: without nvcc is an error.
+    MAGIC_FAST_REQUIRE_NATIVE  1: a failed build of the extension is an error instead of a
+                               pure-Python install.
+    MAGIC_FAST_SANITIZE        address,undefined (or another -fsanitize= list): an instrumented
+                               build for the tests.
 
-One static library per instruction set, each compiled with its own flags, so that no code of one set can end up in
-another's functions; they are linked into ``magic_fast._native``, which chooses at run time.
+One static library per instruction set, each compiled with its own flags, so that no code of one set
+can end up in another's functions; they are linked into ``magic_fast._native``, which chooses at run
+time.
 """
 
 from __future__ import annotations
@@ -86,7 +90,7 @@ if SANITIZE:
 
 INCLUDES = ["csrc/include", pybind11.get_include()]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
-SOURCES = sorted(glob("csrc/cpu/*.cpp")) + ["csrc/bindings/module.cpp"]
+SOURCES = [*sorted(glob("csrc/cpu/*.cpp")), "csrc/bindings/module.cpp"]
 LIBRARIES = [
     (
         f"mf_{isa}",
@@ -124,9 +128,8 @@ def _without_native(error: BaseException) -> None:
         raise error
     say(f"the native extension was not built: {error}")
     say("the package works without it, on the torch backend; `magic-fast doctor` says so.")
-    say(
-        "Install a C++17 compiler and reinstall to get it, or set MAGIC_FAST_REQUIRE_NATIVE=1 to make this an error."
-    )
+    say("Install a C++17 compiler and reinstall to get it;")
+    say("MAGIC_FAST_REQUIRE_NATIVE=1 makes this an error.")
 
 
 class BuildLibraries(build_clib):

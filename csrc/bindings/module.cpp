@@ -84,7 +84,8 @@ constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;  // between the Philox streams
 // Fields of a job tuple, in order; native.py builds it.
 enum Field {
   kPlan, kNumel, kOffset, kTotal, kRankCols, kStream, kBase, kBaseDtype, kMerged, kMergedDtype, kOut, kOutDtype,
-  kExperts, kExpertDtypes, kMasks, kTaskMasks, kCalibration, kCoefficient, kFactor, kSelection, kFields
+  kExperts, kExpertDtypes, kMasks, kTaskMasks, kCalibration, kCoefficient, kFactor, kRepaired, kNorms2,
+  kSelection, kFields
 };
 
 struct Batch {
@@ -117,6 +118,7 @@ struct Batch {
     job.merged = address<const void*>(at(kMerged)), job.merged_dtype = (int32_t)integer(at(kMergedDtype));
     job.out = address<void*>(at(kOut)), job.out_dtype = (int32_t)integer(at(kOutDtype));
     job.coefficient = address<float*>(at(kCoefficient)), job.factor = address<float*>(at(kFactor));
+    job.repaired = address<uint8_t*>(at(kRepaired)), job.norms2 = address<double*>(at(kNorms2));
     const Calibration* calibration = nullptr;
     if (!at(kCalibration).is_none()) {
       calibration = &at(kCalibration).cast<Calibration&>();
@@ -260,6 +262,23 @@ void row_norms(const py::tuple& job, uintptr_t l1, uintptr_t l2, uintptr_t linf,
   });
 }
 
+void norm_sums(const py::tuple& job, uintptr_t before, uintptr_t after, int threads, int isa) {
+  Batch batch = one(job);
+  const mf_options options{threads, isa};
+  run([&] {
+    return mf_cpu_norm_sums(batch.jobs.data(), reinterpret_cast<double*>(before), reinterpret_cast<double*>(after),
+                            &options);
+  });
+}
+
+int64_t vote_sum(const py::tuple& job, int threads, int isa) {
+  Batch batch = one(job);
+  const mf_options options{threads, isa};
+  int64_t sum = 0;
+  run([&] { return mf_cpu_vote_sum(batch.jobs.data(), &sum, &options); });
+  return sum;
+}
+
 void random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uintptr_t words, int isa) {
   const mf_options options{1, isa};
   check(mf_cpu_random_words(flat, n, stream, seed, reinterpret_cast<uint32_t*>(words), &options));
@@ -363,6 +382,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("scale", &scale, py::arg("job"), py::arg("coefficient"), py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("row_norms", &row_norms, py::arg("job"), py::arg("l1"), py::arg("l2"), py::arg("linf"),
         py::arg("threads") = 0, py::arg("isa") = -1);
+  m.def("norm_sums", &norm_sums, py::arg("job"), py::arg("before"), py::arg("after"), py::arg("threads") = 0,
+        py::arg("isa") = -1);
+  m.def("vote_sum", &vote_sum, py::arg("job"), py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("random_words", &random_words, py::arg("flat"), py::arg("n"), py::arg("stream"), py::arg("seed"),
         py::arg("words"), py::arg("isa") = -1);
   m.def("isa", &isa, "The instruction set that runs, after MAGIC_FAST_CPU_ISA.");

@@ -143,12 +143,15 @@ MF_HD double raw_coefficient(const mf_calibration* c, const double* pairs, const
 }
 
 // What multiplies the row of d. Order: raw -> repair -> side -> strength -> clamp; 1 where xi does not act.
-MF_HD double acting_factor(const mf_calibration* c, double raw, const double* pairs, int m) {
+// *repaired: the guards left the row alone.
+MF_HD double acting_factor(const mf_calibration* c, double raw, const double* pairs, int m, bool* repaired) {
   double xi = raw;
+  *repaired = false;
   if (c->guards) {
     double experts = 0;
     for (int k = 0; k + 1 < m; ++k) experts += pairs[pair_index(k, k, m)];
-    if (!isfinite(raw) || !(experts > 0) || !(pairs[pair_index(m - 1, m - 1, m)] > 0)) return 1;
+    *repaired = !isfinite(raw) || !(experts > 0) || !(pairs[pair_index(m - 1, m - 1, m)] > 0);
+    if (*repaired) return 1;
   } else if (c->direction != MF_FREE && isnan(raw)) {
     xi = 1;
   }

@@ -194,6 +194,22 @@ mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_
   return guarded([&] { kernels_of(options).words(flat, n, stream, seed, words); });
 }
 
+mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after, const mf_options* options) {
+  return guarded([&] {
+    mf::Runner runner(kernels_of(options), threads_of(options));
+    mf::Prepared p(*piece);
+    mf::norm_sums(runner, p, before, after);
+  });
+}
+
+mf_status mf_cpu_vote_sum(mf_job* piece, int64_t* sum, const mf_options* options) {
+  return guarded([&] {
+    mf::Runner runner(kernels_of(options), threads_of(options));
+    mf::Prepared p(*piece);
+    *sum = mf::vote_sum(runner, p);
+  });
+}
+
 mf_status mf_search_begin(const mf_job* prototype, mf_search** search) {
   return guarded([&] { *search = new mf_search(*prototype); });
 }

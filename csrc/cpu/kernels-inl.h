@@ -105,7 +105,7 @@ static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, floa
     float* d = delta ? delta + done : s.delta;
     for (int sub = 0; sub < len; sub += kTile)
       delta_tile(w, s, start + done + sub, imin(kTile, len - sub), s.tau + sub, w.tile, d + sub);
-    for (int v = 0; v + 1 < w.m; ++v) rows[v] = s.tau + (int64_t)w.stat_experts[v] * w.tile;
+    for (int k = 0; k < w.k; ++k) rows[k] = s.tau + (int64_t)k * w.tile;
     rows[w.m - 1] = d;
     if (w.gram) {
       gram_tile(rows, w.m, padded(len), pairs);

@@ -27,35 +27,72 @@ void row_sums(const Kernels& kernels, const Work& w, ThreadScratch& t, int64_t s
   }
 }
 
-size_t row_doubles(const Work& w) {  // sums, partial sums, the work of raw_coefficient
+size_t row_doubles(const Work& w) {  // sums, partial or chosen sums, the work of raw_coefficient
   const size_t m = (size_t)w.m, width = m * (m + 1) / 2 + m;
   return 2 * width + m + 2 * m * m;
 }
 
-float finish_row(const Work& w, const double* sums, double* work, int64_t row) {
+// Only what belongs to the included experts and d.
+void choose_included(const Work& w, const double* sums, double* chosen) {
+  const int m = w.m, few = w.included + 1;
+  const auto in = [&](int v) { return v == w.k || w.experts[v].included; };
+  double* powers = chosen + few * (few + 1) / 2;
+  for (int i = 0; i < m; ++i) {
+    if (!in(i)) continue;
+    for (int j = i; j < m; ++j)
+      if (in(j)) *chosen++ = sums[pair_index(i, j, m)];
+    *powers++ = sums[m * (m + 1) / 2 + i];
+  }
+}
+
+// The factor of a row from its sums, and its share of the squared norms of the tensor. work: row_doubles less the sums.
+float finish_row(const Work& w, const double* sums, double* work, int64_t row, double* norms2) {
   const mf_calibration* c = w.job->calibration;
-  const int pairs = w.m * (w.m + 1) / 2;
-  const double raw = raw_coefficient(c, sums, sums + pairs, w.m, work);
-  const float factor = (float)acting_factor(c, raw, sums, w.m);
+  const int pairs = w.m * (w.m + 1) / 2, few = w.included + 1;
+  const double* chosen = sums;
+  if (w.included < w.k) {
+    choose_included(w, sums, work);
+    chosen = work;
+    work += pairs + w.m;
+  }
+  const double raw = raw_coefficient(c, chosen, chosen + few * (few + 1) / 2, few, work);
+  bool repaired;
+  const float factor = (float)acting_factor(c, raw, chosen, few, &repaired);
   if (w.job->coefficient) w.job->coefficient[row] = (float)raw;
   if (w.job->factor) w.job->factor[row] = factor;
+  if (w.job->repaired) w.job->repaired[row] = repaired;
+  for (int v = 0; v < w.m; ++v) norms2[v] += sums[pair_index(v, v, w.m)];
+  norms2[w.m] += sums[pairs - 1] * (double)factor * (double)factor;
   return factor;
+}
+
+void add_norms(const Work& w, const double* norms2) {
+  if (!w.job->norms2) return;
+  for (int v = 0; v <= w.m; ++v) w.job->norms2[v] += norms2[v];
 }
 
 void merge_rows(Runner& runner, Prepared& p, int64_t start, int64_t n) {
   const int64_t cols = p.job.calibration->cols;
   const int64_t first_row = start / cols, rows = n / cols;
-  const int64_t step = std::max<int64_t>(1, kBlock / 2 / cols);
-  runner.parallel((rows + step - 1) / step, [&](int64_t i, ThreadScratch& t) {
-    float* delta = t.row(cols);
-    double* sums = t.doubles(row_doubles(p.work));
-    double* work = sums + 2 * (p.pair_count() + p.work.m);
-    for (int64_t r = first_row + i * step; r < first_row + std::min(rows, (i + 1) * step); ++r) {
-      row_sums(runner.kernels, p.work, t, r * cols, cols, delta, sums);
-      const float factor = finish_row(p.work, sums, work, r);
-      runner.kernels.apply(p.work, t.scratch(), r * cols, cols, delta, factor);
-    }
-  });
+  const int64_t step = std::max<int64_t>(1, kBlock / 2 / cols), tasks = (rows + step - 1) / step;
+  const int64_t width = p.work.m + 1;
+  constexpr int64_t kWave = 4096;  // tasks whose norms wait to be added in order
+  for (int64_t first = 0; first < tasks; first += kWave) {
+    const int64_t count = std::min(kWave, tasks - first);
+    std::vector<double> norms2((size_t)(count * width), 0.0);
+    runner.parallel(count, [&](int64_t i, ThreadScratch& t) {
+      float* delta = t.row(cols);
+      double* sums = t.doubles(row_doubles(p.work));
+      double* work = sums + p.pair_count() + p.work.m;
+      const int64_t from = first_row + (first + i) * step, end = std::min(first_row + rows, from + step);
+      for (int64_t r = from; r < end; ++r) {
+        row_sums(runner.kernels, p.work, t, r * cols, cols, delta, sums);
+        const float factor = finish_row(p.work, sums, work, r, &norms2[(size_t)(i * width)]);
+        runner.kernels.apply(p.work, t.scratch(), r * cols, cols, delta, factor);
+      }
+    });
+    for (int64_t i = 0; i < count; ++i) add_norms(p.work, &norms2[(size_t)(i * width)]);
+  }
 }
 
 void merge_flat(Runner& runner, const Work& w, int64_t start, int64_t n, float factor) {
@@ -76,7 +113,9 @@ void merge_twice(Runner& runner, Prepared& p, int64_t start, int64_t n, int64_t 
                          runner.kernels.statistics(p.work, t.scratch(), at, size, nullptr, partial, partial + pairs);
                        });
   });
-  const float factor = finish_row(p.work, sums.data(), work.data(), row);
+  std::vector<double> norms2((size_t)p.work.m + 1, 0.0);
+  const float factor = finish_row(p.work, sums.data(), work.data(), row, norms2.data());
+  add_norms(p.work, norms2.data());
   runner.finish(p, true);
   runner.begin(p.work);
   Work merging = p.work;  // no statistics this time
@@ -95,6 +134,7 @@ void merge_twice(Runner& runner, Prepared& p, int64_t start, int64_t n, int64_t 
 void merge_job(Runner& runner, Prepared& p) {
   const mf_calibration* c = p.job.calibration;
   for (int k = 0; k < p.work.k; ++k) p.job.experts[k].kept = 0;
+  if (p.job.norms2) std::fill(p.job.norms2, p.job.norms2 + p.work.k + 2, 0.0);
   if (p.job.numel == 0) return;
   runner.begin(p.work);
   if (c && c->per_tensor) {
@@ -102,6 +142,7 @@ void merge_job(Runner& runner, Prepared& p) {
     for (int64_t r = 1; r < c->rows; ++r) {
       if (p.job.coefficient) p.job.coefficient[r] = p.job.coefficient[0];
       if (p.job.factor) p.job.factor[r] = p.job.factor[0];
+      if (p.job.repaired) p.job.repaired[r] = p.job.repaired[0];
     }
   } else if (c && c->cols > kLongRow) {
     for (int64_t r = 0; r < c->rows; ++r) merge_twice(runner, p, r * c->cols, c->cols, r);

@@ -54,9 +54,9 @@ void with_ranked_masks(Runner& runner, Prepared& p, int64_t start, int64_t n, in
   std::vector<int> experts;
   for (int k = 0; k < p.work.k; ++k)
     if (p.job.experts[k].trim == MF_TRIM_RANKED) experts.push_back(k);
-  const int64_t cols = p.job.rank_cols, whole = std::max(cols, unit);  // one divides the other
-  const int64_t fit = kMaskBytes / ((int64_t)experts.size() * whole);
-  const int64_t range = std::max<int64_t>(1, fit) * whole;
+  const int64_t cols = p.job.rank_cols, whole = unit;  // rows that stick out are ranked on both sides
+  const int64_t fit = std::max(kMaskBytes / (int64_t)experts.size(), 2 * cols);  // mostly whole rows
+  const int64_t range = std::max<int64_t>(1, fit / whole) * whole;
   Buffer<uint8_t> bytes((size_t)(std::min(range, n) + 2 * cols) * experts.size());
   std::vector<RowBuffers> buffers((size_t)runner.threads);
   const int64_t end = start + n;

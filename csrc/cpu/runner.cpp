@@ -87,14 +87,12 @@ Prepared::Prepared(mf_job& j) : job(j) {
   work.linear = job.merged || whole_sum;
   work.divisor = work.linear && !job.merged ? linear_divisor(job) : 1;
   if (const mf_calibration* c = job.calibration) {
-    for (int k = 0; k < work.k; ++k)
-      if (job.experts[k].included) stat_experts_.push_back(k);
-    require(!stat_experts_.empty(), "job: calibration without an included expert.");
-    work.m = (int)stat_experts_.size() + 1;
+    for (int k = 0; k < work.k; ++k) work.included += job.experts[k].included != 0;
+    require(work.included > 0, "job: calibration without an included expert.");
+    work.m = work.k + 1;
     work.gram = c->variant != MF_SPHERE;
     work.powers = c->variant != MF_MANIFOLD && c->p != 2;
   }
-  work.stat_experts = stat_experts_.data();
   work.tile = work.m ? stat_tile(work.m) : kTile;
   work.keep_tau = work.m > 0 || (!job.merged && job.consensus == MF_CONSENSUS_LAMBDA);
   masks.assign((size_t)std::max(work.k, 1), nullptr);

@@ -67,9 +67,6 @@ class Prepared {
   bool ranked = false;                     // some expert's trim needs ranks
   std::vector<const uint8_t*> masks;       // [K], work.masks points here
   int pair_count() const { return work.m * (work.m + 1) / 2; }
-
- private:
-  std::vector<int> stat_experts_;
 };
 
 // Runs bodies on this call's threads. A batch of small jobs gives each thread a runner of its own, of one thread.
@@ -100,13 +97,16 @@ class Runner {
   std::vector<ThreadScratch*> scratch_;
 };
 
-// Ranked trims need their keep masks before the loops: calls body(start, n) for ranges that are whole ranked rows
-// (and whole multiples of `unit`), with work.masks filled; once, for everything, where nothing is ranked.
+// Ranked trims need their keep masks before the loops: calls body(start, n) for ranges that are whole multiples of
+// `unit` (but for the last), with work.masks filled; once, for everything, where nothing is ranked.
 void with_ranked_masks(Runner& runner, Prepared& p, int64_t start, int64_t n, int64_t unit,
                        const std::function<void(int64_t, int64_t)>& body);
 
 // Thresholds, then factors, then the majority: whatever the recipe needs and job.selected does not give.
 void select_job(Runner& runner, Prepared& p);
+// Norm sums of every expert before and after its trim, per fixed block [blocks, K]; the sum of the elected signs.
+void norm_sums(Runner& runner, Prepared& p, double* before, double* after);
+int64_t vote_sum(Runner& runner, Prepared& p);
 // Merges (or calibrates) one job whose selection is known.
 void merge_job(Runner& runner, Prepared& p);
 // Row sums of [rows, cols] into pairs [rows, M(M+1)/2].

@@ -78,45 +78,61 @@ void select_thresholds(Runner& runner, Prepared& p) {
 
 // factor = norm before / norm after the trim, of the whole tensor.
 void select_factors(Runner& runner, Prepared& p) {
-  const int k = p.work.k, width = 2 * k;
-  std::vector<double> sums((size_t)width, 0.0);
+  const int k = p.work.k;
+  const int64_t blocks = (p.job.numel + kBlock - 1) / kBlock;
+  const bool maxima = p.job.rescale == MF_RESCALE_LINF;
+  std::vector<double> before((size_t)(blocks * k)), after((size_t)(blocks * k));
   for (int i = 0; i < k; ++i) p.job.experts[i].factor = 1;
-  runner.begin(p.work);
-  with_ranked_masks(runner, p, 0, p.job.numel, 1, [&](int64_t start, int64_t n) {
-    runner.ordered_sum(start, n, width, p.job.rescale == MF_RESCALE_LINF ? 0 : width, sums.data(),
-                       [&](int64_t at, int64_t len, ThreadScratch& t, double* partial) {
-                         runner.kernels.norms(p.work, t.scratch(), at, len, partial, partial + k);
-                       });
-  });
+  norm_sums(runner, p, before.data(), after.data());
   for (int i = 0; i < k; ++i) {
-    double before = sums[(size_t)i], after = sums[(size_t)(k + i)];
-    if (p.job.rescale == MF_RESCALE_L2) before = std::sqrt(before), after = std::sqrt(after);
-    if (p.job.experts[i].trim != MF_TRIM_NONE && before >= kTinyNorm && after >= kTinyNorm)
-      p.job.experts[i].factor = (float)(before / after);
+    double x = 0, y = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const double u = before[(size_t)(b * k + i)], v = after[(size_t)(b * k + i)];
+      x = maxima ? std::max(x, u) : x + u;
+      y = maxima ? std::max(y, v) : y + v;
+    }
+    if (p.job.rescale == MF_RESCALE_L2) x = std::sqrt(x), y = std::sqrt(y);
+    if (p.job.experts[i].trim != MF_TRIM_NONE && x >= kTinyNorm && y >= kTinyNorm)
+      p.job.experts[i].factor = (float)(x / y);
   }
 }
 
-void select_majority(Runner& runner, Prepared& p) {
+}  // namespace
+
+void norm_sums(Runner& runner, Prepared& p, double* before, double* after) {
+  const int k = p.work.k;
+  const int64_t all = (p.job.numel + kBlock - 1) / kBlock;
+  std::fill(before, before + all * k, 0.0);
+  std::fill(after, after + all * k, 0.0);
+  runner.begin(p.work);
+  with_ranked_masks(runner, p, 0, p.job.numel, kBlock, [&](int64_t start, int64_t n) {
+    const int64_t first = start / kBlock, blocks = (n + kBlock - 1) / kBlock;
+    runner.parallel(blocks, [&](int64_t i, ThreadScratch& t) {
+      const int64_t at = start + i * kBlock;
+      runner.kernels.norms(p.work, t.scratch(), at, std::min(kBlock, start + n - at), before + (first + i) * k,
+                           after + (first + i) * k);
+    });
+  });
+}
+
+int64_t vote_sum(Runner& runner, Prepared& p) {
   Work voting = p.work;  // values, whatever the reduction; no statistics
   voting.linear = false;
   voting.m = 0, voting.tile = kTile, voting.keep_tau = false;
-  std::vector<int64_t> partial;
   int64_t sum = 0;
   runner.begin(voting);
   with_ranked_masks(runner, p, 0, p.job.numel, 1, [&](int64_t start, int64_t n) {
     voting.mask_start = p.work.mask_start;
     const int64_t blocks = (n + kBlock - 1) / kBlock;
-    partial.assign((size_t)blocks, 0);
+    std::vector<int64_t> partial((size_t)blocks, 0);
     runner.parallel(blocks, [&](int64_t i, ThreadScratch& t) {
       partial[(size_t)i] =
           runner.kernels.votes(voting, t.scratch(), start + i * kBlock, std::min(kBlock, n - i * kBlock));
     });
     for (const int64_t x : partial) sum += x;
   });
-  p.job.majority = (sum > 0) - (sum < 0);
+  return sum;
 }
-
-}  // namespace
 
 void select_job(Runner& runner, Prepared& p) {
   if (p.job.selected || p.job.merged) return;
@@ -131,7 +147,10 @@ void select_job(Runner& runner, Prepared& p) {
     throw Failure(MF_INVALID, "select: expected the whole tensor, got a part of it.");
   if (factors) select_factors(runner, p);
   p.job.majority = 0;
-  if (majority) select_majority(runner, p);
+  if (majority) {
+    const int64_t sum = vote_sum(runner, p);
+    p.job.majority = (sum > 0) - (sum < 0);
+  }
 }
 
 }  // namespace mf

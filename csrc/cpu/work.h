@@ -24,9 +24,9 @@ struct Work {
   const mf_expert* experts;
   const uint8_t* const* masks;  // [K] keep bytes of the ranked trims for a range, or null entries
   int64_t mask_start;           // element of the job that masks[k][0] belongs to
-  const int* stat_experts;      // [M - 1] those in the row statistics
   int k;
-  int m;                        // vectors of the row statistics: included experts and d; 0: none
+  int m;                        // vectors of the row statistics: all experts and d; 0: none
+  int included;                 // how many of the experts the coefficient is made of
   int tile;                     // stat_tile(m), or kTile
   bool keep_tau;                // raw task vectors of all experts stay in the scratch (statistics, consensus)
   bool linear;                  // no vote, all contribute: sums as they come, no values kept

@@ -95,6 +95,8 @@ typedef struct mf_job {
   const mf_calibration* calibration;  // or null
   float* coefficient;  // [rows] raw xi, or null
   float* factor;       // [rows] what the row was multiplied by (1: left alone), or null
+  uint8_t* repaired;   // [rows] 1 where the guards left the row alone, or null
+  double* norms2;      // [num_experts + 2] squared norms of the task vectors, of d, of d after the factors, or null
   int64_t numel;
   int64_t offset;      // flat index of element 0 in the whole tensor
   int64_t total;       // elements of the whole tensor
@@ -146,6 +148,12 @@ mf_status mf_cpu_row_norms(const mf_job* job, double* l1, double* l2, double* li
 // Random words (Philox 4x32-10) of elements [flat, flat + n): what random and ranked trims compare with.
 mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint32_t* words,
                               const mf_options* options);
+
+// For a selection of pieces, with job.selected: norm sums (job.rescale) before and after the trim of every fixed
+// 65536-element block of the piece, [blocks, num_experts] each (largest magnitudes for MF_RESCALE_LINF) ...
+mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after, const mf_options* options);
+// ... and the sum of the elected signs, zeros as 0.
+mf_status mf_cpu_vote_sum(mf_job* piece, int64_t* sum, const mf_options* options);
 
 // A selection over data that arrives in pieces: begin, then feed whatever `wants` lists until it lists nothing.
 typedef struct mf_search mf_search;
