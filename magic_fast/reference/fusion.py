@@ -25,14 +25,14 @@ def nearswap(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def importance(a: Tensor, b: Tensor) -> Tensor:
-    """|b−a|·KL with KL = Σ p·ln(p/q) per last-dimension vector, p and q the softmax of b and a,
-    each plus 1e-8. A 1-D tensor has one KL, a scalar none (0)."""
+    """|b−a|·KL with KL = Σ p·(ln p − ln q) per last-dimension vector, p and q the softmax of b
+    and a, each plus 1e-8. A 1-D tensor has one KL, a scalar none (0)."""
     if a.dim() == 0:
         return torch.zeros_like(a)
     p = torch.softmax(b, dim=-1) + _SMALL_PROBABILITY
     q = torch.softmax(a, dim=-1) + _SMALL_PROBABILITY
-    divergence = (p * torch.log(p / q)).sum(-1, keepdim=True, dtype=torch.float64)
-    return (b - a).abs() * divergence.to(a.dtype)
+    divergence = (p * (torch.log(p) - torch.log(q))).sum(-1, keepdim=True)
+    return (b - a).abs() * divergence
 
 
 def arcee_fusion(a: Tensor, b: Tensor) -> Tensor:
