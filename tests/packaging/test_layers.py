@@ -18,6 +18,7 @@ RANK = {
     "_native": 1,
     "checkpoint": 1,
     "ops": 2,
+    "spectral": 2,  # factorisations by matrix products
     "methods": 3,
     "calibration": 3,
     "engine": 4,
