@@ -11,13 +11,14 @@ from torch import Tensor
 
 from magic_fast.methods.elementwise import ELEMENTWISE, prepare_pcb
 from magic_fast.methods.geometric import GEOMETRIC
+from magic_fast.methods.spectral import SPECTRAL
 from magic_fast.ops.backend import Job
 
 Function = Callable[[Job, Mapping[str, Any], str], Tensor]
 Source = Callable[[], Iterable[tuple[Tensor | None, Sequence[Tensor]]]]
 Preparation = Callable[[Source, Mapping[str, Any]], dict[str, Any]]
 
-FUNCTIONS: Mapping[str, Function] = {**GEOMETRIC, **ELEMENTWISE}
+FUNCTIONS: Mapping[str, Function] = {**GEOMETRIC, **ELEMENTWISE, **SPECTRAL}
 
 #: Functions that first look at the whole model: from its tensors and the arguments to further
 #: arguments.

@@ -8,6 +8,7 @@ Switching a method on is setting ``available`` in its row.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeGuard
@@ -16,7 +17,7 @@ from magic_fast.errors import ConfigError
 
 Value = float | int | bool | str
 Scope = Literal["per_tensor", "per_model"]
-Kind = Literal["float", "int", "bool", "rescale", "choice"]
+Kind = Literal["float", "int", "bool", "rescale", "choice", "pattern"]
 BaseUse = Literal["required", "optional", "member", "none"]
 
 PRESETS = ("mergekit", "default", "peft", "ties_merging", "fusion_bench", "magic", "sd_mecha")
@@ -72,6 +73,8 @@ class ParameterSpec:
             return f"true, false or one of {', '.join(RESCALES)}"
         if self.kind == "choice":
             return f"one of {', '.join(self.choices)}"
+        if self.kind == "pattern":
+            return "a regular expression for tensor names"
         noun = "a whole number" if self.kind == "int" else "a finite number"
         low, high = math.isfinite(self.low), math.isfinite(self.high)
         if low and high:
@@ -87,6 +90,8 @@ class ParameterSpec:
             return isinstance(value, bool) or value in RESCALES
         if self.kind == "choice":
             return value in self.choices
+        if self.kind == "pattern":
+            return is_pattern(value)
         if self.kind == "bool":
             return isinstance(value, bool) or (is_number(value) and value in (0, 1))
         if not is_number(value) or not math.isfinite(value):
@@ -110,6 +115,17 @@ class ParameterSpec:
                 return "none"
             return "keep_probability" if self.random_trim and preset != "mergekit" else "l1"
         return value
+
+
+def is_pattern(value: object) -> TypeGuard[str]:
+    """Whether ``value`` is a regular expression."""
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -209,6 +225,8 @@ _CONSENSUS_DENSITY = ParameterSpec(
     low_open=True, note=_PERCENT,
 )  # fmt: skip
 _SCOPE = ParameterSpec("scope", kind="choice", default="model", choices=("model", "tensor"))
+_SVD = ParameterSpec("svd", kind="choice", default="auto", choices=("auto", "exact"))
+_TENSORS = ParameterSpec("tensors", kind="pattern")  # absent: the method's own rule of names
 _TIES_LAMBDA = _lambda(1.0, fusion_bench=0.3)
 _SUM_LAMBDA = _lambda(1.0, fusion_bench=0.3, magic=0.3)
 
@@ -229,7 +247,6 @@ _ROWS = (
         "passthrough", (ParameterSpec("scale", "per_model", default=1.0),),
         base="none", max_experts=1, available=True,
     ),
-    # Known, not here yet.
     MethodSpec(
         "nuslerp",
         (_WEIGHT, _flag("nuslerp_flatten", True), _flag("nuslerp_row_wise", False)),
@@ -264,18 +281,19 @@ _ROWS = (
          _CONSENSUS_DENSITY, _lambda(), ParameterSpec("min_tasks", kind="int", default=2, low=1)),
         available=True,
     ),
-    MethodSpec("iso_c", (_lambda(),)),
-    MethodSpec("iso_cts", (_number("common_space_fraction", 0.8, 0.0, 1.0), _lambda())),
+    MethodSpec("iso_c", (_lambda(), _SVD, _TENSORS), available=True),
     MethodSpec(
-        "tsv_m",
-        (_lambda(),
-         ParameterSpec("svd", kind="choice", default="auto", choices=("auto", "exact"))),
+        "iso_cts", (_number("common_space_fraction", 0.8, 0.0, 1.0), _lambda(), _SVD, _TENSORS),
+        available=True,
     ),
+    MethodSpec("tsv_m", (_lambda(), _SVD, _TENSORS), available=True),
     MethodSpec(
         "pcb", (_number("ratio", 0.1, 0.0, 1.0, low_open=True), _SCOPE, _lambda(1.2)),
         available=True,
     ),
-    MethodSpec("star", (_number("eta", 0.4, 0.0, 1.0, low_open=True),)),
+    MethodSpec(
+        "star", (_number("eta", 0.4, 0.0, 1.0, low_open=True), _lambda()), available=True
+    ),
 )  # fmt: skip
 
 #: Every method a YAML may name, by name.

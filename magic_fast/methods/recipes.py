@@ -180,7 +180,10 @@ _PRESETS: dict[str, tuple[_Change, frozenset[str] | None]] = {
     ),
     "magic": (
         _magic,
-        frozenset({"average", "task_arithmetic", "ties", "slerp", "consensus_ta"}),
+        frozenset(
+            {"average", "task_arithmetic", "ties", "slerp", "consensus_ta"}
+            | {"iso_c", "iso_cts", "tsv_m"}
+        ),
     ),
     "sd_mecha": (_sd_mecha, frozenset({"ties"})),
 }

@@ -49,7 +49,8 @@ class ExactFactorizations:
         if x.numel() == 0:
             return torch.zeros_like(x)
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
-        return (u * self._used(s)) @ vh
+        factor: Tensor = (u * self._used(s)) @ vh
+        return factor
 
     def leading(self, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == 0 or count == 0:
@@ -163,7 +164,8 @@ def star(tau: Tensor, eta: float) -> Tensor:
         return tau
     rank = min(int((sums < eta * sums[-1]).sum()) + 1, len(s))
     factor = (sums[-1] / sums[rank - 1]).to(s.dtype)
-    return (u[:, :rank] * (s[:rank] * factor)) @ vh[:rank]
+    reduced: Tensor = (u[:, :rank] * (s[:rank] * factor)) @ vh[:rank]
+    return reduced
 
 
 def svc(taus: Sequence[Tensor], delta: Tensor, alpha: float) -> Tensor:
@@ -186,7 +188,8 @@ def svc(taus: Sequence[Tensor], delta: Tensor, alpha: float) -> Tensor:
         a = u.T @ tau.double()  # [r, n]
         share = s * (vh * a).sum(-1) / a.square().sum(-1).clamp_min(1e-12)
         floor += torch.nan_to_num(share, nan=alpha).clamp_min(alpha)
-    return (u * (s * len(taus) / floor)) @ vh
+    calibrated: Tensor = (u * (s * len(taus) / floor)) @ vh
+    return calibrated
 
 
 def lines_factor(alpha: float, beta: float, block: int | None, num_blocks: int) -> float:

@@ -35,7 +35,8 @@ def _draw(rows: int, columns: int, like: Tensor) -> Tensor:
 
 def start_block(rows: int, columns: int, like: Tensor) -> Tensor:
     """Orthonormal columns in a random position, dtype and device of ``like``."""
-    return torch.linalg.qr(_draw(rows, columns, like))[0]
+    q: Tensor = torch.linalg.qr(_draw(rows, columns, like))[0]
+    return q
 
 
 def largest_eigenvalue(a: Tensor, steps: int = 12) -> float:

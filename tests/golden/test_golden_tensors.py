@@ -10,6 +10,7 @@ from golden import (
     adapters_magic,
     adapters_mergekit,
     adapters_peft,
+    adapters_spectral,
     adapters_ties,
 )
 from golden.adapters import ADAPTERS, TORCH_ONLY, NotYet
@@ -22,7 +23,7 @@ from magic_fast.errors import BackendError
 # importing them registers their operations
 REGISTERED = (
     adapters_consensus, adapters_geometric, adapters_magic, adapters_mergekit, adapters_peft,
-    adapters_ties,
+    adapters_spectral, adapters_ties,
 )  # fmt: skip
 
 _CASES = [case for case in load_cases() if not case.on_disk]
