@@ -39,11 +39,15 @@ def models_of(values: object, what: str) -> list[Tensors]:
             raise InputError(
                 f"{what}: expected a list or a stacked [K, …] tensor, got a 0-d tensor."
             )
+        if not values.shape[0]:
+            raise InputError(f"{what}: expected at least one, got none.")
         return list(values.unbind(0))
     if isinstance(values, Mapping) or not isinstance(values, Sequence):
         raise InputError(
             f"{what}: expected a list of tensors or of state dicts, got {type(values).__name__}."
         )
+    if not values:
+        raise InputError(f"{what}: expected at least one, got none.")
     return [state_dict_of(v, f"{what}[{k}]") for k, v in enumerate(values)]
 
 

@@ -72,6 +72,12 @@ def trim(
         raise InputError(f"side 'smallest': expected a magnitude rule, got {rule!r}.")
     if not x.is_floating_point():
         raise InputError(f"x: expected a floating tensor, got {x.dtype}.")
+    if rescale is not None and rescale not in list(Rescale):
+        words = ", ".join(Rescale)
+        raise InputError(f"rescale: expected None or one of {words}, got {rescale!r}.")
+    for what, other in (("relative_to", relative_to), ("mask", mask)):
+        if other is not None and other.shape != x.shape:
+            raise InputError(f"{what}: expected shape {tuple(x.shape)}, got {tuple(other.shape)}.")
     kind, count, ties = _RULES[rule]
     settings = Trim(
         rule=kind,

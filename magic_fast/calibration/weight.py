@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from magic_fast.errors import InputError
@@ -123,11 +123,11 @@ class WeightCalibration:
             object.__setattr__(self, "granularity", default)
         object.__setattr__(self, "granularity", _word(Granularity, self.granularity, "granularity"))
         p = math.inf if self.p in ("inf", math.inf) else self.p
-        if p != math.inf and (int(p) != p or p < 1):
+        if not _is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):
             raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {self.p!r}.")
         object.__setattr__(self, "p", p)
         if self.clamp is not None:
-            low, high = (float(x) for x in self.clamp)
+            low, high = _pair(self.clamp)
             if not 0 <= low <= high:
                 raise InputError(
                     "calibration clamp: expected (low, high) with 0 <= low <= high, got "
@@ -135,7 +135,8 @@ class WeightCalibration:
                 )
             object.__setattr__(self, "clamp", (low, high))
         for name in ("strength", "scale"):
-            if not math.isfinite(getattr(self, name)):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value):
                 raise InputError(
                     f"calibration {name}: expected a finite number, got {getattr(self, name)!r}."
                 )
@@ -239,6 +240,17 @@ class WeightCalibration:
         return (0,)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _pair(value: object) -> tuple[float, float]:
+    """(low, high), or NaNs where the value is no pair of numbers: no bound holds of them."""
+    if isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)):
+        return float(value[0]), float(value[1])
+    return math.nan, math.nan
+
+
 def _word(kind: type, value: object, what: str) -> object:
     try:
         return kind(value)
@@ -275,6 +287,12 @@ def as_calibration(
     if value is None or isinstance(value, WeightCalibration):
         return value
     if isinstance(value, Mapping):
+        known = [f.name for f in fields(WeightCalibration) if f.init]
+        for name in value:
+            if name not in known:
+                raise InputError(
+                    f"calibration {name!r}: expected one of {', '.join(known)}, got an unknown one."
+                )
         return WeightCalibration(**value)  # type: ignore[arg-type]
     if value == "wsc":
         return WeightCalibration()

@@ -172,7 +172,9 @@ def coefficient(stats: RowStats, calibration: RowCalibration) -> Tensor:
 
 
 def spectral_coefficient(taus: Sequence[Tensor], delta: Tensor) -> Tensor:
-    """mean_k σ₁(τ_k) / σ₁(Δ) of [rows, cols] matrices, float64 [1]."""
+    """mean_k σ₁(τ_k) / σ₁(Δ) of [rows, cols] matrices, float64 [1]; NaN where one is not finite."""
+    if not all(bool(torch.isfinite(t).all()) for t in (*taus, delta)):
+        return torch.full((1,), math.nan, dtype=torch.float64, device=delta.device)
     top = [torch.linalg.matrix_norm(t, ord=2).double() for t in taus]
     ratio: Tensor = torch.stack(top).mean() / torch.linalg.matrix_norm(delta, ord=2).double()
     return ratio.reshape(1)
@@ -249,9 +251,10 @@ def calibrate_rows(
     norms2 = stats.gram.diagonal(dim1=-2, dim2=-1)
     if calibration.included:
         norms2 = norms2[:, torch.tensor(calibration.included, device=norms2.device)]
-    usable = (norms2.sum(-1) > 0) & (stats.norm2 > 0)
+    lengths, length = norms2.sum(-1), stats.norm2
     if per_tensor:
-        usable = ((norms2.sum() > 0) & (stats.norm2.sum() > 0)).reshape(1)
+        lengths, length = lengths.sum().reshape(1), length.sum().reshape(1)
+    usable = (lengths > 0) & (length > 0) & torch.isfinite(length)
     factor, repaired = act(raw, calibration, usable=usable)
     rows = d.shape[0]
     return CalibratedRows(raw.expand(rows), factor.expand(rows), repaired.expand(rows), stats)
