@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import platform
 import sys
 from typing import Any
 
@@ -35,6 +33,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    import platform
+
     import magic_fast as mf
     from magic_fast.report.summary import backend_table
     from magic_fast.report.table import show

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 from magic_fast.cli import options
@@ -34,6 +33,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
     import magic_fast as mf
     from magic_fast.report.summary import inspect_table
     from magic_fast.report.table import show

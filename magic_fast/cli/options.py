@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -129,6 +128,8 @@ def clamp(text: str) -> tuple[float, float] | None:
 
 def print_json(value: Any) -> None:
     """One JSON object on standard output; NaN and infinities become null, which JSON has."""
+    import json
+
     json.dump(_plain(value), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
