@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from magic_fast.api.masks import EmrModels, consensus_mask, emr, task_masks
     from magic_fast.api.merging import merge, merge_task_vectors
     from magic_fast.api.results import CalibrationReport, MergeResult, TensorCalibration
+    from magic_fast.api.spectrum import lines, svc
     from magic_fast.api.stats import (
         TensorStatistics,
         kth_magnitude,
@@ -43,6 +44,7 @@ _HOMES = {
     "magic_fast.api.masks": ("EmrModels", "consensus_mask", "emr", "task_masks"),
     "magic_fast.api.merging": ("merge", "merge_task_vectors"),
     "magic_fast.api.results": ("CalibrationReport", "MergeResult", "TensorCalibration"),
+    "magic_fast.api.spectrum": ("lines", "svc"),
     "magic_fast.api.stats": (
         "TensorStatistics",
         "kth_magnitude",
@@ -74,6 +76,7 @@ __all__ = [
     "emr",
     "inspect_checkpoints",
     "kth_magnitude",
+    "lines",
     "merge",
     "merge_checkpoints",
     "merge_task_vectors",
@@ -81,6 +84,7 @@ __all__ = [
     "row_norms",
     "row_stats",
     "select",
+    "svc",
     "task_masks",
     "task_vector_stats",
     "trim",

@@ -3,10 +3,12 @@ every other tensor gets the mean task vector."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from magic_fast.ops.backend import Job
@@ -37,6 +39,8 @@ def _merged(job: Job, arguments: Mapping[str, Any], formula: Formula | None) -> 
     taus = task_vectors(job.base, job.experts, dtype)
     if formula is None:
         delta = spectral.mean(taus)
+    elif not spectral.all_finite(taus):  # one NaN reaches every direction
+        delta = torch.full_like(taus[0], math.nan)
     elif arguments.get("svd") == "exact":
         delta = formula([tau.double() for tau in taus], EXACT).to(dtype)
     else:

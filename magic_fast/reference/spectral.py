@@ -75,6 +75,11 @@ def total(taus: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is no NaN and no infinity: a decomposition takes none."""
+    return all(bool(torch.isfinite(x).all()) for x in tensors)
+
+
 def mean(taus: Sequence[Tensor]) -> Tensor:
     """What a tensor gets that a spectral method does not apply to."""
     return total(taus) / len(taus)

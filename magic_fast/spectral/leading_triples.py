@@ -48,7 +48,7 @@ def leading(x: Tensor, count: int, *, label: str = "a matrix") -> Triples:
         v, s, u = leading(x.T, count, label=label)
         return u, s, v
     peak = float(x.abs().max()) if x.numel() else 0.0
-    if count == 0 or peak == 0 or not math.isfinite(peak) or x.shape[0] <= _MIN_SIDE:
+    if count == 0 or peak == 0 or x.shape[0] <= _MIN_SIDE:
         return _exact(x, count)
     unit = 2.0 ** math.frexp(peak)[1]
     scaled = x / unit
