@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,9 @@ from magic_fast.engine import (
     place,
 )
 from magic_fast.engine import run as run_plan
-from magic_fast.engine.plan import FLOATS
+from magic_fast.engine.memory import DEFAULT_MEMORY
+from magic_fast.engine.native import device_of
+from magic_fast.engine.plan import FLOATS, free_bytes
 from magic_fast.errors import InputError, OutputError
 from magic_fast.recipe import Recipe
 
@@ -49,6 +52,8 @@ def read_config(config: str | Path | MergeConfig | Mapping[str, Any]) -> MergeCo
 
 def _open(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
     models: dict[str, Checkpoint] = {}
+    collecting = gc.isenabled()
+    gc.disable()  # hundreds of thousands of small objects, none of them garbage
     try:
         for reference, path in references.items():
             models[reference] = open_checkpoint(path)
@@ -56,6 +61,9 @@ def _open(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
         for model in models.values():
             model.close()
         raise
+    finally:
+        if collecting:
+            gc.enable()
     return models
 
 
@@ -77,8 +85,6 @@ def _check_out(out: str | Path) -> str:
 
 
 def _check_disk(plan: MergePlan) -> None:
-    from magic_fast.engine.plan import free_bytes
-
     free = free_bytes(plan.out)
     if free < plan.disk_needed:
         raise OutputError(
@@ -94,6 +100,7 @@ def plan_checkpoints(
     device: str = "auto",
     backend: str | None = None,
     max_shard_size: int = 5 * 10**9,
+    memory: int = DEFAULT_MEMORY,
     seed: int | None = None,
     compat: str | None = None,
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
@@ -101,11 +108,9 @@ def plan_checkpoints(
 ) -> MergePlan:
     """Everything a merge would do, checked, before any data is read. Arguments as of
     :func:`merge_checkpoints`."""
-    from magic_fast.engine.run import check_device
-
     settings = read_config(config)
     target = _check_out(out)
-    check_device(device)
+    place_of_work = device_of(device)
     models = _open({r: settings.resolve_path(r) for r in settings.model_references})
     try:
         calibration = as_calibration(calibrate) or calibration_of(settings)
@@ -134,6 +139,8 @@ def plan_checkpoints(
             vocab_size,
             settings.to_yaml(),
             warnings,
+            memory,
+            place_of_work,
         )
         _check_disk(plan)
     except BaseException:
@@ -150,11 +157,13 @@ def merge_checkpoints(
     device: str = "auto",
     backend: str | None = None,
     max_shard_size: int = 5 * 10**9,
+    memory: int = DEFAULT_MEMORY,
     seed: int | None = None,
     compat: str | None = None,
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
     allow_embedding_truncation: bool = False,
     nonfinite: str = "error",
+    resume: bool = False,
     progress: ProgressCall | None = None,
 ) -> MergeReport:
     """Merges checkpoints on disk as a configuration says.
@@ -171,6 +180,11 @@ def merge_checkpoints(
         allow_embedding_truncation: cut embeddings of unequal vocabularies to the leading rows all
             have.
         nonfinite: ``error`` or ``propagate``.
+        memory: bytes of buffers. Tensors larger than their share are streamed in pieces, so it
+            bounds what is held whatever the size of the models; methods that need whole tensors
+            say so in the plan.
+        resume: continue an interrupted run of the same configuration and inputs; with nothing to
+            continue it starts afresh; where ``out`` is whole it is verified.
         progress: called with :class:`Progress` after each batch of tensors.
 
     Returns:
@@ -188,20 +202,21 @@ def merge_checkpoints(
         device=device,
         backend=backend,
         max_shard_size=max_shard_size,
+        memory=memory,
         seed=seed,
         compat=compat,
         calibrate=calibrate,
         allow_embedding_truncation=allow_embedding_truncation,
     )
-    return _run(plan, device, nonfinite, progress)
+    return _run(plan, nonfinite, resume, progress)
 
 
 def _run(
-    plan: MergePlan, device: str, nonfinite: str, progress: ProgressCall | None
+    plan: MergePlan, nonfinite: str, resume: bool, progress: ProgressCall | None
 ) -> MergeReport:
     try:
         return run_plan(
-            plan, device=device, nonfinite=nonfinite, progress=progress, finish=_write_small_files
+            plan, nonfinite=nonfinite, resume=resume, progress=progress, finish=_write_small_files
         )
     finally:
         for model in plan.models.values():
@@ -220,7 +235,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write_small_files(plan: MergePlan, report: MergeReport, output: OutputFolder) -> None:
+def _write_small_files(
+    plan: MergePlan, report: MergeReport, output: OutputFolder, checksums: Mapping[str, str]
+) -> None:
     """Configuration and tokenizer from the donor, the model card, and ``magic_fast.json``."""
     if output.is_file:
         return
@@ -262,6 +279,7 @@ def _write_small_files(plan: MergePlan, report: MergeReport, output: OutputFolde
             for t in report.tensors
             if t.calibrated
         ],
+        "checksums": {"algorithm": "xxh3_64", "tensors": dict(checksums)},
         "warnings": report.warnings,
     }
     output.write_text("magic_fast.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -277,7 +295,9 @@ def calibrate_checkpoints(
     device: str = "auto",
     backend: str | None = None,
     max_shard_size: int = 5 * 10**9,
+    memory: int = DEFAULT_MEMORY,
     nonfinite: str = "error",
+    resume: bool = False,
     progress: ProgressCall | None = None,
 ) -> MergeReport:
     """WSC on a checkpoint that any other tool merged; everything else as in
@@ -290,15 +310,13 @@ def calibrate_checkpoints(
 
     >>> calibrate_checkpoints("base", ["a", "b"], "merged", "calibrated")  # doctest: +SKIP
     """
-    from magic_fast.engine.run import check_device
-
     settings = as_calibration(calibration)
     if settings is None:
         raise InputError("calibration: expected 'wsc' or a WeightCalibration, got None.")
     if not experts:
         raise InputError("experts: expected at least one checkpoint, got none.")
     target = _check_out(out)
-    check_device(device)
+    place_of_work = device_of(device)
     names = [str(merged), str(base), *(str(e) for e in experts)]
     models = _open({name: name for name in names})
     try:
@@ -312,13 +330,15 @@ def calibrate_checkpoints(
             target,
             backend,
             recipe_text=_calibration_text(names, settings),
+            memory=memory,
+            device=place_of_work,
         )
         _check_disk(plan)
     except BaseException:
         for model in models.values():
             model.close()
         raise
-    return _run(plan, device, nonfinite, progress)
+    return _run(plan, nonfinite, resume, progress)
 
 
 def _calibration_text(names: Sequence[str], settings: WeightCalibration) -> str:

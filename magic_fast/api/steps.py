@@ -12,9 +12,8 @@ from magic_fast.checkpoint import Checkpoint
 from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
 from magic_fast.engine import Input, Step, common_shape
 from magic_fast.engine.plan import FLOATS
-from magic_fast.methods.functions import METHODS_WITHOUT_RECIPE
 from magic_fast.methods.parameters import METHODS
-from magic_fast.methods.recipes import build_recipe
+from magic_fast.methods.recipes import RECIPES, build_recipe
 
 _WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -124,7 +123,7 @@ class _Builder:
             return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
         arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
         recipe = None
-        if config.merge_method not in METHODS_WITHOUT_RECIPE:
+        if config.merge_method in RECIPES:
             recipe = build_recipe(
                 config.merge_method,
                 len(experts),

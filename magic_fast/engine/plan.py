@@ -9,6 +9,7 @@ from typing import Any
 
 from magic_fast.checkpoint import Checkpoint, ShardPlan, TensorInfo, TensorSpec, plan_shards
 from magic_fast.checkpoint.fs import REAL
+from magic_fast.engine.memory import DEFAULT_MEMORY, SLOTS, slot_bytes
 from magic_fast.errors import InputError
 from magic_fast.recipe import Recipe, RowCalibration
 
@@ -103,6 +104,8 @@ class MergePlan:
         vocab_size: where embeddings were cut, else None.
         recipe_text: the configuration as YAML, for the model card.
         warnings: what the user should know.
+        memory: bytes of buffers for tensors that are streamed.
+        device: where it is merged.
     """
 
     method: str
@@ -116,6 +119,8 @@ class MergePlan:
     vocab_size: int | None = None
     recipe_text: str = ""
     warnings: list[str] = field(default_factory=list)
+    memory: int = DEFAULT_MEMORY
+    device: str = "cpu"
 
     @property
     def input_bytes(self) -> int:
@@ -133,11 +138,11 @@ class MergePlan:
 
     @property
     def peak_memory(self) -> int:
-        """Buffers at the worst moment: three batches of tensors in flight and the float32 work
-        space."""
-        from magic_fast.engine.run import peak_memory
+        """Bytes of buffers: the blocks that go round, and tensors that must be held whole."""
+        from magic_fast.engine.native import held_bytes
 
-        return peak_memory(self.steps)
+        size = slot_bytes(self.memory)
+        return SLOTS * size + held_bytes(self, size, self.device)
 
     def describe(self) -> dict[str, Any]:
         """Plain values, for ``--dry-run`` and JSON."""

@@ -46,6 +46,7 @@ class MergeReport:
         seconds: wall time.
         bytes_read, bytes_written: of tensors.
         peak_memory_bytes: largest resident set of the process.
+        stages: seconds that reading, computing and writing were busy; they overlap.
     """
 
     out: str
@@ -57,6 +58,7 @@ class MergeReport:
     peak_memory_bytes: int = 0
     tensors: list[TensorReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

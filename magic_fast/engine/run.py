@@ -1,84 +1,192 @@
-"""Runs a plan: read, merge, write, overlapping; the result appears once, whole."""
+"""Runs a plan: read, merge, write, overlapping, within a bound of memory; the result appears once,
+whole."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import resource
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
 
-from magic_fast.checkpoint import Checkpoint, OutputFolder
+from magic_fast.checkpoint import OutputFolder
+from magic_fast.engine.journal import Identity, Journal, Record
+from magic_fast.engine.memory import SLOTS, Slot, slot_bytes
+from magic_fast.engine.native import Mode, backend_name, modes, over_model
+from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
 from magic_fast.engine.report import MergeReport, Progress, TensorReport
-from magic_fast.errors import InputError
-from magic_fast.ops.backend import Stats
+from magic_fast.engine.stages import BadRecord, Loader, Streamed, Writer, magnitudes
+from magic_fast.engine.units import Piece, Unit, cut, fits, group
+from magic_fast.errors import NonFiniteError
 
-Finish = Callable[[MergePlan, MergeReport, OutputFolder], None]
-Buffers = dict[str, list[bytearray]]  # step name → one buffer per input
-
-_BATCH_BYTES = 64 << 20  # small tensors are read, merged and written together
-_FLOAT32_COPIES = 3  # held beside the buffers while a threshold is looked for
+Finish = Callable[[MergePlan, MergeReport, OutputFolder, dict[str, str]], None]
 
 
-def batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
-    """Consecutive steps of about ``_BATCH_BYTES`` of input; a larger tensor is a batch of its
-    own."""
-    batch: list[Step] = []
-    size = 0
-    for step in steps:
-        nbytes = sum(i.nbytes for i in step.inputs)
-        if batch and size + nbytes > _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(step)
-        size += nbytes
-    if batch:
-        yield batch
+class Run:
+    """One execution of a plan.
 
+    Args:
+        plan: what to do.
+        nonfinite: ``error`` or ``propagate``.
+        progress: called after each unit.
+    """
 
-def peak_memory(steps: Sequence[Step]) -> int:
-    """Bytes of buffers at the worst moment: one batch being read, one merged, one written, and
-    work space."""
-    sizes = [
-        (sum(i.nbytes for s in b for i in s.inputs), sum(s.spec.nbytes for s in b))
-        for b in batches(steps)
-    ]
-    most = 0
-    for n, (read, written) in enumerate(sizes):
-        ahead = sizes[n + 1][0] if n + 1 < len(sizes) else 0
-        behind = sizes[n - 1][1] if n else 0
-        most = max(most, read + written + ahead + behind)
-    work = max((4 * s.numel for s in steps), default=0)
-    return most + _FLOAT32_COPIES * work
+    def __init__(
+        self,
+        plan: MergePlan,
+        nonfinite: str,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._plan = plan
+        self._nonfinite = nonfinite
+        self._slot_bytes = slot_bytes(plan.memory)
+        self._progress = progress
+        self._modes = {k: m for k, (m, _) in modes(plan, self._slot_bytes, plan.device).items()}
+        self._bytes_read = 0
+        self._done = 0
 
+    def execute(self, output: OutputFolder, journal: Journal) -> tuple[Writer, Pipeline]:
+        """All tensors merged and written; the output is not final yet."""
+        self._compute = Streamed(self._nonfinite)
+        self._worker = None
+        if Mode.TORCH in self._modes.values():
+            from magic_fast.engine.tensors import Worker
 
-class _Reader:
-    """Fills buffers from the checkpoints of a plan."""
+            self._worker = Worker(self._plan, self._nonfinite)
+        used = SLOTS if Mode.STREAM in self._modes.values() else 0
+        slots = [Slot(self._slot_bytes) for _ in range(used)]
+        writer = Writer(output, journal)
+        loader = Loader(self._plan.models, output, journal)
+        self._total = self._expected_bytes()
+        pipeline = Pipeline(loader, self._run, writer, slots)
+        self._pipeline = pipeline
+        syncer = Syncer(output, writer)
+        try:
+            if self._worker is not None:
+                self._worker.prepare()
+            pipeline.run(self._units(journal))
+        finally:
+            syncer.stop()
+        return writer, pipeline
 
-    def __init__(self, models: dict[str, Checkpoint]) -> None:
-        self._models = models
+    def _expected_bytes(self) -> int:
+        reads = sum(i.nbytes for s in self._plan.steps for i in s.inputs)
+        again = [s for s in self._plan.steps if self._needs_search(s)]
+        return reads + self._plan.output_bytes + sum(i.nbytes for s in again for i in s.inputs)
 
-    def read(self, batch: Sequence[Step]) -> Buffers:
-        found: Buffers = {}
-        for step in batch:
-            buffers = []
-            for source in step.inputs:
-                data = bytearray(source.nbytes)
-                self._models[source.model].read_into(source.info.name, data, 0, source.nbytes)
-                buffers.append(data)
-            found[step.name] = buffers
+    def _needs_search(self, step: Step) -> bool:
+        recipe = step.recipe
+        if recipe is None or step.copy or step.merged is not None or not recipe.needs_select:
+            return False
+        mode = self._modes[step.name]
+        if over_model(step):
+            return mode is not Mode.TORCH
+        return mode is Mode.STREAM and not fits(step, self._slot_bytes)
+
+    def _units(self, journal: Journal) -> Iterator[Unit]:
+        """Everything to do, in the order of the plan; selections come ahead of what they serve."""
+        recorded = self._recorded(journal)
+        yield from self._model_scope(recorded)
+        pending: list[Piece] = []
+        for step in self._plan.steps:
+            mode = self._modes[step.name]
+            if mode is not Mode.STREAM:
+                yield from self._flush(pending)
+                piece = Piece(step, 0, step.numel)
+                yield Unit((piece,), streamed=False, torch=mode is Mode.TORCH)
+                continue
+            if self._needs_search(step) and not over_model(step) and step.name not in recorded:
+                yield from self._flush(pending)
+                yield from self._search([step])
+            pieces = recorded.get(step.name) or cut(step, self._slot_bytes)
+            pending += pieces
+            if len(pieces) > 1:
+                yield from self._flush(pending)
+        yield from self._flush(pending)
+
+    def _flush(self, pending: list[Piece]) -> Iterator[Unit]:
+        for pieces in group(pending, self._slot_bytes):
+            yield Unit(pieces)
+        pending.clear()
+
+    def _model_scope(self, recorded: dict[str, list[Piece]]) -> Iterator[Unit]:
+        steps = [s for s in self._plan.steps if self._needs_search(s) and over_model(s)]
+        if any(s.name not in recorded for s in steps):
+            yield from self._search(sorted(steps, key=lambda s: s.name))
+
+    def _search(self, steps: Sequence[Step]) -> Iterator[Unit]:
+        from magic_fast.engine.search import StreamedSearch
+
+        search = StreamedSearch(steps, self._slot_bytes, self._pipeline.wait)
+        yield from search.units()
+        self._compute.selections |= search.selections()
+
+    def _recorded(self, journal: Journal) -> dict[str, list[Piece]]:
+        """Steps that an earlier run wrote completely, in its pieces."""
+        by_name: dict[str, list[Record]] = {}
+        for record in journal.records.values():
+            by_name.setdefault(record.name, []).append(record)
+        found = {}
+        for step in self._plan.steps:
+            records = sorted(by_name.get(step.name, []), key=lambda r: r.start)
+            ends = [0] + [r.stop for r in records]
+            if records and [r.start for r in records] == ends[:-1] and ends[-1] == step.numel:
+                pieces = [Piece(step, r.start, r.stop) for r in records]
+                held = self._modes[step.name] is not Mode.STREAM
+                if held or all(p.nbytes <= self._slot_bytes for p in pieces):
+                    found[step.name] = pieces
         return found
+
+    def _run(self, unit: Unit) -> None:
+        if unit.torch:
+            assert self._worker is not None
+            self._worker(unit)
+        else:
+            self._compute(unit)
+        self._bytes_read += unit.input_bytes
+        self._done += unit.input_bytes + unit.output_bytes
+        if self._progress is not None:
+            self._progress(Progress(self._done, self._total, unit.pieces[-1].step.name))
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
+
+class Syncer:
+    """Keeps the disk busy: forces written data to it in the background, so that little is left at
+    the end."""
+
+    def __init__(self, output: OutputFolder, writer: Writer) -> None:
+        self._output, self._writer = output, writer
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="magic-fast-sync", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while not self._stopped.is_set():
+            if not self._writer.dirty.wait(0.1):
+                continue
+            self._writer.dirty.clear()
+            with suppress(Exception):  # the last sync, before the rename, reports errors
+                self._output.sync()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
 
 
 def run(
     plan: MergePlan,
     *,
-    device: str = "auto",
     nonfinite: str = "error",
+    resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
     finish: Finish | None = None,
 ) -> MergeReport:
@@ -86,82 +194,87 @@ def run(
 
     Args:
         plan: from ``plan_checkpoints`` and its kin.
-        device: ``cpu``, ``cuda``, ``cuda:i`` or ``auto``.
         nonfinite: ``error`` or ``propagate``.
-        progress: called after each batch.
+        resume: continue what an interrupted run left, if it was this one.
+        progress: called after each unit.
         finish: writes the small files, before the result appears.
 
     Raises:
-        NonFiniteError, CheckpointError, OutputError: nothing is left under the final name.
+        NonFiniteError, CheckpointError, OutputError: nothing is left under the final name; what was
+            written can be resumed (but for NonFiniteError, which would come again).
     """
-    from magic_fast.engine.tensors import Worker
-
     started = time.monotonic()
-    worker = Worker(plan, device, nonfinite)
-    reader = _Reader(dict(plan.models))
-    total = sum(i.nbytes for s in plan.steps for i in s.inputs) + plan.output_bytes
     report = MergeReport(plan.out, plan.method, "", warnings=list(plan.warnings))
-    used: Counter[str] = Counter()
-    done = 0
-    with OutputFolder(plan.out) as output:
-        output.create_shards(plan.shards)
-        worker.prepare(reader.read)
-        # one thread reads ahead, one writes behind; both block in system calls, without the GIL
-        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
-            pending: Future[None] | None = None
-            queue = list(batches(plan.steps))
-            reading = ahead.submit(reader.read, queue[0])
-            for n, batch in enumerate(queue):
-                buffers = reading.result()
-                if n + 1 < len(queue):
-                    reading = ahead.submit(reader.read, queue[n + 1])
-                results = worker.run(batch, buffers)
-                del buffers
-                if pending is not None:
-                    pending.result()
-                pending = behind.submit(_write, output, results)
-                for step, (_, stats, backend) in zip(batch, results, strict=True):
-                    report.tensors.append(_tensor_report(step, stats))
-                    used[backend] += step.numel
-                    report.bytes_read += sum(i.nbytes for i in step.inputs)
-                    report.bytes_written += step.spec.nbytes
-                done += sum(i.nbytes for s in batch for i in s.inputs)
-                done += sum(s.spec.nbytes for s in batch)
-                if progress is not None:
-                    progress(Progress(done, total, batch[-1].name))
-            if pending is not None:
-                pending.result()
-        del used["copy"]
-        report.backend = used.most_common(1)[0][0] if used else "copy"
-        if finish is not None:
-            finish(plan, report, output)
-        output.finalise()
+    with OutputFolder(plan.out, resume=resume, resumable=True) as output:
+        try:
+            output.create_shards(plan.shards)
+            journal = Journal(output, identity_of(plan))
+            try:
+                while True:
+                    job = Run(plan, nonfinite, progress)
+                    try:
+                        writer, pipeline = job.execute(output, journal)
+                        break
+                    except BadRecord as bad:  # damaged since: do that piece again
+                        r = bad.record
+                        del journal.records[r.name, r.start, r.stop]
+            finally:
+                journal.close()
+            _fill(report, plan, writer)
+            report.bytes_read, report.bytes_written = job.bytes_read, writer.written
+            report.stages = vars(pipeline.times)
+            if finish is not None:
+                finish(plan, report, output, writer.checksums)
+            output.finalise()
+        except NonFiniteError:
+            output.abort()
+            raise
     report.seconds = time.monotonic() - started
     report.peak_memory_bytes = peak_rss()
     return report
 
 
-Result = tuple[tuple[str, Any], Stats | None, str]
+def identity_of(plan: MergePlan) -> Identity:
+    """What must be the same for a run to be continued."""
+    decisions = json.dumps(
+        [plan.method, plan.recipe_text, [repr(s) for s in plan.steps]], ensure_ascii=False
+    )
+    headers = hashlib.sha256()
+    for shard in plan.shards:
+        headers.update(shard.file.encode() + b"\0" + shard.header)
+    return Identity(
+        hashlib.sha256(decisions.encode()).hexdigest(),
+        headers.hexdigest(),
+        tuple(f for model in plan.models.values() for f in model.files),
+        backend_name(plan),
+        plan.device,
+    )
 
 
-def _write(output: OutputFolder, results: Sequence[Result]) -> None:
-    for (name, data), _, _ in results:
-        output.write(name, data)
+def _fill(report: MergeReport, plan: MergePlan, writer: Writer) -> None:
+    """The tensors of the report, in the order of the plan."""
+    used: Counter[str] = Counter()
+    for step in plan.steps:
+        records = writer.records[step.name]
+        for r in records:
+            used[r.backend] += r.stop - r.start
+        report.tensors.append(_tensor_report(step, records))
+    del used["copy"]
+    report.backend = used.most_common(1)[0][0] if used else "copy"
 
 
-def _tensor_report(step: Step, stats: Stats | None) -> TensorReport:
+def _tensor_report(step: Step, records: Sequence[Record]) -> TensorReport:
     found = TensorReport(step.name, step.shape)
-    if stats is None or stats.coefficient is None or step.calibration is None:
+    if step.calibration is None:
         return found
-    coefficient = [c for c in stats.coefficient.tolist() if math.isfinite(c)]
+    values = [c for r in records for c in r.coefficient if math.isfinite(c)]
     found.calibrated = True
     found.rows = step.calibration.rows
-    if coefficient:
-        found.coefficient_mean = sum(coefficient) / len(coefficient)
-        found.coefficient_min, found.coefficient_max = min(coefficient), max(coefficient)
-    found.magnitude_before = stats.extra.get("magnitude_before")
-    found.magnitude_after = stats.extra.get("magnitude_after")
-    found.rows_repaired = int(stats.extra["repaired"].sum())
+    if values:
+        found.coefficient_mean = math.fsum(values) / len(values)
+        found.coefficient_min, found.coefficient_max = min(values), max(values)
+    found.magnitude_before, found.magnitude_after = magnitudes(records)
+    found.rows_repaired = sum(r.repaired for r in records)
     return found
 
 
@@ -169,25 +282,3 @@ def peak_rss() -> int:
     """Largest resident set of this process so far, in bytes."""
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(usage) * (1 if sys.platform == "darwin" else 1024)
-
-
-def check_device(device: str) -> str:
-    """``cpu``, ``cuda`` or ``cuda:i`` of this machine for what the user asked.
-
-    Raises:
-        InputError: no such device here.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:i', got {device!r}.")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {device!r}: expected one of {torch.cuda.device_count()} CUDA devices of "
-            "this machine. "
-            "Use --device cpu, or check the driver with `magic-fast doctor`."
-        )
-    return device

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from magic_fast import ops
+from magic_fast.engine.native import over_model
 from magic_fast.engine.plan import FLOATS, Input, MergePlan, Step
-from magic_fast.engine.run import Buffers, Result, batches, check_device
+from magic_fast.engine.units import Unit
 from magic_fast.errors import InputError
-from magic_fast.methods.functions import FUNCTIONS
+from magic_fast.methods.functions import FUNCTIONS, PREPARATIONS
 from magic_fast.ops.backend import Job, Stats
-from magic_fast.recipe import Recipe, Selection, TrimScope
+from magic_fast.recipe import Recipe, Selection
 from magic_fast.reference import merge as reference
 from magic_fast.reference.scope import select_model
 
@@ -26,12 +27,10 @@ DTYPES = {
 }
 
 
-def tensor_of(
-    source: Input, data: bytearray, cast: str | None = None, device: str = "cpu"
-) -> Tensor:
+def tensor_of(source: Input, data: Any, cast: str | None = None, device: str = "cpu") -> Tensor:
     """The stored tensor over its buffer (no copy), rounded to ``cast`` where that differs."""
     dtype = DTYPES[source.info.dtype]
-    if not data:
+    if not len(data):
         return torch.empty(source.shape, dtype=DTYPES[cast or source.info.dtype], device=device)
     x = torch.frombuffer(data, dtype=dtype).view(source.shape).to(device)
     return x if cast is None else x.to(DTYPES[cast])
@@ -46,51 +45,76 @@ def as_bytes(x: Tensor) -> memoryview:
 
 
 class Worker:
-    """Turns batches of steps into bytes to write."""
+    """Second stage, for units that need their whole tensor: ops on torch tensors."""
 
-    def __init__(self, plan: MergePlan, device: str, nonfinite: str) -> None:
+    def __init__(self, plan: MergePlan, nonfinite: str) -> None:
         self._plan = plan
-        self._device = check_device(device)
+        self._device = plan.device
         self._nonfinite = nonfinite
         self._selections: dict[str, Selection] = {}
+        self._more: dict[str, Any] = {}  # arguments found by looking at the whole model
 
-    def prepare(self, read: Callable[[Sequence[Step]], Buffers]) -> None:
+    def prepare(self) -> None:
         """Thresholds over the whole model, where a trim has that scope: streamed, once per
         digit."""
-        steps = [
-            s
-            for s in self._plan.steps
-            if s.recipe is not None
-            and s.recipe.trim.by_magnitude
-            and s.recipe.trim.scope is TrimScope.MODEL
-        ]
-        if not steps:
-            return
-        steps.sort(key=lambda s: s.name)
-        recipe = steps[0].recipe
-        assert recipe is not None
+        steps = sorted((s for s in self._plan.steps if over_model(s)), key=lambda s: s.name)
+        if steps:
+            recipe = steps[0].recipe
+            assert recipe is not None
+            found = select_model(lambda: self._source(steps), recipe)
+            self._selections = {s.name: f for s, f in zip(steps, found, strict=True)}
+        own = [s for s in self._plan.steps if s.recipe is None and not s.copy]
+        if own and own[0].method in PREPARATIONS:
+            prepare = PREPARATIONS[own[0].method]
+            self._more = prepare(lambda: self._source(own), own[0].arguments)
+
+    def _source(self, steps: Sequence[Step]) -> Iterator[tuple[Tensor | None, Sequence[Tensor]]]:
+        """Base and experts of each step, read as they are asked for."""
         for step in steps:
-            assert step.recipe is not None
-            if step.recipe.trim != recipe.trim:
-                raise InputError(
-                    f"trim of '{step.name}': expected the density of '{steps[0].name}', got "
-                    "another. "
-                    "A threshold over the whole model needs one density for all tensors of "
-                    "an expert."
-                )
+            buffers = []
+            for i in step.inputs:
+                data = bytearray(i.nbytes)
+                self._plan.models[i.model].read_into(i.info.name, data, 0, i.nbytes)
+                buffers.append(data)
+            base, experts, _ = self._inputs(step, buffers)
+            yield base, experts
 
-        def source() -> Iterator[tuple[Tensor | None, Sequence[Tensor]]]:
-            for batch in batches(steps):
-                buffers = read(batch)
-                for step in batch:
-                    base, experts, _ = self._inputs(step, buffers[step.name])
-                    yield base, experts
-
-        found = select_model(source, recipe)
-        self._selections = {s.name: f for s, f in zip(steps, found, strict=True)}
+    def __call__(self, unit: Unit) -> None:
+        """Merges the one step of a unit."""
+        (loaded,) = unit.buffers["pieces"]
+        unit.buffers["stats"] = [None]
+        if loaded.record is not None:
+            return
+        step: Step = loaded.piece.step
+        buffers = [view for _, _, view in loaded.inputs]
+        if step.copy:
+            loaded.out_bytes = self._copy(step, buffers)
+            return
+        base, experts, merged = self._inputs(step, buffers)
+        out = torch.empty(step.shape, dtype=DTYPES[step.dtype], device=self._device)
+        job = Job(
+            base,
+            experts,
+            step.recipe or Recipe((1.0,) * len(experts)),
+            out,
+            step.name,
+            calibration=step.calibration,
+            selection=self._selections.get(step.name),
+        )
+        backend = self._plan.backend
+        if merged is not None:
+            stats = ops.calibrate(job, merged, backend=backend, nonfinite=self._nonfinite)
+        elif step.recipe is None or (step.whole and step.calibration is not None):
+            stats = self._function(step, job)
+        else:
+            if step.whole:
+                job.base = None
+            stats = ops.merge([job], backend=backend, nonfinite=self._nonfinite)[0]
+        loaded.out_bytes = as_bytes(out)
+        unit.buffers["stats"] = [stats]
 
     def _inputs(
-        self, step: Step, buffers: Sequence[bytearray]
+        self, step: Step, buffers: Sequence[Any]
     ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
         rows = [
             tensor_of(i, b, step.cast, self._device)
@@ -100,52 +124,19 @@ class Worker:
         base = rows.pop(0) if step.base is not None else None
         return base, rows, merged
 
-    def run(self, batch: Sequence[Step], buffers: Buffers) -> list[Result]:
-        """((name, bytes), statistics, backend) of each step, in order."""
-        jobs: dict[str, Job] = {}
-        done: dict[str, tuple[Any, Stats | None, str]] = {}
-        for step in batch:
-            if step.copy:
-                done[step.name] = (self._copy(step, buffers[step.name]), None, "copy")
-                continue
-            base, experts, merged = self._inputs(step, buffers[step.name])
-            out = torch.empty(step.shape, dtype=DTYPES[step.dtype], device=self._device)
-            job = Job(
-                base, experts, step.recipe or Recipe((1.0,) * len(experts)), out, step.name,
-                calibration=step.calibration, selection=self._selections.get(step.name),
-            )  # fmt: skip
-            if merged is not None:
-                stats = ops.calibrate(
-                    job, merged, backend=self._plan.backend, nonfinite=self._nonfinite
-                )
-                done[step.name] = (as_bytes(out), stats, stats.backend)
-            elif step.recipe is None or (step.whole and step.calibration is not None):
-                stats = self._function(step, job)
-                done[step.name] = (as_bytes(out), stats, stats.backend)
-            else:
-                if step.whole:
-                    job.base = None
-                jobs[step.name] = job
-        found = ops.merge(
-            list(jobs.values()), backend=self._plan.backend, nonfinite=self._nonfinite
-        )
-        for (name, job), stats in zip(jobs.items(), found, strict=True):
-            assert job.out is not None
-            done[name] = (as_bytes(job.out), stats, stats.backend)
-        return [((s.name, done[s.name][0]), done[s.name][1], done[s.name][2]) for s in batch]
-
     def _function(self, step: Step, job: Job) -> Stats:
         def merged(job: Job) -> Tensor:
             if step.recipe is not None:  # whole weights, calibrated against a base
                 decisions = reference.decide(None, job.experts, step.recipe, stream=job.stream)
                 return reference.combine(None, job.experts, step.recipe, decisions)
-            return FUNCTIONS[step.method](job, step.arguments, step.preset)
+            arguments = {**step.arguments, **self._more}
+            return FUNCTIONS[step.method](job, arguments, step.preset)
 
         return ops.run_function(
             [job], merged, backend=self._plan.backend, nonfinite=self._nonfinite
         )[0]
 
-    def _copy(self, step: Step, buffers: Sequence[bytearray]) -> Any:
+    def _copy(self, step: Step, buffers: Sequence[Any]) -> Any:
         """The bytes of an integer tensor, which all must share; of a float tensor the first, in
         the output dtype."""
         source = step.inputs[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.errors import InputError, InternalError
+from magic_fast.errors import InputError
 from magic_fast.ops.backend import Job
 from magic_fast.reference import fusion
 from magic_fast.reference import pcb as competition
@@ -69,18 +69,24 @@ def prepare_pcb(source: competition.Source, arguments: Mapping[str, Any]) -> dic
     """Under scope ``model`` the bounds of all tensors together."""
     if arguments["scope"] != "model":
         return {}
-    return {_BOUNDS: competition.model_bounds(source, arguments["ratio"])}
+    ratio = arguments["ratio"]
+    return {_BOUNDS: (ratio, competition.model_bounds(source, ratio))}
 
 
 def pcb(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
     taus = _taus(job)
     if not taus[0].numel():
         return _with_base(job, torch.zeros_like(taus[0]))
-    bounds = arguments.get(_BOUNDS)
     if arguments["scope"] == "tensor":
         bounds = competition.tensor_bounds(taus, arguments["ratio"])
-    if bounds is None:
-        raise InternalError("pcb over a whole model: expected its bounds, got none.")
+    else:
+        ratio, bounds = arguments.get(_BOUNDS, (None, None))
+        if ratio != arguments["ratio"]:
+            raise InputError(
+                f"ratio and scope of method 'pcb' for '{job.name}': expected the same for all "
+                f"tensors, got another than for the first. With scope 'model' all compete at once; "
+                "use scope 'tensor' to give them different ratios."
+            )
     return _with_base(job, competition.pcb(taus, bounds) * arguments["scale"])
 
 

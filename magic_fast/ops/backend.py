@@ -109,6 +109,12 @@ class Stats:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def count_repaired(stats: Stats) -> int:
+    """Rows that the guards of a calibration left alone."""
+    flags = stats.extra.get("repaired", ())
+    return int(flags.sum()) if hasattr(flags, "sum") else sum(flags)
+
+
 class Backend(Protocol):
     """One implementation of the primitives."""
 

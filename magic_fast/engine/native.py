@@ -1,0 +1,158 @@
+"""How each step runs: streamed through blocks of memory, held whole, or in torch; and why."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+
+from magic_fast.engine.plan import FLOATS, MergePlan, Step
+from magic_fast.engine.units import cut, element_size, fits
+from magic_fast.errors import InputError
+from magic_fast.ops.backend import Job, View
+from magic_fast.recipe import Recipe, TrimScope
+
+
+def wanted_backend(plan: MergePlan) -> str | None:
+    """The backend asked for by name, or None."""
+    name = plan.backend or os.environ.get("MAGIC_FAST_BACKEND") or None
+    return None if name == "auto" else name
+
+
+def native_missing() -> str | None:
+    """Why the native backend cannot run here, or None."""
+    from magic_fast.ops import backends
+
+    return next(b.reason for b in backends() if b.name == "native")
+
+
+class Mode(str, Enum):
+    """Where a step's arrays are while it is merged.
+
+    STREAM: in pieces, in the blocks of memory that go round. HOLD: the whole tensor in memory of
+        its
+    own, merged by the native backend. TORCH: the whole tensor and float32 copies, merged by torch.
+    """
+
+    STREAM = "stream"
+    HOLD = "hold"
+    TORCH = "torch"
+
+
+def modes(plan: MergePlan, slot_bytes: int, device: str) -> dict[str, tuple[Mode, str]]:
+    """Step name → how it runs, and why not in pieces ('' where it does)."""
+    found = {s.name: mode_of(plan, s, slot_bytes, device) for s in plan.steps}
+    scoped = [s for s in plan.steps if over_model(s)]
+    bad = next((s for s in scoped if found[s.name][0] is Mode.TORCH), None)
+    if bad is not None:  # one threshold for all of them comes from one place
+        found |= {s.name: (Mode.TORCH, found[bad.name][1]) for s in scoped}
+    return found
+
+
+def over_model(step: Step) -> bool:
+    """Whether a threshold over the whole model trims this step."""
+    trim = None if step.recipe is None else step.recipe.trim
+    return trim is not None and trim.by_magnitude and trim.scope is TrimScope.MODEL
+
+
+def mode_of(plan: MergePlan, step: Step, slot_bytes: int, device: str) -> tuple[Mode, str]:
+    """How one step runs, looked at alone."""
+    reason = _why_torch(plan, step, device)
+    if reason is not None:
+        return Mode.TORCH, reason
+    if step.copy or fits(step, slot_bytes):
+        return Mode.STREAM, ""
+    if not cut(step, slot_bytes):
+        return Mode.HOLD, "a row, or a number for all rows, needs more than a block of memory"
+    return Mode.STREAM, ""
+
+
+def _why_torch(plan: MergePlan, step: Step, device: str) -> str | None:
+    if device != "cpu":
+        return f"it runs on {device}"
+    if wanted_backend(plan) == "torch":
+        return "backend torch was asked for"
+    reason = native_missing()
+    if reason is not None:
+        return reason
+    if any("F64" in (i.info.dtype, step.dtype) for i in step.inputs) and not (
+        step.copy and step.inputs[0].info.dtype not in FLOATS
+    ):
+        return "float64 runs in torch"
+    if step.copy:
+        return None
+    if step.recipe is None:
+        return f"method {step.method} looks at whole tensors"
+    if step.whole and step.calibration is not None:
+        return "whole weights are calibrated against a base"
+    return _unsupported(step)
+
+
+def _unsupported(step: Step) -> str | None:
+    from magic_fast.ops.native import NativeBackend
+
+    recipe = step.recipe or Recipe((1.0,) * len(step.experts))
+    if over_model(step) and recipe.needs_factors:
+        return "norms of each tensor under a threshold of the whole model are found in torch"
+    views = [View(0, step.cast or i.info.dtype, step.shape) for i in step.inputs]
+    if step.merged is not None:
+        views.pop()  # checked with the others by dtype
+    base = views.pop(0) if step.base is not None else None
+    job = Job(
+        base,
+        views,
+        recipe,
+        View(0, step.dtype, step.shape),
+        step.name,
+        calibration=step.calibration,
+    )
+    return NativeBackend().supports(job)
+
+
+def device_of(device: str) -> str:
+    """``cpu``, ``cuda`` or ``cuda:i`` of this machine for what the user asked.
+
+    ``auto`` is a CUDA device where torch finds one, and the CPU elsewhere; torch is not imported to
+    find out where no driver is installed.
+
+    Raises:
+        InputError: no such device here.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise InputError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:i', got {device!r}.")
+    if kind == "cpu" or (kind == "auto" and not os.path.exists("/dev/nvidiactl")):
+        return "cpu"
+    import torch
+
+    count = torch.cuda.device_count()
+    if kind == "auto":
+        return "cuda" if count else "cpu"
+    if int(index or 0) >= count:
+        raise InputError(
+            f"device {device!r}: expected one of {count} CUDA devices of this machine. "
+            "Use --device cpu, or check the driver with `magic-fast doctor`."
+        )
+    return device
+
+
+def backend_name(plan: MergePlan) -> str:
+    """What computes, for the identity of a run: the backend asked for, else the best that is
+    here."""
+    wanted = wanted_backend(plan)
+    if wanted is not None:
+        return wanted
+    return "torch" if native_missing() is not None else "native"
+
+
+def held_bytes(plan: MergePlan, slot_bytes: int, device: str) -> int:
+    """Memory beyond the blocks: the largest tensor that is held whole, with the next one being
+    read; in torch (K + 2) float32 copies more."""
+    most = 0
+    for step in plan.steps:
+        mode, _ = mode_of(plan, step, slot_bytes, device)
+        if mode is Mode.STREAM:
+            continue
+        own = 2 * sum(i.nbytes for i in step.inputs) + step.numel * element_size(step.dtype)
+        copies = 4 * step.numel * (len(step.experts) + 2) if mode is Mode.TORCH else 0
+        most = max(most, own + (0 if step.copy else copies))
+    return most

@@ -1,0 +1,114 @@
+"""Thresholds of tensors that do not fit into memory: fed piece by piece, in one pass as a rule."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from magic_fast.engine.plan import Step
+from magic_fast.engine.units import Piece, Unit, group, piece_bytes
+from magic_fast.ops.backend import View
+from magic_fast.ops.native_search import StreamingSelect, cut_for
+from magic_fast.recipe import Selection
+
+_BLOCK = 1 << 16  # elements; pieces are whole blocks of this many
+_SAMPLES = 16
+_SAMPLE_ELEMENTS = 1 << 14  # of each: 16 of them pin a threshold to a few thousandths of the ranks
+
+
+class StreamedSearch:
+    """The selection of one tensor, or of all tensors at once (scope ``model``).
+
+    The tensors lie one behind the other, in the order given; ``units`` yields what to read and
+    waits, between passes, for what the pieces have shown.
+
+    Args:
+        steps: of one recipe.
+        slot_bytes: size of a unit.
+        wait: blocks until an event is set (and leaves when the run has failed).
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], slot_bytes: int, wait: Callable[[threading.Event], None]
+    ) -> None:
+        self._steps = steps
+        self._slot_bytes = slot_bytes
+        self._wait = wait
+        self._starts: dict[str, int] = {}
+        total = 0
+        for step in steps:
+            self._starts[step.name] = total
+            total += step.numel
+        recipe = steps[0].recipe
+        assert recipe is not None
+        name = steps[0].name if len(steps) == 1 else ""
+        self._search = StreamingSelect(recipe, total, name=name)
+        self._total = total
+        self._sampled = False
+        self._by_magnitude = recipe.trim.by_magnitude
+        self._outstanding = 0
+        self._fed = threading.Event()
+        self._lock = threading.Lock()
+
+    def units(self) -> Iterator[Unit]:
+        """Units to load and feed, until nothing more is wanted."""
+        yield from self._sample()
+        while ranges := self._search.wants():
+            batches = list(group(self._pieces(ranges), self._slot_bytes))
+            with self._lock:
+                self._outstanding = len(batches)
+            self._fed.clear()
+            for pieces in batches:
+                yield Unit(pieces, search=self)
+            self._wait(self._fed)
+
+    def _sample(self) -> Iterator[Unit]:
+        """Where magnitudes decide, blocks spread over the tensors: with them one pass over
+        everything is enough as a rule."""
+        if not self._by_magnitude:
+            self._sampled = True
+            return
+        step = max(self._total // _SAMPLES, _BLOCK)
+        ranges = [(s, min(s + _SAMPLE_ELEMENTS, self._total)) for s in range(0, self._total, step)]
+        self._outstanding = 1
+        yield Unit(tuple(self._pieces(ranges)), search=self)
+        self._wait(self._fed)
+
+    def _pieces(self, ranges: Sequence[tuple[int, int]]) -> list[Piece]:
+        """Ranges of the concatenation as pieces of the tensors, none larger than a slot."""
+        found = []
+        for step in self._steps:
+            offset = self._starts[step.name]
+            count = self._most(step)
+            for start, stop in ranges:
+                first, last = max(start - offset, 0), min(stop - offset, step.numel)
+                found += [Piece(step, s, min(s + count, last)) for s in range(first, last, count)]
+        return found
+
+    def _most(self, step: Step) -> int:
+        """Elements of a step that fit into a slot, in whole blocks of the sums over a tensor."""
+        per_element = piece_bytes(step, _BLOCK, with_output=True) / _BLOCK
+        return max(int(self._slot_bytes * 0.98 / per_element) // _BLOCK, 1) * _BLOCK
+
+    def feed(self, arrays: Sequence[Sequence[View]], pieces: Sequence[Piece]) -> None:
+        """The data of one unit."""
+        for views, piece in zip(arrays, pieces, strict=True):
+            base, experts = (views[0], views[1:]) if piece.step.base is not None else (None, views)
+            start = self._starts[piece.step.name] + piece.start
+            if self._sampled:
+                self._search.feed(base, experts, offset=start)
+            else:
+                self._search.sample(base, experts)
+        self._sampled = True
+        with self._lock:
+            self._outstanding -= 1
+            if self._outstanding == 0:
+                self._fed.set()
+
+    def selections(self) -> dict[str, Selection]:
+        """One selection per tensor, tie cuts counted inside it."""
+        whole = self._search.result()
+        found = {}
+        for step in self._steps:
+            found[step.name] = cut_for(whole, self._starts[step.name], step.numel)
+        return found

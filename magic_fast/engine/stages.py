@@ -1,0 +1,272 @@
+"""The three stages of a run: fill a unit from the checkpoints, merge it, write it down."""
+
+from __future__ import annotations
+
+import math
+import threading
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import xxhash
+
+from magic_fast import ops
+from magic_fast.checkpoint import Checkpoint, OutputFolder
+from magic_fast.engine.journal import Journal, Record
+from magic_fast.engine.memory import Slot
+from magic_fast.engine.plan import FLOATS, Input
+from magic_fast.engine.units import Piece, Unit, element_size
+from magic_fast.errors import InputError
+from magic_fast.ops.backend import Job, Stats, View, count_repaired
+from magic_fast.recipe import Recipe, Selection
+
+
+class BadRecord(Exception):
+    """A piece that the journal calls done does not have its checksum; it must be done again."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.name)
+        self.record = record
+
+
+class Loaded:
+    """One piece in memory: views of its inputs and its output."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.inputs: list[tuple[Input, View, memoryview]] = []
+        self.out: View | None = None
+        self.out_bytes: Any = b""
+        self.cast: list[View | None] = []
+        self.record: Record | None = None  # already on disk, verified
+
+
+def slab_shape(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shape of the piece as an array, and the axes of its rows (None: as the calibration says)."""
+    step = piece.step
+    if piece.whole:
+        return step.shape, None
+    inner = step.numel // step.shape[0]
+    if piece.start % inner == 0 and piece.count % inner == 0:
+        return (piece.count // inner, *step.shape[1:]), None
+    if step.calibration is not None:
+        cols = step.calibration.cols
+        return (piece.count // cols, cols), (0,)
+    return (piece.count,), None
+
+
+class Loader:
+    """First stage: bytes of checkpoints into the arrays of a unit."""
+
+    def __init__(
+        self, models: Mapping[str, Checkpoint], output: OutputFolder, journal: Journal
+    ) -> None:
+        self._models = models
+        self._output = output
+        self._journal = journal
+
+    def __call__(self, unit: Unit, slot: Slot | None) -> None:
+        unit.buffers["pieces"] = [self._piece(unit, piece, slot) for piece in unit.pieces]
+
+    def _piece(self, unit: Unit, piece: Piece, slot: Slot | None) -> Loaded:
+        loaded = Loaded(piece)
+        record = self._journal.records.get((piece.step.name, piece.start, piece.stop))
+        if record is not None and unit.search is None:
+            self._verify(loaded, record, slot)
+            return loaded
+        shape = (piece.count,) if unit.search is not None else slab_shape(piece)[0]
+        for source in piece.step.inputs:
+            start, nbytes = piece.byte_range(source.info.dtype)
+            address, view = _take(slot, nbytes)
+            self._models[source.model].read_into(source.info.name, view, start, nbytes)
+            loaded.inputs.append((source, View(address, source.info.dtype, shape, view), view))
+        if unit.search is not None or unit.torch:
+            return loaded
+        if piece.step.cast is not None and not piece.step.copy:
+            for source in piece.step.inputs:
+                loaded.cast.append(_array(slot, piece, piece.step.cast, shape, source))
+        address, view = _take(slot, piece.byte_range(piece.step.dtype)[1])
+        loaded.out, loaded.out_bytes = View(address, piece.step.dtype, shape, view), view
+        return loaded
+
+    def _verify(self, loaded: Loaded, record: Record, slot: Slot | None) -> None:
+        """What an earlier run wrote, read back; its checksum decides."""
+        piece = loaded.piece
+        start, nbytes = piece.byte_range(piece.step.dtype)
+        _, view = _take(slot, nbytes)
+        self._output.read_into(piece.step.name, view, start)
+        if xxhash.xxh3_64_hexdigest(view) != record.checksum:
+            raise BadRecord(record)
+        loaded.record, loaded.out_bytes = record, view
+
+
+def _take(slot: Slot | None, nbytes: int) -> tuple[int, memoryview]:
+    if slot is not None:
+        return slot.take(nbytes)
+    return Slot(nbytes).take(nbytes)
+
+
+def _array(
+    slot: Slot | None, piece: Piece, dtype: str, shape: tuple[int, ...], source: Input
+) -> View | None:
+    """Room for an input rounded to ``dtype``, where it is of another."""
+    if source.info.dtype == dtype:
+        return None
+    address, view = _take(slot, piece.count * element_size(dtype))
+    return View(address, dtype, shape, view)
+
+
+class Streamed:
+    """Second stage, for units in slots: the native backend over borrowed memory."""
+
+    def __init__(self, nonfinite: str) -> None:
+        self._nonfinite = nonfinite
+        self.selections: dict[str, Selection] = {}
+
+    def __call__(self, unit: Unit) -> None:
+        loaded: Sequence[Loaded] = unit.buffers["pieces"]
+        if unit.search is not None:
+            unit.search.feed([self._arrays(one) for one in loaded], [one.piece for one in loaded])
+            return
+        results: list[Stats | None] = [None] * len(loaded)
+        jobs: list[tuple[int, Job]] = []
+        for n, one in enumerate(loaded):
+            if one.record is not None:
+                continue
+            if one.piece.step.copy:
+                self._copy(one)
+            elif one.piece.step.merged is not None:
+                job = self._job(one)
+                results[n] = ops.calibrate(
+                    job, job.experts[-1], backend="native", nonfinite=self._nonfinite
+                )
+            else:
+                jobs.append((n, self._job(one)))
+        found = ops.merge([j for _, j in jobs], backend="native", nonfinite=self._nonfinite)
+        for (n, _), stats in zip(jobs, found, strict=True):
+            results[n] = stats
+        unit.buffers["stats"] = results
+
+    def _arrays(self, one: Loaded) -> list[View]:
+        """The inputs, rounded to the configuration's dtype where they are of another."""
+        found = []
+        targets = one.cast or [None] * len(one.inputs)
+        for (_, view, _), target in zip(one.inputs, targets, strict=True):
+            if target is None:
+                found.append(view)
+            else:
+                convert(view, target, self._nonfinite)
+                found.append(target)
+        return found
+
+    def _job(self, one: Loaded) -> Job:
+        step, piece = one.piece.step, one.piece
+        arrays = self._arrays(one)
+        base = arrays.pop(0) if step.base is not None else None
+        calibration = step.calibration
+        if calibration is not None and not piece.whole:
+            _, axes = slab_shape(piece)
+            calibration = replace(
+                calibration, rows=piece.count // calibration.cols, axes=axes or calibration.axes
+            )
+        return Job(
+            base,
+            arrays,
+            step.recipe or Recipe((1.0,) * len(arrays)),
+            one.out,
+            step.name,
+            calibration=calibration,
+            selection=self.selections.get(step.name),
+            offset=piece.start,
+            total=step.numel,
+        )
+
+    def _copy(self, one: Loaded) -> None:
+        step = one.piece.step
+        source, view, data = one.inputs[0]
+        if source.info.dtype in FLOATS:
+            assert one.out is not None
+            convert(view, one.out, self._nonfinite)
+            return
+        for other, _, more in one.inputs[1:]:
+            if other.info.dtype != source.info.dtype or more != data:
+                raise InputError(
+                    f"integer tensor '{step.name}' in {other.model}: expected the values of "
+                    f"{source.model}, got others. Integer tensors are not merged; they must agree."
+                )
+        one.out_bytes = data
+
+
+def convert(source: View, target: View, nonfinite: str) -> None:
+    """Rounds one array to another's dtype: a merge of one task vector with weight 1."""
+    job = Job(None, [source], Recipe((1.0,)), target)
+    ops.merge([job], backend="native", nonfinite=nonfinite)
+
+
+class Writer:
+    """Third stage: bytes to the output, a checksum and a line in the journal for each piece."""
+
+    def __init__(self, output: OutputFolder, journal: Journal) -> None:
+        self._output = output
+        self._journal = journal
+        self._hashers: dict[str, Any] = {}
+        self.checksums: dict[str, str] = {}
+        self.records: dict[str, list[Record]] = {}
+        self.written = 0
+        self.dirty = threading.Event()
+
+    def __call__(self, unit: Unit) -> None:
+        for n, one in enumerate(unit.buffers["pieces"]):
+            piece: Piece = one.piece
+            name = piece.step.name
+            record = one.record
+            if record is None:
+                start, nbytes = piece.byte_range(piece.step.dtype)
+                if nbytes:
+                    self._output.write(name, one.out_bytes, start)
+                checksum = xxhash.xxh3_64_hexdigest(one.out_bytes)
+                record = record_of(piece, unit.buffers["stats"][n], checksum)
+                self._journal.add(record)
+                self.written += nbytes
+                self.dirty.set()
+            else:
+                start, nbytes = piece.byte_range(piece.step.dtype)
+                self._output.mark_written(name, start, nbytes)
+            self.records.setdefault(name, []).append(record)
+            self._update(name, one.out_bytes, last=piece.stop == piece.step.numel)
+
+    def _update(self, name: str, data: Any, *, last: bool) -> None:
+        """The checksum of the whole tensor, whatever pieces it came in."""
+        hasher = self._hashers.setdefault(name, xxhash.xxh3_64())
+        hasher.update(data)
+        if last:
+            self.checksums[name] = self._hashers.pop(name).hexdigest()
+
+
+def record_of(piece: Piece, stats: Stats | None, checksum: str) -> Record:
+    """What the journal keeps of a merged piece."""
+    record = Record(piece.step.name, piece.start, piece.stop, checksum)
+    if stats is None:
+        record.backend = "copy"
+        return record
+    record.backend = stats.backend
+    if stats.coefficient is not None:
+        values = stats.coefficient
+        record.coefficient = array("f", values.tolist() if hasattr(values, "tolist") else values)
+        record.repaired = count_repaired(stats)
+        record.norms2 = tuple(float(x) for x in stats.extra.get("norms2", ()))
+    return record
+
+
+def magnitudes(records: Sequence[Record]) -> tuple[float | None, float | None]:
+    """‖Δ‖_F ÷ mean_k ‖τ_k‖_F before and after calibration, over all pieces of a tensor."""
+    parts = [r.norms2 for r in records if r.norms2]
+    if not parts:
+        return None, None
+    total = [math.fsum(column) for column in zip(*parts, strict=True)]
+    *own, before, after = total
+    mean = sum(math.sqrt(x) for x in own) / len(own)
+    if not mean > 0:
+        return None, None
+    return math.sqrt(before) / mean, math.sqrt(after) / mean

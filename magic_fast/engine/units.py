@@ -1,0 +1,134 @@
+"""Steps cut into units of work that fit into a block of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from magic_fast.checkpoint import DTYPE_BITS
+from magic_fast.engine.memory import aligned
+from magic_fast.engine.plan import Input, Step
+from magic_fast.recipe import Granularity, TrimRule, Variant
+
+
+def element_size(dtype: str) -> int:
+    """Bytes of one element."""
+    return DTYPE_BITS[dtype] // 8
+
+
+def grain(step: Step) -> int:
+    """The least number of consecutive elements that must be merged together; the whole tensor
+    where rows are not consecutive or one number serves them all."""
+    n, whole = 1, step.numel
+    recipe, calibration = step.recipe, step.calibration
+    if recipe is not None and recipe.trim.rule is TrimRule.RANKED:
+        if len(step.shape) < 2 or (recipe.trim.rank_dim1 and len(step.shape) > 2):
+            return whole
+        n = whole // step.shape[0]
+    if calibration is not None:
+        leading = calibration.axes == tuple(range(len(calibration.axes)))
+        per_row = calibration.granularity is Granularity.ROW
+        if not leading or not per_row or calibration.variant is Variant.SPECTRAL:
+            return whole
+        n = max(n, calibration.cols)
+    return n
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of one step."""
+
+    step: Step
+    start: int
+    stop: int
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.stop == self.step.numel
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    def byte_range(self, dtype: str) -> tuple[int, int]:
+        """First byte and number of bytes of these elements in an array of ``dtype``."""
+        size = element_size(dtype)
+        return self.start * size, self.count * size
+
+    def input_bytes(self, source: Input) -> int:
+        return self.byte_range(source.info.dtype)[1]
+
+    @property
+    def nbytes(self) -> int:
+        """What this piece takes in a slot: every input, the output, and the inputs once more where
+        they are rounded first."""
+        return piece_bytes(self.step, self.count)
+
+
+def piece_bytes(step: Step, count: int, *, with_output: bool = True) -> int:
+    """Bytes in a slot of ``count`` elements of a step."""
+    total = sum(aligned(count * element_size(i.info.dtype)) for i in step.inputs)
+    if step.cast is not None and not step.copy:
+        changed = [i for i in step.inputs if i.info.dtype != step.cast]
+        total += len(changed) * aligned(count * element_size(step.cast))
+    return total + (aligned(count * element_size(step.dtype)) if with_output else 0)
+
+
+@dataclass
+class Unit:
+    """Pieces that are read, merged and written together.
+
+    Attributes:
+        pieces: in the order of the plan.
+        streamed: held in a slot; otherwise in memory of its own.
+        torch: merged by torch.
+        search: a selection these pieces feed; nothing is written.
+    """
+
+    pieces: tuple[Piece, ...]
+    streamed: bool = True
+    torch: bool = False
+    search: Any = None
+    buffers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(p.input_bytes(i) for p in self.pieces for i in p.step.inputs)
+
+    @property
+    def output_bytes(self) -> int:
+        if self.search is not None:
+            return 0
+        return sum(p.byte_range(p.step.dtype)[1] for p in self.pieces)
+
+
+def fits(step: Step, slot_bytes: int) -> bool:
+    """Whether the whole step fits into one slot."""
+    return piece_bytes(step, step.numel) <= slot_bytes
+
+
+def cut(step: Step, slot_bytes: int) -> list[Piece]:
+    """A step in pieces that fit a slot each; empty where one grain does not fit."""
+    if step.numel == 0 or fits(step, slot_bytes):
+        return [Piece(step, 0, step.numel)]
+    unit = grain(step)
+    per_element = piece_bytes(step, 1 << 16) / (1 << 16)
+    count = int(slot_bytes * 0.98 / per_element) // unit * unit
+    if count == 0 or piece_bytes(step, count) > slot_bytes:
+        return []
+    return [Piece(step, s, min(s + count, step.numel)) for s in range(0, step.numel, count)]
+
+
+def group(pieces: Sequence[Piece], slot_bytes: int) -> Iterator[tuple[Piece, ...]]:
+    """Consecutive pieces that fit into one slot together."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + piece.nbytes > slot_bytes:
+            yield tuple(batch)
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.nbytes
+    if batch:
+        yield tuple(batch)
