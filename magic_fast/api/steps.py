@@ -131,7 +131,9 @@ class _Builder:
                 preset=config.preset,
                 compat=self._compat,
             )
-        weights = recipe.weights if recipe is not None else (1.0,) * len(experts)
+        weights: Any = arguments.get("weights", (1.0,) * len(experts))
+        if recipe is not None:
+            weights = recipe.weights
         resolved = None
         if self._calibration is not None and base is not None:
             resolved = self._calibration.resolve(
