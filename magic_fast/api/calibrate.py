@@ -89,7 +89,7 @@ def calibrate_weights(
                 label,
                 shape,
                 True,
-                found.coefficient,
+                torch.as_tensor(found.coefficient),  # the native backend hands out a buffer
                 count_repaired(found),
                 found.extra.get("magnitude_before"),
                 found.extra.get("magnitude_after"),

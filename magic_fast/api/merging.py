@@ -370,7 +370,9 @@ def _details(merged: Any, jobs: Sequence[Job], stats: Sequence[Stats], bare: boo
             "thresholds": found.selection.threshold,
             "keep_probability": None if decisions is None else decisions.keep_probability,
             "rescale_factors": found.selection.factor,
-            "coefficients": found.coefficient,
+            "coefficients": None
+            if found.coefficient is None
+            else torch.as_tensor(found.coefficient),
         }
         for key, value in values.items():
             fields.setdefault(key, {})[job.name] = value

@@ -48,7 +48,7 @@ def mean(taus: list[Tensor]) -> Tensor:
 def coefficients(taus: list[Tensor], delta: Tensor, backend: str, **settings: Any) -> Tensor:
     """Raw ξ of every row."""
     _, report = calibrate(taus, delta, backend, **settings)
-    return torch.as_tensor(report.tensors[0].coefficient)
+    return report.tensors[0].coefficient
 
 
 def calibrate(taus: list[Tensor], delta: Tensor, backend: str = "torch", **settings: Any) -> Any:
@@ -163,7 +163,7 @@ def test_without_guards_a_list_repairs_nan_and_none_does_not() -> None:
     raw, report = mf.calibrate_weights(
         None, [tau], delta, calibration=calibration, nonfinite="propagate"
     )
-    xi = torch.as_tensor(report.tensors[0].coefficient)
+    xi = report.tensors[0].coefficient
     assert math.isnan(xi[0]) and xi[1] == math.inf
     assert bool(torch.isnan(raw).all())
     listed = mf.WeightCalibration(**settings, sensitive=())
@@ -180,7 +180,7 @@ def test_clamp_holds_what_noise_would_blow_up(backend: str) -> None:
     tau = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
     delta = tau * 1e-4
     out, report = calibrate([tau, -tau], delta, backend)
-    assert torch.as_tensor(report.tensors[0].coefficient).min() > 1000
+    assert report.tensors[0].coefficient.min() > 1000
     assert torch.allclose(out, 10 * delta, rtol=1e-6)
     small, _ = calibrate([tau, tau], 100 * tau, backend, variant="sphere")
     assert torch.allclose(small, 0.1 * 100 * tau, rtol=1e-6)
@@ -261,7 +261,7 @@ def test_per_tensor_takes_the_whole_tensor_as_one_row() -> None:
     whole, report = calibrate(taus, mean(taus), granularity="tensor")
     flat, _ = calibrate([t.reshape(1, -1) for t in taus], mean(taus).reshape(1, -1))
     assert torch.allclose(whole.reshape(1, -1), flat, rtol=1e-6)
-    xi = torch.as_tensor(report.tensors[0].coefficient)
+    xi = report.tensors[0].coefficient
     assert xi.shape == (4,) and len(set(xi.tolist())) == 1
 
 

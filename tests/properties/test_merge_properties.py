@@ -136,7 +136,7 @@ def test_merge_with_calibration_is_merge_then_calibration(
     after, report = mf.calibrate_weights(
         base, experts, merged, calibration=calibration, backend=backend
     )
-    xi = torch.as_tensor(report.tensors[0].coefficient).double()
+    xi = report.tensors[0].coefficient.double()
     delta = (merged.double() - base.double()).norm(dim=1)
     # d is known to half a unit in the last place of a weight, √cols of them in a row: relative
     # error e of its norm; ξ moves by at most its condition times e, 10 within the clamp, and as
@@ -251,7 +251,7 @@ def test_exactly_k_stay_lowest_index_first(data: Data, density: float) -> None:
 def test_coefficient_one_where_the_merge_is_the_one_expert(backend: str, data: Data) -> None:
     tau = data.taus()[0]
     out, report = mf.calibrate_weights(None, [tau], tau, backend=backend)
-    xi = torch.as_tensor(report.tensors[0].coefficient)
+    xi = report.tensors[0].coefficient
     live = tau.norm(dim=1) > 0
     assert bool(((xi - 1).abs() <= 1e-6)[live].all())
     assert torch.allclose(out, tau, rtol=1e-6)
