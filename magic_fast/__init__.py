@@ -13,6 +13,7 @@ imports no other: each name is looked up in its room on first use.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
         svc,
         task_masks,
         task_vector_stats,
+        verify_checkpoint,
     )
 
     # Functions named as their modules: from these, mypy takes the function for sure.
     from magic_fast.api.merging import merge
     from magic_fast.api.trimming import trim
-    from magic_fast.calibration import WeightCalibration
+    from magic_fast.calibration import TensorFilter, WeightCalibration
     from magic_fast.config import MergeConfig
     from magic_fast.errors import (
         BackendError,
@@ -83,8 +85,9 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "task_masks",
         "task_vector_stats",
         "trim",
+        "verify_checkpoint",
     ),
-    "magic_fast.calibration": ("WeightCalibration",),
+    "magic_fast.calibration": ("TensorFilter", "WeightCalibration"),
     "magic_fast.config": ("MergeConfig",),
     "magic_fast.errors": (
         "BackendError",
@@ -97,6 +100,10 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "OutputError",
     ),
 }
+
+# A library is silent until its user asks for its log.
+logging.getLogger("magic_fast").addHandler(logging.NullHandler())
+
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - ordered by use
@@ -114,12 +121,14 @@ __all__ = [  # noqa: RUF022 - ordered by use
     "calibrate_checkpoints",
     "inspect_checkpoints",
     "plan_checkpoints",
+    "verify_checkpoint",
     "backends",
     "row_stats",
     "select",
     "kth_magnitude",
     "row_norms",
     "MergeConfig",
+    "TensorFilter",
     "WeightCalibration",
     "MergeResult",
     "MergeReport",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from magic_fast.api.trimming import trim
     from magic_fast.engine import MergePlan, MergeReport, Progress, TensorReport
+    from magic_fast.engine.verify import VerifyReport, verify_checkpoint
     from magic_fast.ops import backends
 
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
         "task_vector_stats",
     ),
     "magic_fast.api.trimming": ("trim",),
+    "magic_fast.engine.verify": ("VerifyReport", "verify_checkpoint"),
     "magic_fast.engine": ("MergePlan", "MergeReport", "Progress", "TensorReport"),
     "magic_fast.ops": ("backends",),
 }
@@ -69,6 +71,7 @@ __all__ = [
     "TensorCalibration",
     "TensorReport",
     "TensorStatistics",
+    "VerifyReport",
     "backends",
     "calibrate_checkpoints",
     "calibrate_weights",
@@ -88,6 +91,7 @@ __all__ = [
     "task_masks",
     "task_vector_stats",
     "trim",
+    "verify_checkpoint",
 ]
 
 

@@ -26,6 +26,7 @@ from magic_fast.engine import (
     MergeReport,
     Progress,
     Step,
+    TensorReport,
     common_shape,
     place,
 )
@@ -33,7 +34,8 @@ from magic_fast.engine import run as run_plan
 from magic_fast.engine.memory import DEFAULT_MEMORY
 from magic_fast.engine.native import device_of
 from magic_fast.engine.plan import FLOATS, free_bytes
-from magic_fast.errors import InputError, OutputError
+from magic_fast.engine.verify import read_record, verify_checkpoint
+from magic_fast.errors import CheckpointError, InputError, OutputError
 from magic_fast.recipe import Recipe
 
 ProgressCall = Callable[[Progress], None]
@@ -67,9 +69,12 @@ def _open(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
     return models
 
 
-def _check_out(out: str | Path) -> str:
-    """OUT as a string, refused where something is in the way."""
+def _check_out(out: str | Path, resume: bool) -> str:
+    """OUT as a string, refused where something is in the way (which may be the finished result of a
+    run that is resumed)."""
     path = Path(out).expanduser()
+    if resume and _is_whole(path):
+        return str(path)
     if path.suffix == ".safetensors":
         if path.exists():
             raise OutputError(
@@ -82,6 +87,57 @@ def _check_out(out: str | Path) -> str:
             "Remove it, or name another."
         )
     return str(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a finished result lies there: nothing else has the final name."""
+    if path.suffix == ".safetensors":
+        return path.is_file()
+    return path.is_dir() and any(path.iterdir())
+
+
+def _verified(plan: MergePlan) -> MergeReport:
+    """The report of a finished result that ``resume`` found, verified against its own record and
+    the plan.
+
+    Raises:
+        InputError: it is the result of another configuration or of other inputs.
+        CheckpointError: it is damaged.
+    """
+    record = read_record(plan.out if Path(plan.out).is_dir() else None)
+    differs = [
+        what
+        for what, then, now in (
+            ("the configuration", record.get("recipe"), plan.recipe_text),
+            ("an input", record.get("inputs"), _input_records(plan)),
+        )
+        if record and then != now
+    ]
+    if differs:
+        raise InputError(
+            f"resume for {plan.out!r}: expected the result of this run, got a finished one "
+            "that differs in "
+            f"{' and '.join(differs)}. Name another output, or remove it."
+        )
+    found = verify_checkpoint(plan.out)
+    expected, stored = {s.name for s in plan.steps}, set(found.names)
+    if expected != stored:
+        odd = sorted(expected ^ stored)[0]
+        found.problems.append(f"tensor '{odd}': expected the tensors of the plan")
+    if not found.ok:
+        raise CheckpointError(
+            f"output for {plan.out!r}: expected a sound result of this run, got: "
+            f"{'; '.join(found.problems[:3])}. Remove it and merge again."
+        )
+    warnings = [*plan.warnings, "it was finished already, and is verified"]
+    report = MergeReport(plan.out, plan.method, str(record.get("backend", "")), warnings=warnings)
+    report.bytes_read = found.nbytes
+    known = {t["name"]: t for t in record.get("tensors", ())}
+    report.tensors = [
+        TensorReport(**({"name": s.name} | known.get(s.name, {}) | {"shape": s.shape}))
+        for s in plan.steps
+    ]
+    return report
 
 
 def _check_disk(plan: MergePlan) -> None:
@@ -105,11 +161,12 @@ def plan_checkpoints(
     compat: str | None = None,
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
     allow_embedding_truncation: bool = False,
+    resume: bool = False,
 ) -> MergePlan:
     """Everything a merge would do, checked, before any data is read. Arguments as of
     :func:`merge_checkpoints`."""
     settings = read_config(config)
-    target = _check_out(out)
+    target = _check_out(out, resume)
     place_of_work = device_of(device)
     models = _open({r: settings.resolve_path(r) for r in settings.model_references})
     try:
@@ -142,7 +199,8 @@ def plan_checkpoints(
             memory,
             place_of_work,
         )
-        _check_disk(plan)
+        if not _is_whole(Path(target)):
+            _check_disk(plan)
     except BaseException:
         for model in models.values():
             model.close()
@@ -207,6 +265,7 @@ def merge_checkpoints(
         compat=compat,
         calibrate=calibrate,
         allow_embedding_truncation=allow_embedding_truncation,
+        resume=resume,
     )
     return _run(plan, nonfinite, resume, progress)
 
@@ -215,6 +274,8 @@ def _run(
     plan: MergePlan, nonfinite: str, resume: bool, progress: ProgressCall | None
 ) -> MergeReport:
     try:
+        if resume and _is_whole(Path(plan.out)):
+            return _verified(plan)
         return run_plan(
             plan, nonfinite=nonfinite, resume=resume, progress=progress, finish=_write_small_files
         )
@@ -233,6 +294,20 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _input_records(plan: MergePlan) -> list[dict[str, Any]]:
+    """What identifies the inputs, wherever they lie."""
+    return [
+        {
+            "model": reference,
+            "file": Path(f.path).name,
+            "size": f.size,
+            "header_sha256": f.header_hash,
+        }
+        for reference, model in plan.models.items()
+        for f in model.files
+    ]
 
 
 def _write_small_files(
@@ -264,16 +339,7 @@ def _write_small_files(
         "method": plan.method,
         "backend": report.backend,
         "recipe": plan.recipe_text,
-        "inputs": [
-            {
-                "model": reference,
-                "file": Path(f.path).name,
-                "size": f.size,
-                "header_sha256": f.header_hash,
-            }
-            for reference, model in plan.models.items()
-            for f in model.files
-        ],
+        "inputs": _input_records(plan),
         "tensors": [
             {k: v for k, v in vars(t).items() if k != "shape"}
             for t in report.tensors
@@ -315,7 +381,7 @@ def calibrate_checkpoints(
         raise InputError("calibration: expected 'wsc' or a WeightCalibration, got None.")
     if not experts:
         raise InputError("experts: expected at least one checkpoint, got none.")
-    target = _check_out(out)
+    target = _check_out(out, resume)
     place_of_work = device_of(device)
     names = [str(merged), str(base), *(str(e) for e in experts)]
     models = _open({name: name for name in names})
@@ -333,7 +399,8 @@ def calibrate_checkpoints(
             memory=memory,
             device=place_of_work,
         )
-        _check_disk(plan)
+        if not _is_whole(Path(target)):
+            _check_disk(plan)
     except BaseException:
         for model in models.values():
             model.close()

@@ -1,4 +1,4 @@
-"""``svc`` and ``lines``: a model that was merged by any method, its spectrum or its depth scaled."""
+"""``svc`` and ``lines``: they scale the spectrum, or the depth, of a model merged by any method."""
 
 from __future__ import annotations
 

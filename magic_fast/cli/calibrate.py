@@ -32,7 +32,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
 
-    with progress(quiet=arguments.quiet, title="calibrate") as report:
+    quiet, style = arguments.quiet, arguments.progress
+    with progress(quiet=quiet, title="calibrate", style=style) as report:
         calibrated = mf.calibrate_checkpoints(
             arguments.base,
             arguments.experts,
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             backend=arguments.backend,
             max_shard_size=arguments.max_shard_size,
+            memory=arguments.memory,
+            resume=arguments.resume,
             progress=report,
         )
     output.show_report(calibrated, quiet=arguments.quiet, json=arguments.json)

@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         "device": arguments.device,
         "backend": arguments.backend,
         "max_shard_size": arguments.max_shard_size,
+        "memory": arguments.memory,
+        "resume": arguments.resume,
         "seed": arguments.seed,
         "compat": arguments.compat,
         "calibrate": arguments.calibrate,
@@ -64,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         plan = mf.plan_checkpoints(config, arguments.out, **settings)
         output.show_plan(plan, json=arguments.json)
         return 0
-    with progress(quiet=arguments.quiet, title="merge") as report:
+    quiet, style = arguments.quiet, arguments.progress
+    with progress(quiet=quiet, title="merge", style=style) as report:
         merged = mf.merge_checkpoints(config, arguments.out, progress=report, **settings)
     output.show_report(merged, quiet=arguments.quiet, json=arguments.json)
     return 0

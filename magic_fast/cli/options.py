@@ -57,7 +57,31 @@ def execution(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of an output file (5GB)",
     )
+    parser.add_argument(
+        "--memory",
+        type=size,
+        default="128MiB",
+        metavar="SIZE",
+        help="for buffers, whatever the size of the models (128MiB); --dry-run shows what more a "
+        "method that needs whole tensors takes",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the interrupted run of this configuration; a finished OUT is verified",
+    )
+    progress(parser)
     machine_readable(parser)
+
+
+def progress(parser: argparse.ArgumentParser) -> None:
+    """How progress is shown."""
+    parser.add_argument(
+        "--progress",
+        choices=("auto", "json", "none"),
+        default="auto",
+        help="a bar on a terminal and plain lines elsewhere (auto), one JSON object a line (json)",
+    )
 
 
 def weight_calibration(parser: argparse.ArgumentParser) -> None:

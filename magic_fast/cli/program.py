@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from types import FrameType
 
 from magic_fast._version import __version__
-from magic_fast.cli import calibrate, demo, doctor, inspect, merge
+from magic_fast.cli import calibrate, demo, doctor, inspect, merge, verify
 from magic_fast.errors import MagicFastError
 
-COMMANDS = (merge, calibrate, inspect, doctor, demo)
+COMMANDS = (merge, calibrate, inspect, verify, doctor, demo)
 INTERRUPTED = 130
 
 
@@ -80,9 +80,9 @@ def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
 
 def _interrupted(arguments: argparse.Namespace) -> str:
     out = getattr(arguments, "out", None)
-    return (
-        "interrupted" if out is None or os.path.exists(out) else f"interrupted; {out} was not made"
-    )
+    if out is None or os.path.exists(out):
+        return "interrupted"
+    return f"interrupted; {out} was not made. The same command with --resume continues"
 
 
 def _system_message(error: OSError) -> str:

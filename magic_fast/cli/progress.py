@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from magic_fast.report.units import format_bytes, format_rate, format_seconds
@@ -18,11 +20,15 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress(*, quiet: bool, title: str, stream: TextIO | None = None) -> Iterator[Report | None]:
+def progress(
+    *, quiet: bool, title: str, style: str = "auto", stream: TextIO | None = None
+) -> Iterator[Report | None]:
     """Yields what to pass as ``progress=``: None if quiet. Writes to standard error."""
     stream = stream or sys.stderr
-    if quiet:
+    if quiet or style == "none":
         yield None
+    elif style == "json":
+        yield _Json(stream)
     elif stream.isatty():
         with _bar(title, stream) as report:
             yield report
@@ -48,6 +54,18 @@ class _Lines:
             f"{self.title}: {format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}, "
             f"{format_rate(state.done_bytes, seconds)}, {format_seconds(left)} left\n"
         )
+        self.stream.flush()
+
+
+class _Json:
+    """One object a line: bytes done, bytes in all, the tensor, and seconds since the start."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.start = stream, time.monotonic()
+
+    def __call__(self, state: State) -> None:
+        seconds = round(time.monotonic() - self.start, 3)
+        self.stream.write(json.dumps(asdict(state) | {"seconds": seconds}) + "\n")
         self.stream.flush()
 
 

@@ -8,6 +8,7 @@ from enum import Enum
 from magic_fast.engine.plan import FLOATS, MergePlan, Step
 from magic_fast.engine.units import cut, element_size, fits
 from magic_fast.errors import InputError
+from magic_fast.ops import why_unavailable
 from magic_fast.ops.backend import Job, View
 from magic_fast.recipe import Recipe, TrimScope
 
@@ -20,9 +21,7 @@ def wanted_backend(plan: MergePlan) -> str | None:
 
 def native_missing() -> str | None:
     """Why the native backend cannot run here, or None."""
-    from magic_fast.ops import backends
-
-    return next(b.reason for b in backends() if b.name == "native")
+    return why_unavailable("native")
 
 
 class Mode(str, Enum):

@@ -9,7 +9,7 @@ from typing import Any
 from magic_fast.errors import BackendError, InputError, NonFiniteError
 from magic_fast.ops.backend import Array, Backend, Job, Stats, View
 from magic_fast.ops.checks import check, dtype_word
-from magic_fast.ops.registry import BackendStatus, backends, choose
+from magic_fast.ops.registry import BackendStatus, backends, choose, why_unavailable
 from magic_fast.recipe import Selection
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "scale",
     "select",
     "select_model",
+    "why_unavailable",
 ]
 
 

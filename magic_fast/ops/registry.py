@@ -67,6 +67,11 @@ def _loaded(name: str) -> tuple[Backend | None, str | None]:
     return backend, backend.why_not()
 
 
+def why_unavailable(name: str) -> str | None:
+    """Why one backend cannot run here, without loading any other; None if it can."""
+    return _loaded(name)[1]
+
+
 def backends() -> list[BackendStatus]:
     """Every backend, whether it can run here, and why not if it cannot.
 

@@ -1,0 +1,43 @@
+"""``magic-fast verify OUT``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from magic_fast.cli import options
+from magic_fast.cli.progress import progress
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "verify",
+        help="check a merged model on disk",
+        description="Reads OUT whole: headers and index agree, every value is finite, and every "
+        "tensor has the checksum that the merge recorded. Exit code 2 where something is wrong.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("out", metavar="OUT", help="folder or .safetensors file")
+    options.machine_readable(parser)
+    options.common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from magic_fast.engine.verify import verify_checkpoint
+    from magic_fast.report.units import format_bytes
+
+    with progress(quiet=arguments.quiet, title="verify") as report:
+        found = verify_checkpoint(arguments.out, progress=report)
+    if arguments.json:
+        options.print_json(found.as_dict())
+    elif not arguments.quiet or not found.ok:
+        for problem in found.problems:
+            print(problem)
+        checked = f"{found.checksums} checksums" if found.checksums else "no checksums recorded"
+        verdict = "sound" if found.ok else f"{len(found.problems)} problems"
+        print(
+            f"{found.out}: {verdict} ({found.tensors} tensors, {format_bytes(found.nbytes)}, "
+            f"{checked})"
+        )
+    return 0 if found.ok else 2

@@ -1,0 +1,158 @@
+"""Whether a merged checkpoint on disk is what the run wrote: headers, index, checksums, finite
+values."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import xxhash
+
+from magic_fast.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from magic_fast.engine.report import Progress
+from magic_fast.errors import CheckpointError
+
+RECORD_NAME = "magic_fast.json"
+_BLOCK_BYTES = 8 << 20
+# dtype → (numpy word of the same width, bits that are all set in infinities and NaNs)
+_EXPONENTS = {
+    "BF16": ("<u2", 0x7F80),
+    "F16": ("<u2", 0x7C00),
+    "F32": ("<u4", 0x7F800000),
+    "F64": ("<u8", 0x7FF0000000000000),
+}
+
+
+@dataclass
+class VerifyReport:
+    """What was checked, and what is wrong.
+
+    Attributes:
+        tensors, nbytes: how much was read.
+        checksums: tensors whose checksum the run recorded; 0 where another tool made the model.
+        problems: one sentence each; empty: all is well.
+        names: of the tensors.
+    """
+
+    out: str
+    tensors: int = 0
+    nbytes: int = 0
+    checksums: int = 0
+    problems: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = asdict(self) | {"ok": self.ok}
+        del plain["names"]
+        return plain
+
+
+def read_record(folder: str | None) -> dict[str, Any]:
+    """``magic_fast.json`` of an output folder; empty where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = None if folder is None else os.path.join(folder, RECORD_NAME)
+    if path is None or not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"record of the merge for {path}: expected JSON, got {error}. Merge again."
+        ) from None
+    if not isinstance(record, dict):
+        raise CheckpointError(
+            f"record of the merge for {path}: expected a JSON object, got "
+            f"{type(record).__name__}. Merge again."
+        )
+    return record
+
+
+def verify_checkpoint(
+    out: str | os.PathLike[str], *, progress: Callable[[Progress], None] | None = None
+) -> VerifyReport:
+    """Reads a checkpoint whole and says whether it is sound.
+
+    Headers are parsed strictly and must agree with the index; every floating value must be finite;
+    and where ``magic_fast.json`` holds checksums, every tensor must have its own.
+
+    Args:
+        out: folder or ``.safetensors`` file.
+        progress: called after each tensor.
+
+    Raises:
+        CheckpointError: it cannot be opened at all.
+
+    >>> verify_checkpoint("merged").ok  # doctest: +SKIP
+    True
+    """
+    report = VerifyReport(os.fspath(out))
+    with open_checkpoint(out) as model:
+        checksums = read_record(model.folder).get("checksums", {}).get("tensors", {})
+        for name in sorted(checksums.keys() - set(model)):
+            report.problems.append(
+                f"tensor '{name}': recorded by the merge, missing from the files"
+            )
+        done = 0
+        for info in model.tensors.values():
+            _check_tensor(model, info, checksums, report)
+            done += info.nbytes
+            if progress is not None:
+                progress(Progress(done, model.nbytes, info.name))
+    return report
+
+
+def _check_tensor(
+    model: Checkpoint, info: TensorInfo, checksums: dict[str, str], report: VerifyReport
+) -> None:
+    hasher = xxhash.xxh3_64()
+    buffer = bytearray(min(_BLOCK_BYTES, info.nbytes))
+    bad = None
+    for start in range(0, info.nbytes, _BLOCK_BYTES):
+        view = memoryview(buffer)[: min(_BLOCK_BYTES, info.nbytes - start)]
+        model.read_into(info.name, view, start, len(view))
+        hasher.update(view)
+        if bad is None:
+            bad = _first_nonfinite(view, info.dtype, start)
+    report.tensors += 1
+    report.names.append(info.name)
+    report.nbytes += info.nbytes
+    if bad is not None:
+        report.problems.append(
+            f"tensor '{info.name}' in {os.path.basename(info.path)}: NaN or infinity at flat "
+            f"index {bad}"
+        )
+    expected = checksums.get(info.name)
+    if expected is not None:
+        report.checksums += 1
+        if hasher.hexdigest() != expected:
+            report.problems.append(
+                f"tensor '{info.name}' in {os.path.basename(info.path)}: its bytes are not those "
+                f"that were written (checksum {hasher.hexdigest()}, recorded {expected})"
+            )
+    elif checksums:
+        report.problems.append(f"tensor '{info.name}': in the files, not recorded by the merge")
+
+
+def _first_nonfinite(data: memoryview, dtype: str, start: int) -> int | None:
+    """Flat index of the first NaN or infinity in a block that starts at byte ``start``."""
+    if dtype not in _EXPONENTS:
+        return None
+    import numpy as np
+
+    word, mask = _EXPONENTS[dtype]
+    bits = np.frombuffer(data, dtype=word)
+    hits = (bits & bits.dtype.type(mask)) == mask
+    if not hits.any():
+        return None
+    return start // bits.itemsize + int(hits.argmax())
