@@ -14,8 +14,9 @@ from support.oracle import truth, ulp
 from torch import Tensor
 
 import magic_fast as mf
+from magic_fast import ops
 from magic_fast.ops.backend import Job
-from magic_fast.recipe import Recipe
+from magic_fast.recipe import Recipe, Rescale, Trim, TrimRule, TrimScope
 
 few = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -231,6 +232,29 @@ def test_scope_model_is_one_long_tensor(
     long = [torch.cat([p[n].flatten() for n in names]) for p in parts]
     whole = mf.merge_task_vectors(long, "ties", preset=preset, density=density, backend=backend)
     assert torch.equal(torch.cat([merged[n].flatten() for n in names]), whole)
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "band"])
+@given(data=data, density=st.floats(0.05, 0.95))
+@settings(few, max_examples=5)
+def test_exact_cuts_run_through_the_whole_model(rule: str, data: Data, density: float) -> None:
+    """Among equals the lowest running index stays: earlier tensors first."""
+    taus = replace(data, coarse=True).taus()
+    k = len(taus)
+    trim = Trim(TrimRule(rule), density=(density,) * k, gamma=(0.1,) * k, scope=TrimScope.MODEL)
+    recipe = Recipe((1.0,) * k, trim=trim, rescale=Rescale.NONE)
+    parts = [{"a": t[:1], "b": t[1:], "c": t.flatten()} for t in taus]
+    jobs = [
+        Job(None, [p[n] for p in parts], recipe, torch.empty_like(parts[0][n]), n)
+        for n in ("c", "a", "b")  # sorted by name before anything is counted
+    ]
+    ops.select_model(jobs)
+    ops.merge(jobs)
+    long = [torch.cat([p[n].flatten() for n in ("a", "b", "c")]) for p in parts]
+    whole = Job(None, long, recipe, torch.empty_like(long[0]))
+    ops.merge([whole])
+    by_name = {job.name: job.out for job in jobs}
+    assert torch.equal(torch.cat([by_name[n].flatten() for n in "abc"]), whole.out)
 
 
 @given(data=data, density=st.floats(0.01, 1.0))
