@@ -35,7 +35,8 @@ class Slot:
 
     def __init__(self, nbytes: int) -> None:
         size = -(-max(nbytes, 1) // _HUGE_PAGE) * _HUGE_PAGE
-        self._map = mmap.mmap(-1, size)
+        # private: the default is shared memory, which gets no huge pages
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(AttributeError, OSError):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)

@@ -51,6 +51,9 @@ def report_lines(report: MergeReport) -> list[str]:
         f"{format_bytes(report.bytes_written)} written ({format_rate(moved, report.seconds)}), "
         f"peak memory {format_bytes(report.peak_memory_bytes)}.",
     ]
+    if report.stages and report.seconds > 0:
+        shares = (f"{name} {busy / report.seconds:.0%}" for name, busy in report.stages.items())
+        lines.append(f"Busy, overlapping: {', '.join(shares)}.")
     calibrated = [tensor for tensor in report.tensors if tensor.calibrated]
     if calibrated:
         rows = sum(tensor.rows for tensor in calibrated)
