@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.reference.spectral import ExactFactorizations, rank_cutoff
-from magic_fast.spectral.products import gram, start_block
+from magic_fast.spectral.products import gram, normalized, start_block
 
 log = logging.getLogger("magic_fast")
 
@@ -47,11 +47,9 @@ def leading(x: Tensor, count: int, *, label: str = "a matrix") -> Triples:
     if x.shape[0] > x.shape[1]:
         v, s, u = leading(x.T, count, label=label)
         return u, s, v
-    peak = float(x.abs().max()) if x.numel() else 0.0
-    if count == 0 or peak == 0 or x.shape[0] <= _MIN_SIDE:
+    scaled, unit = normalized(x)
+    if count == 0 or unit == 0 or x.shape[0] <= _MIN_SIDE:
         return _exact(x, count)
-    unit = 2.0 ** math.frexp(peak)[1]
-    scaled = x / unit
     found = None
     block = count + max(16, count // 4)
     if block <= _MAX_SHARE * x.shape[0]:
@@ -63,7 +61,7 @@ def leading(x: Tensor, count: int, *, label: str = "a matrix") -> Triples:
                  f"no faster way is within {MAX_ERROR:g}")  # fmt: skip
         return _exact(x, count)
     u, s, v = found
-    return u, s * unit, v
+    return u, (s.double() * unit).to(x.dtype), v
 
 
 def _exact(x: Tensor, count: int) -> Triples:

@@ -23,6 +23,7 @@ from magic_fast.reference.spectral import ExactFactorizations, rank_cutoff
 from magic_fast.spectral.products import (
     gram,
     largest_eigenvalue,
+    normalized,
     smallest_eigenvalue,
     symmetric_product,
 )
@@ -69,13 +70,9 @@ def polar(x: Tensor, *, label: str = "a matrix") -> Tensor:
     """
     if x.shape[0] > x.shape[1]:
         return polar(x.T, label=label).T
-    if x.numel() == 0:
+    scaled, unit = normalized(x)
+    if unit == 0:
         return torch.zeros_like(x)
-    peak = float(x.abs().max())
-    if peak == 0:
-        return torch.zeros_like(x)
-    # by a power of two, which rounds nothing: at condition 1e6 one rounding costs 1e-3
-    scaled = x * 2.0 ** -math.frexp(peak)[1]
     found, why = _full_rank(scaled)
     if found is None:
         found, why = _low_rank(scaled, why)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _SPLIT = 512  # below it one product is faster than four blocks of one
+
+
+def normalized(x: Tensor) -> tuple[Tensor, float]:
+    """(x / unit, unit): the largest magnitude brought into [½, 1) by a power of two, which rounds
+    nothing (at condition 1e6 one rounding costs 1e-3); unit 0 for x = 0."""
+    peak = float(x.abs().max()) if x.numel() else 0.0
+    if peak == 0:
+        return x, 0.0
+    exponent = min(max(math.frexp(peak)[1], -1000), 1000)
+    return (x.double() * 2.0**-exponent).to(x.dtype), 2.0**exponent
 
 
 def gram(x: Tensor) -> Tensor:
