@@ -137,12 +137,10 @@ class Streamed:
             if one.piece.step.copy:
                 self._copy(one)
             elif one.piece.step.merged is not None:
-                job = self._job(one)
-                results[n] = ops.calibrate(
-                    job, job.experts[-1], backend="native", nonfinite=self._nonfinite
-                )
+                job, merged = self._job(one)
+                results[n] = ops.calibrate(job, merged, backend="native", nonfinite=self._nonfinite)
             else:
-                jobs.append((n, self._job(one)))
+                jobs.append((n, self._job(one)[0]))
         found = ops.merge([j for _, j in jobs], backend="native", nonfinite=self._nonfinite)
         for (n, _), stats in zip(jobs, found, strict=True):
             results[n] = stats
@@ -160,9 +158,11 @@ class Streamed:
                 found.append(target)
         return found
 
-    def _job(self, one: Loaded) -> Job:
+    def _job(self, one: Loaded) -> tuple[Job, View | None]:
+        """What is to be done, and the model merged elsewhere that is to be calibrated, if any."""
         step, piece = one.piece.step, one.piece
         arrays = self._arrays(one)
+        merged = arrays.pop() if step.merged is not None else None
         base = arrays.pop(0) if step.base is not None else None
         calibration = step.calibration
         if calibration is not None and not piece.whole:
@@ -170,7 +170,7 @@ class Streamed:
             calibration = replace(
                 calibration, rows=piece.count // calibration.cols, axes=axes or calibration.axes
             )
-        return Job(
+        job = Job(
             base,
             arrays,
             step.recipe or Recipe((1.0,) * len(arrays)),
@@ -181,6 +181,7 @@ class Streamed:
             offset=piece.start,
             total=step.numel,
         )
+        return job, merged
 
     def _copy(self, one: Loaded) -> None:
         step = one.piece.step
