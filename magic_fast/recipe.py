@@ -4,7 +4,7 @@ another.
 A method is a :class:`Recipe`; a backend runs any recipe. The stages, in order, for one tensor with
 experts ``θ_k`` and task vectors ``τ_k = θ_k − θ_0``::
 
-    trim → rescale → weight → vote → contributors → reduce → consensus → scale
+    trim → rescale → align → weight → vote → contributors → reduce → consensus → scale
 
 Nothing here imports torch, numpy or any other part of the package but its errors.
 """
@@ -72,6 +72,13 @@ class Rescale(_Word):
     LINF = "linf"
 
 
+class Align(_Word):
+    """Whether the task vectors of a tensor are brought to one length before anything is added."""
+
+    NONE = "none"
+    MIN_NORM = "min_norm"  # × smallest L2 norm other than 0 ÷ own L2 norm, of the raw task vectors
+
+
 class Vote(_Word):
     NONE = "none"
     MASS = "mass"  # sign(Σ v_k)
@@ -111,7 +118,7 @@ class Reduce(_Word):
 
 
 class Variant(_Word):
-    """How the calibration coefficient ξ of a row is computed (METHODS §5)."""
+    """How the calibration coefficient ξ of a row is computed (docs/methods.md)."""
 
     MANIFOLD = "manifold"
     MANIFOLD_EXACT = "manifold_exact"
@@ -270,6 +277,7 @@ class Recipe:
     weights: tuple[float, ...]
     trim: Trim = field(default_factory=Trim)
     rescale: Rescale = Rescale.NONE
+    align: Align = Align.NONE
     vote: Vote = Vote.NONE
     vote_on: VoteOn = VoteOn.WEIGHTED
     zero_vote: ZeroVote = ZeroVote.POSITIVE
@@ -325,8 +333,9 @@ class Recipe:
 
     @property
     def needs_factors(self) -> bool:
-        """Whether norms before and after the trim are needed."""
-        return self.rescale in (Rescale.L1, Rescale.L2, Rescale.LINF) and self.trims
+        """Whether norms of the task vectors are needed, whole or before and after the trim."""
+        restores = self.rescale in (Rescale.L1, Rescale.L2, Rescale.LINF) and self.trims
+        return restores or self.align is not Align.NONE
 
     @property
     def needs_majority(self) -> bool:
@@ -339,6 +348,8 @@ class Recipe:
             return f"trim '{self.trim.rule}' exists in the reference only"
         if self.vote in (Vote.NORM_FRACTION, Vote.NORM_MASS):
             return f"vote '{self.vote}' exists in the reference only"
+        if self.align is not Align.NONE:
+            return f"alignment '{self.align}' exists in the reference only"
         if self.reduce is Reduce.MEDIAN or self.signed_result:
             return "this reduction exists in the reference only"
         return None
@@ -353,7 +364,8 @@ class Selection:
         threshold: smallest kept magnitude (float32 value; inf keeps nothing).
         tie_cut: entries equal to the threshold stay while their flat index is < tie_cut.
         top_threshold, top_tie_cut: the same pair for the outliers a band drops (inf, 0: none).
-        factor: what each kept entry is multiplied by (norm rescale or 1/density), a float32 value.
+        factor: what each kept entry is multiplied by (norm rescale or 1/density, times the
+            alignment), a float32 value.
         majority: sign for zero votes under ``ZeroVote.MAJORITY``: −1, 0 or 1.
     """
 
@@ -372,7 +384,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class RowCalibration:
-    """WSC resolved for one tensor: what the kernels need (METHODS §5).
+    """WSC resolved for one tensor: what the kernels need (docs/methods.md).
 
     ``direction`` is never AUTO here. ``rows`` × ``cols`` is the row view of the tensor: ``axes``
     moved to the front and flattened, everything else flattened behind (a 1-D tensor is [n, 1]).

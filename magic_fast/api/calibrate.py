@@ -31,7 +31,7 @@ def calibrate_weights(
     name: str = "",
 ) -> tuple[Any, CalibrationReport]:
     """The merged model with the magnitudes of its rows restored: base + ξ_r·(merged − base)
-    (METHODS §5).
+    (docs/methods.md).
 
     Args:
         base: tensor, state dict or module; None where ``experts`` and ``merged`` are task vectors.

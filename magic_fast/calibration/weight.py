@@ -1,5 +1,5 @@
 """What to calibrate and how: the public settings of WSC, and their resolution for one tensor
-(METHODS §5)."""
+(docs/methods.md)."""
 
 from __future__ import annotations
 

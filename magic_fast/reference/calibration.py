@@ -1,5 +1,5 @@
 """Weight-space calibration (WSC) in plain PyTorch: row statistics, the coefficient ξ, applying it
-(METHODS §5).
+(docs/methods.md).
 
 From one read of a row: Gram G_jk = ⟨τ_j, τ_k⟩, dots b_k = ⟨τ_k, d⟩ and s = ‖d‖². Everything else
 is finished in float64 from these sums.

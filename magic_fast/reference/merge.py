@@ -1,6 +1,6 @@
 """The element-wise merge in plain PyTorch, stage by stage: the specification in code.
 
-First *decide* (float32, as METHODS §1 defines every mask, vote and winner), then *combine*
+First *decide* (float32, as docs/methods.md defines every mask, vote and winner), then *combine*
 (float32; float64 when it serves as the oracle, with the same decisions).
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.recipe import (
+    Align,
     Contributors,
     Recipe,
     Reduce,
@@ -23,7 +24,13 @@ from magic_fast.recipe import (
     ZeroVote,
 )
 from magic_fast.reference import consensus
-from magic_fast.reference.trim import keep_mask, keep_probabilities, rescale_factor, select_trim
+from magic_fast.reference.trim import (
+    keep_mask,
+    keep_probabilities,
+    rescale_factor,
+    select_trim,
+    tensor_norm,
+)
 
 
 @dataclass
@@ -139,7 +146,7 @@ def select(
     """Thresholds, tie cuts, factors and majority sign of one tensor (see ``Selection``); one task
     vector is held at a time."""
     dtype = decision_dtype(base, experts)
-    bounds, factors = [], []
+    bounds, factors, lengths = [], [], []
     for k, expert in enumerate(experts):
         tau = task_vectors(base, [expert], dtype)[0]
         bounds.append(select_trim(tau, recipe.trim, k))
@@ -148,14 +155,26 @@ def select(
         if recipe.rescale is not Rescale.NONE or recipe.needs_majority:
             keep = keep_mask(tau, recipe.trim, k, bounds=bounds[k], stream=stream, given=given)
             factor = rescale_factor(tau, keep, recipe, k)
+        lengths.append(tensor_norm(tau, Rescale.L2) if recipe.align is not Align.NONE else 1.0)
         factors.append(factor)
     lows, cuts, tops, top_cuts = zip(*bounds, strict=True)
-    selection = Selection(lows, cuts, tops, top_cuts, tuple(factors))
+    selection = Selection(lows, cuts, tops, top_cuts, _aligned(factors, lengths, dtype))
     if recipe.needs_majority:
         taus = task_vectors(base, experts, dtype)
         voted = _decide_trim(taus, recipe, stream, masks, selection)[1]
         selection = replace(selection, majority=_majority(_raw_vote(voted, recipe.vote)))
     return selection
+
+
+def _aligned(
+    factors: Sequence[float], lengths: Sequence[float], dtype: torch.dtype
+) -> tuple[float, ...]:
+    """Each factor × the smallest length other than 0 ÷ its own, rounded once to ``dtype``."""
+    shortest = min((n for n in lengths if n > 0), default=0.0)
+    return tuple(
+        f if n in (0.0, shortest) else float(torch.tensor(f * shortest / n, dtype=dtype))
+        for f, n in zip(factors, lengths, strict=True)
+    )
 
 
 def _decide_trim(
@@ -190,11 +209,14 @@ def factors(
     base: Tensor | None, experts: Sequence[Tensor], recipe: Recipe, selection: Selection
 ) -> tuple[float, ...]:
     """What makes up for the trimmed entries of each expert, thresholds given."""
-    taus = task_vectors(base, experts, decision_dtype(base, experts))
+    dtype = decision_dtype(base, experts)
+    taus = task_vectors(base, experts, dtype)
     keep = _decide_trim(taus, recipe, 0, None, selection)[0]
-    return tuple(
+    found = [
         rescale_factor(t, m, recipe, k) for k, (t, m) in enumerate(zip(taus, keep, strict=True))
-    )
+    ]
+    aligns = recipe.align is not Align.NONE
+    return _aligned(found, [tensor_norm(t, Rescale.L2) if aligns else 1.0 for t in taus], dtype)
 
 
 def raw_signs(

@@ -1,11 +1,10 @@
 """Magnitude trim over a whole model at once, as in the original TIES paper: one threshold per
-expert over all merged tensors, names sorted, row-major, the flat index running through (METHODS
-§1).
+expert over all merged tensors, names sorted, row-major, the flat index running through (see
+docs/methods.md).
 
 The thresholds are found by counting 16-bit digits of the bit patterns of |τ|, most significant
-first, so nothing
-is held but the counts: two reads of the models (four for float64), one more where ties are cut
-exactly.
+first, so nothing is held but the counts: two reads of the models (four for float64), one more where
+ties are cut exactly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Spherical interpolation in plain PyTorch (METHODS §2)."""
+"""Spherical interpolation in plain PyTorch (docs/methods.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trimming one task vector: which entries stay, by every rule of METHODS §1 and §9, in plain
+"""Trimming one task vector: which entries stay, by every rule of docs/methods.md, in plain
 PyTorch.
 
 Magnitudes are compared as bit patterns of |x|, which order like the numbers do; NaN comes above
@@ -69,7 +69,7 @@ def keep_above(x: Tensor, threshold: float, tie_cut: int, offset: int = 0) -> Te
 
 
 def drop_count(trim: Trim, k: int, n: int) -> int:
-    """How many entries ``TieRule.DROP_ALL`` drops at least: ⌊(1−q)·n⌋ (METHODS: ⌊r·n⌋)."""
+    """How many entries ``TieRule.DROP_ALL`` drops at least: ⌊(1−q)·n⌋."""
     return math.trunc(float(n) * (1.0 - trim.density[k]))
 
 

@@ -24,7 +24,7 @@ class Truth:
     Attributes:
         result: float64, before the rounding to the output dtype.
         budget: largest error of plain float32 over the tensor.
-        decisions: masks, votes and winners (METHODS defines them in float32).
+        decisions: masks, votes and winners (docs/methods.md defines them in float32).
         coefficient: raw ξ per row, float64, or None.
         coefficient_budget: largest relative error of plain float32 over the rows.
     """
