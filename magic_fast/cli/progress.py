@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from magic_fast.report.units import format_bytes, format_rate, format_seconds
@@ -64,8 +62,15 @@ class _Json:
         self.stream, self.start = stream, time.monotonic()
 
     def __call__(self, state: State) -> None:
-        seconds = round(time.monotonic() - self.start, 3)
-        self.stream.write(json.dumps(asdict(state) | {"seconds": seconds}) + "\n")
+        import json
+
+        told = {
+            "done_bytes": state.done_bytes,
+            "total_bytes": state.total_bytes,
+            "tensor": state.tensor,
+            "seconds": round(time.monotonic() - self.start, 3),
+        }
+        self.stream.write(json.dumps(told) + "\n")
         self.stream.flush()
 
 

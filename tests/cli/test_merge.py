@@ -1,16 +1,14 @@
-"""``magic-fast merge``, ``calibrate`` and ``inspect`` on tiny checkpoints."""
+"""``magic-fast merge``, ``calibrate``, ``inspect`` and ``verify`` on tiny checkpoints."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
+from support.models import assert_same, in_memory, load, write_config
 
 import magic_fast as mf
 from magic_fast.cli import main
@@ -18,49 +16,9 @@ from magic_fast.cli import main
 Capture = pytest.CaptureFixture[str]
 
 
-def load(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def write_config(folder: Path, checkpoints: Path, **changes: Any) -> Path:
-    settings: dict[str, Any] = {
-        "merge_method": "ties",
-        "base_model": str(checkpoints / "base"),
-        "models": [{"model": str(checkpoints / f"expert-{k}")} for k in range(3)],
-        "parameters": {"density": 0.2},
-        "dtype": "bfloat16",
-        "calibrate": "wsc",
-    }
-    path = folder / "merge.yml"
-    kept = {key: value for key, value in (settings | changes).items() if value is not None}
-    path.write_text(yaml.safe_dump(kept))
-    return path
-
-
 @pytest.fixture
 def config(tmp_path: Path, tiny_models: Path) -> Path:
     return write_config(tmp_path, tiny_models)
-
-
-def in_memory(models: Path, **arguments: Any) -> dict[str, torch.Tensor]:
-    """The same merge by ``mf.merge``."""
-    experts = [load(models / f"expert-{k}") for k in range(3)]
-    settings: dict[str, Any] = {"density": 0.2, "calibrate": "wsc", "preset": "mergekit"}
-    merged: dict[str, torch.Tensor] = mf.merge(
-        load(models / "base"), experts, "ties", **settings | arguments
-    )
-    return merged
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype, name
-        assert torch.equal(tensor, right[name]), name
 
 
 def test_merge_writes_what_the_api_computes(
@@ -179,118 +137,12 @@ def test_inspect(config: Path, tiny_models: Path, tmp_path: Path, capsys: Captur
     assert told[name]["sign_conflict"] == pytest.approx(wanted.sign_conflict, abs=1e-9)
 
 
-def refused(arguments: list[str], capsys: Capture) -> str:
-    """The message of a command that must fail by the user's fault."""
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("magic-fast: error: ")
-    assert "Traceback" not in captured.err
-    return captured.err
-
-
-def test_output_in_the_way(config: Path, tmp_path: Path, capsys: Capture) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("mine")
-    message = refused(["merge", str(config), str(out)], capsys)
-    assert str(out) in message
-    assert (out / "precious").read_text() == "mine"
-
-
-def test_configuration_that_is_not_there(tmp_path: Path, capsys: Capture) -> None:
-    message = refused(["merge", str(tmp_path / "no.yml"), str(tmp_path / "out")], capsys)
-    assert "no.yml" in message
-    with_override = ["merge", str(tmp_path / "no.yml"), str(tmp_path / "out"), "--preset", "magic"]
-    assert "no.yml" in refused(with_override, capsys)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"merge_methd": "ties"}, ("merge_methd", "merge_method")),
-        ({"merge_method": "tees"}, ("tees", "ties")),
-        ({"parameters": {"density": 1.5}}, ("density", "1.5")),
-        ({"parameters": {"density": 0}}, ("density", "0")),
-        ({"parameters": {"density": -1}}, ("density", "-1")),
-        ({"parameters": {"densty": 0.5}}, ("densty", "density")),
-    ],
-)
-def test_wrong_configuration(
-    changes: dict[str, Any],
-    words: tuple[str, ...],
+def test_interrupted_merge_leaves_no_output_and_can_be_resumed(
+    config: Path,
     tiny_models: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
-) -> None:
-    config = write_config(tmp_path, tiny_models, **changes)
-    message = refused(["merge", str(config), str(tmp_path / "out")], capsys)
-    assert "merge.yml, line " in message
-    for word in words:
-        assert word in message
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "fault", ["missing model", "missing shard", "truncated", "shape", "tensor"]
-)
-def test_damaged_checkpoint(fault: str, tiny_models: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Named before any work: nothing is left, under whatever name."""
-    models = tmp_path / "models"
-    shutil.copytree(tiny_models, models)
-    shard = models / "expert-1/model-00002-of-00003.safetensors"
-    word = "expert-1"
-    if fault == "missing model":
-        shutil.rmtree(models / "expert-1")
-    elif fault == "missing shard":
-        shard.unlink()
-        word = shard.name
-    elif fault == "truncated":
-        shard.write_bytes(shard.read_bytes()[:-100])
-        word = shard.name
-    else:
-        tensors = load_file(shard)
-        word = next(iter(tensors))
-        if fault == "shape":
-            tensors[word] = tensors[word][:-1].clone()
-        else:
-            del tensors[word]
-        save_file(tensors, shard, {"format": "pt"})
-    config = write_config(tmp_path, models)
-    assert word in refused(["merge", str(config), str(tmp_path / "out")], capsys)
-    assert {path.name for path in tmp_path.iterdir()} == {"models", "merge.yml"}
-
-
-def test_pickle_checkpoint(tiny_models: Path, tmp_path: Path, capsys: Capture) -> None:
-    model = tmp_path / "pickled"
-    model.mkdir()
-    shutil.copy(tiny_models / "base/config.json", model)
-    torch.save(load(tiny_models / "expert-0"), model / "pytorch_model.bin")
-    config = write_config(tmp_path, tiny_models, models=[{"model": str(model)}])
-    message = refused(["merge", str(config), str(tmp_path / "out")], capsys)
-    assert "pickled" in message
-    assert "safetensors" in message
-
-
-def test_not_a_number_names_tensor_and_expert(
-    tiny_models: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    models = tmp_path / "models"
-    shutil.copytree(tiny_models, models)
-    shard = models / "expert-1/model-00002-of-00003.safetensors"
-    tensors = load_file(shard)
-    name = next(iter(tensors))
-    tensors[name].view(-1)[5] = float("nan")
-    save_file(tensors, shard, {"format": "pt"})
-    config = write_config(tmp_path, models)
-    message = refused(["merge", str(config), str(tmp_path / "out")], capsys)
-    assert name in message
-    assert "expert 1" in message
-    assert not (tmp_path / "out").exists()
-
-
-def test_interrupted_merge_leaves_no_output(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     from contextlib import contextmanager
 
@@ -307,7 +159,26 @@ def test_interrupted_merge_leaves_no_output(
     monkeypatch.setattr(merge, "progress", interrupting)
     out = tmp_path / "out"
     assert main(["merge", str(config), str(out)]) == 130
-    assert capsys.readouterr().err == f"magic-fast: interrupted; {out} was not made\n"
+    assert capsys.readouterr().err == (
+        f"magic-fast: interrupted; {out} was not made. The same command with --resume continues\n"
+    )
     assert not out.exists()
     monkeypatch.undo()
-    assert main(["merge", str(config), str(out), "-q"]) == 0  # nothing stands in the way
+    assert main(["merge", str(config), str(out), "--resume", "-q"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "merge.yml"}
+    assert_same(load(out), in_memory(tiny_models))
+
+
+def test_verify(config: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    assert main(["merge", str(config), str(out), "-q"]) == 0
+    assert main(["verify", str(out)]) == 0
+    assert f"{out}: sound (21 tensors, 313 kB, 21 checksums)" in capsys.readouterr().out
+    shard = next(out.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["verify", str(out), "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["problems"]) == 1
+    assert "checksum" in told["problems"][0]

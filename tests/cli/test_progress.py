@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +46,32 @@ def test_no_bytes_yet_is_no_division_by_zero(monkeypatch: pytest.MonkeyPatch) ->
         now[0] = 20.0
         report(state(0))
     assert stream.getvalue().startswith("merge: 0 B of 4.00 GB")
+
+
+def test_json_is_one_object_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [5.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with progress(quiet=False, title="merge", style="json", stream=stream) as report:
+        assert report is not None
+        for seconds in (0.5, 1.25):
+            now[0] = 5.0 + seconds
+            report(state(int(seconds * 1000), total=2000))
+    assert [json.loads(line) for line in stream.getvalue().splitlines()] == [
+        {
+            "done_bytes": done,
+            "total_bytes": 2000,
+            "tensor": "model.norm.weight",
+            "seconds": seconds,
+        }
+        for done, seconds in ((500, 0.5), (1250, 1.25))
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"style": "none"}, {"style": "json", "quiet": True}])
+def test_no_progress_at_all(settings: dict[str, Any]) -> None:
+    with progress(title="merge", **{"quiet": False} | settings) as report:
+        assert report is None
 
 
 def test_bar_on_a_terminal() -> None:
