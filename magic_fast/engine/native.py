@@ -6,7 +6,14 @@ import os
 from enum import Enum
 
 from magic_fast.engine.plan import FLOATS, MergePlan, Step
-from magic_fast.engine.units import cut, element_size, fits
+from magic_fast.engine.units import (
+    SUM_BLOCK,
+    cut,
+    element_size,
+    fits,
+    piece_bytes,
+    search_grain,
+)
 from magic_fast.errors import InputError
 from magic_fast.ops import why_unavailable
 from magic_fast.ops.backend import Job, View
@@ -62,6 +69,8 @@ def mode_of(plan: MergePlan, step: Step, slot_bytes: int, device: str) -> tuple[
         return Mode.STREAM, ""
     if not cut(step, slot_bytes):
         return Mode.HOLD, "a row, or a number for all rows, needs more than a block of memory"
+    if piece_bytes(step, search_grain(step)) > slot_bytes and search_grain(step) > SUM_BLOCK:
+        return Mode.HOLD, "norms of what ranks in rows decide are summed over whole tensors"
     return Mode.STREAM, ""
 
 

@@ -6,12 +6,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from magic_fast.engine.plan import Step
-from magic_fast.engine.units import Piece, Unit, group, piece_bytes
+from magic_fast.engine.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
 from magic_fast.ops.backend import View
 from magic_fast.ops.native_search import StreamingSelect, cut_for
 from magic_fast.recipe import Selection
 
-_BLOCK = 1 << 16  # elements; pieces are whole blocks of this many
 _SAMPLES = 16
 _SAMPLE_ELEMENTS = 1 << 14  # of each: 16 of them pin a threshold to a few thousandths of the ranks
 
@@ -59,8 +58,13 @@ class StreamedSearch:
                 self._outstanding = len(batches)
             self._fed.clear()
             for pieces in batches:
-                yield Unit(pieces, search=self)
+                yield self._unit(pieces)
             self._wait(self._fed)
+
+    def _unit(self, pieces: tuple[Piece, ...]) -> Unit:
+        """In a slot, or in memory of its own where the smallest piece needs more than a slot."""
+        fits = sum(p.nbytes for p in pieces) <= self._slot_bytes
+        return Unit(pieces, streamed=fits, search=self)
 
     def _sample(self) -> Iterator[Unit]:
         """Where magnitudes decide, blocks spread over the tensors: with them one pass over
@@ -68,10 +72,12 @@ class StreamedSearch:
         if not self._by_magnitude:
             self._sampled = True
             return
-        step = max(self._total // _SAMPLES, _BLOCK)
-        ranges = [(s, min(s + _SAMPLE_ELEMENTS, self._total)) for s in range(0, self._total, step)]
+        apart = max(-(-self._total // _SAMPLES), SUM_BLOCK)
+        per_element = max(_bytes_per_element(step) for step in self._steps)
+        count = min(_SAMPLE_ELEMENTS, int(self._slot_bytes * 0.9 / per_element) // _SAMPLES)
+        ranges = [(s, min(s + count, self._total)) for s in range(0, self._total, apart)]
         self._outstanding = 1
-        yield Unit(tuple(self._pieces(ranges)), search=self)
+        yield self._unit(tuple(self._pieces(ranges)))
         self._wait(self._fed)
 
     def _pieces(self, ranges: Sequence[tuple[int, int]]) -> list[Piece]:
@@ -86,9 +92,9 @@ class StreamedSearch:
         return found
 
     def _most(self, step: Step) -> int:
-        """Elements of a step that fit into a slot, in whole blocks of the sums over a tensor."""
-        per_element = piece_bytes(step, _BLOCK, with_output=True) / _BLOCK
-        return max(int(self._slot_bytes * 0.98 / per_element) // _BLOCK, 1) * _BLOCK
+        """Elements of a step that fit into a slot, and may be looked at together."""
+        unit = search_grain(step)
+        return max(int(self._slot_bytes * 0.98 / _bytes_per_element(step)) // unit, 1) * unit
 
     def feed(self, arrays: Sequence[Sequence[View]], pieces: Sequence[Piece]) -> None:
         """The data of one unit."""
@@ -112,3 +118,7 @@ class StreamedSearch:
         for step in self._steps:
             found[step.name] = cut_for(whole, self._starts[step.name], step.numel)
         return found
+
+
+def _bytes_per_element(step: Step) -> float:
+    return piece_bytes(step, SUM_BLOCK) / SUM_BLOCK

@@ -81,11 +81,13 @@ class Loader:
             address, view = _take(slot, nbytes)
             self._models[source.model].read_into(source.info.name, view, start, nbytes)
             loaded.inputs.append((source, View(address, source.info.dtype, shape, view), view))
-        if unit.search is not None or unit.torch:
+        if unit.torch:
             return loaded
         if piece.step.cast is not None and not piece.step.copy:
             for source in piece.step.inputs:
                 loaded.cast.append(_array(slot, piece, piece.step.cast, shape, source))
+        if unit.search is not None:
+            return loaded
         address, view = _take(slot, piece.byte_range(piece.step.dtype)[1])
         loaded.out, loaded.out_bytes = View(address, piece.step.dtype, shape, view), view
         return loaded

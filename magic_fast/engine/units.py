@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from magic_fast.checkpoint import DTYPE_BITS
 from magic_fast.engine.memory import aligned
 from magic_fast.engine.plan import Input, Step
 from magic_fast.recipe import Granularity, TrimRule, Variant
+
+SUM_BLOCK = 1 << 16  # elements; sums over a tensor are partials of so many, added in order
 
 
 def element_size(dtype: str) -> int:
@@ -33,6 +36,14 @@ def grain(step: Step) -> int:
             return whole
         n = max(n, calibration.cols)
     return n
+
+
+def search_grain(step: Step) -> int:
+    """The least number of consecutive elements that a search must see together: whole blocks of
+    the sums over a tensor; and whole rows too, where ranks in them decide what is summed."""
+    recipe = step.recipe
+    ranked = recipe is not None and recipe.trim.rule is TrimRule.RANKED and recipe.needs_factors
+    return math.lcm(SUM_BLOCK, grain(replace(step, calibration=None))) if ranked else SUM_BLOCK
 
 
 @dataclass(frozen=True)
