@@ -195,7 +195,7 @@ def _task(
     scale: ParameterSpec | None = None,
 ) -> MethodSpec:
     """A method on task vectors: weight, lambda, normalize and, where it trims, rescale."""
-    common = [_WEIGHT, *extra, scale or _lambda(), _flag("normalize", normalize)]
+    common = [_WEIGHT, *extra, scale or _lambda(), _flag("normalize", normalize), _ALIGN]
     if name.endswith("ties") or name == "della":
         common += [_VOTE, _REDUCE]
     if extra:
@@ -217,6 +217,7 @@ _VOTE = ParameterSpec(
 _REDUCE = ParameterSpec(
     "reduce", kind="choice", choices=("sum", "mean", "weighted_mean", "max")
 )  # absent: by normalize, or the preset's own rule
+_ALIGN = ParameterSpec("align", kind="choice", choices=("none", "min_norm"))  # absent: none
 _PER_ROW = _flag("per_row", False)
 _RAM_EPSILON = _number("epsilon", 1e-5, 0.0)
 _CONSENSUS_ON = ParameterSpec("on", kind="choice", default="sum", choices=("sum", "ties"))
@@ -232,7 +233,7 @@ _SUM_LAMBDA = _lambda(1.0, fusion_bench=0.3, magic=0.3)
 
 _ROWS = (
     MethodSpec("linear", (_WEIGHT, _flag("normalize", True)), base="none", available=True),
-    MethodSpec("average", (_lambda(),), base="optional", available=True),
+    MethodSpec("average", (_lambda(), _ALIGN), base="optional", available=True),
     _task("task_arithmetic", scale=_SUM_LAMBDA),
     _task("ties", _density(0.2), normalize=True, scale=_TIES_LAMBDA),
     _task("dare_linear", _density(0.5), random_trim=True),
@@ -273,12 +274,13 @@ _ROWS = (
         "ramplus_tl", (_number("r", 0.1), _number("alpha", 0.2, 0.0), _RAM_EPSILON),
         available=True,
     ),
-    MethodSpec("magmax", (_lambda(0.5),), available=True),
-    MethodSpec("emr_unified", (_lambda(),), available=True),
+    MethodSpec("magmax", (_lambda(0.5), _ALIGN), available=True),
+    MethodSpec("emr_unified", (_lambda(), _ALIGN), available=True),
     MethodSpec(
         "consensus_ta",
         (ParameterSpec("tall_mask_lambda", "per_model", default=0.4, low=0.0), _CONSENSUS_ON,
-         _CONSENSUS_DENSITY, _lambda(), ParameterSpec("min_tasks", kind="int", default=2, low=1)),
+         _CONSENSUS_DENSITY, _lambda(), ParameterSpec("min_tasks", kind="int", default=2, low=1),
+         _ALIGN),
         available=True,
     ),
     MethodSpec("iso_c", (_lambda(), _SVD, _TENSORS), available=True),

@@ -13,6 +13,7 @@ from typing import Any
 
 from magic_fast.errors import InputError
 from magic_fast.recipe import (
+    Align,
     Consensus,
     Contributors,
     CountRule,
@@ -92,6 +93,7 @@ def _plain(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str |
         weights=per_expert(weights, k, "weights"),
         trim=_trim(method, k, p, preset, compat),
         rescale=Rescale(p.get("rescale", "none")),
+        align=Align(p.get("align") or "none"),
         vote=_VOTES[p.get("vote") or "mass"] if votes else Vote.NONE,
         zero_vote=ZeroVote.NEGATIVE if method == "emr_unified" else ZeroVote.POSITIVE,
         contributors=Contributors.AGREEING if votes else Contributors.ALL,
@@ -218,8 +220,8 @@ def build_recipe(
         num_experts: K.
         parameters: every parameter of the method by its Python name, defaults filled in
             (``weights``, ``density``, ``gamma``, ``epsilon``, ``scale``, ``normalize``,
-            ``rescale``, ``vote``, ``reduce``, ``seed``; of ``consensus_ta`` ``tall_mask_lambda``,
-            ``min_tasks``, ``on``); per-expert ones a number or K numbers.
+            ``rescale``, ``align``, ``vote``, ``reduce``, ``seed``; of ``consensus_ta``
+            ``tall_mask_lambda``, ``min_tasks``, ``on``); per-expert ones a number or K numbers.
         preset: the system whose rules hold.
         compat: ``"mergekit-0.1.4"`` matches that release's faults.
 

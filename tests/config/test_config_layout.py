@@ -87,7 +87,7 @@ def test_slerp_goes_from_the_base_wherever_it_stands() -> None:
         tensor = layout({**data, "parameters": {"t": 0.25}})[NORM]
         assert tensor.base is not None and tensor.base.model == "base"
         assert [source.model for source in tensor.experts] == ["a"]
-        assert tensor.parameters == {"t": 0.25}
+        assert tensor.parameters == {"t": 0.25, "per_row": False}
 
 
 def weights(data: dict[str, Any], *names: str, layers: int = 3) -> list[float]:

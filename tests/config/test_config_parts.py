@@ -14,7 +14,13 @@ from config.config_views import llama_names
 from magic_fast.config import CalibrateConfig, MergeConfig
 from magic_fast.config.blocks import comes_before, find_blocks, split_name
 from magic_fast.errors import CheckpointError, ConfigError
-from magic_fast.methods.parameters import METHODS, PRESETS, known_parameters, method_spec
+from magic_fast.methods.parameters import (
+    METHODS,
+    PRESETS,
+    MethodSpec,
+    known_parameters,
+    method_spec,
+)
 
 # The table.
 
@@ -34,10 +40,13 @@ def test_names_in_a_row_are_unique() -> None:
         assert len(names) == len(set(names)), row.name
 
 
-def test_known_but_unavailable_is_not_unknown() -> None:
-    later = next(name for name, row in METHODS.items() if not row.available)
+def test_known_but_unavailable_is_not_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "later", MethodSpec("later"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ties"):
-        method_spec(later)
+        method_spec("later")
+    models = [{"model": "a"}]
+    with pytest.raises(ConfigError, match=r"known method that is not available yet .*average"):
+        MergeConfig.from_dict({"merge_method": "later", "base_model": "b", "models": models})
     assert {"t", "density", "int8_mask", "filter_wise"} <= known_parameters()
 
 

@@ -112,7 +112,6 @@ def test_copies_are_equal_and_keep_warnings() -> None:
 FAULTS = [
     ("merge_method: ties", "merge_method: tise", ["line 1", "Did you mean 'ties'"]),
     ("merge_method: ties", "merge_method: TIES", ["Did you mean 'ties'"]),
-    ("merge_method: ties", "merge_method: star", ["not available yet", "average"]),
     ("base_model: base", "base_modle: base", ["unknown key for base_modle", "'base_model'"]),
     ("base_model: base", "", ["missing key for base_model", "Add 'base_model:'"]),
     ("weight: 0.5", "wieght: 0.5", ["unknown parameter for models[0].parameters.wieght", "line 6",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.backends import backend_params
+from support.backends import available_backends, backend_params
 from torch import Tensor
 
 import magic_fast as mf
@@ -200,3 +200,38 @@ def test_emr_rebuilds_task_models() -> None:
     nothing = mf.emr(None, [torch.zeros(3)])
     assert nothing.rescale == [0.0]
     assert torch.equal(nothing.task_model(torch.ones(3), 0), torch.ones(3))
+
+
+def test_alignment_brings_all_to_the_smallest_norm() -> None:
+    """‖τ‖ = 5, 10 and 0: the second is halved, the zero one has no length to take."""
+    taus = [of([3.0, 4.0]), of([0.0, 10.0]), of([0.0, 0.0])]
+    got = mf.merge_task_vectors(taus, "task_arithmetic", align="min_norm")
+    assert torch.equal(got, of([3.0, 9.0]))
+    mean = mf.merge_task_vectors(taus[:2], "average", align="min_norm")
+    assert torch.equal(mean, of([1.5, 4.5]))
+    zero = torch.zeros(2)
+    assert torch.equal(mf.merge_task_vectors([zero, zero], "ties", align="min_norm"), zero)
+    found = mf.merge_task_vectors(taus, "average", align="min_norm", details=True)
+    assert found.rescale_factors == (1.0, 0.5, 1.0)
+
+
+def test_alignment_measures_before_the_trim_and_multiplies_the_rescale() -> None:
+    taus = [of([3.0, 4.0]), of([6.0, 8.0])]
+    got = mf.merge_task_vectors(
+        taus, "ties", density=0.5, rescale="l1", align="min_norm", reduce="sum", details=True
+    )
+    # 7/4 and 14/8 restore the L1 norm; the second is halved
+    assert got.rescale_factors == (1.75, 0.875)
+    assert torch.equal(got.merged, of([0.0, 14.0]))
+    # one threshold over the model, one alignment per tensor
+    models = [{"a": t, "b": t / 2} for t in taus]
+    whole = mf.merge_task_vectors(
+        models, "ties", density=0.5, preset="ties_merging", align="min_norm", reduce="sum"
+    )
+    assert torch.equal(whole["a"], of([6.0, 8.0]))
+
+
+@pytest.mark.skipif("native" not in available_backends(), reason="backend native is not here")
+def test_alignment_is_the_references() -> None:
+    with pytest.raises(mf.BackendError, match="alignment 'min_norm' exists in the reference only"):
+        mf.merge_task_vectors(TAUS, "average", align="min_norm", backend="native")
