@@ -12,6 +12,7 @@ from magic_fast.checkpoint import Checkpoint
 from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
 from magic_fast.engine import Input, Step, common_shape
 from magic_fast.engine.plan import FLOATS
+from magic_fast.errors import InputError
 from magic_fast.methods.parameters import METHODS
 from magic_fast.methods.recipes import RECIPES, build_recipe
 
@@ -116,6 +117,13 @@ class _Builder:
             experts = tuple(cut(e, shape) for e in experts)
             inputs = (*([base] if base else []), *experts)
         if any(i.info.dtype not in FLOATS for i in inputs):
+            odd = next((i for i in inputs if i.info.dtype != inputs[0].info.dtype), None)
+            if odd is not None:
+                raise InputError(
+                    f"dtype of '{tensor.name}' in {odd.model}: expected {inputs[0].info.dtype} as "
+                    f"in {inputs[0].model}, got {odd.info.dtype}. Integer tensors are not merged; "
+                    "they must agree."
+                )
             return Step(tensor.name, shape, inputs[0].info.dtype, None, inputs, copy=True)
         cast = _WORDS[config.dtype] if config.dtype else None
         word = _WORDS[config.out_dtype] if config.out_dtype else (cast or inputs[0].info.dtype)

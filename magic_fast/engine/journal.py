@@ -13,10 +13,12 @@ import json
 import os
 from array import array
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from magic_fast.checkpoint import InputFile, OutputFolder, changed_inputs
+from magic_fast.checkpoint import REAL, FileSystem, InputFile, OutputFolder, changed_inputs
+from magic_fast.checkpoint.io_errors import writing
 from magic_fast.errors import InputError
 
 NAME = "journal.jsonl"
@@ -87,8 +89,8 @@ class Record:
     norms2: tuple[float, ...] = ()
     backend: str = ""
 
-    def to_line(self) -> str:
-        value = {
+    def as_dict(self) -> dict[str, Any]:
+        return {
             "name": self.name,
             "start": self.start,
             "stop": self.stop,
@@ -98,7 +100,6 @@ class Record:
             "norms2": list(self.norms2),
             "backend": self.backend,
         }
-        return json.dumps(value, separators=(",", ":"), allow_nan=True)
 
     @classmethod
     def from_line(cls, line: str) -> Record:
@@ -118,21 +119,33 @@ class Record:
 
 
 class Journal:
-    """The journal of one run, open for appending."""
+    """The journal of one run, open for appending.
 
-    def __init__(self, output: OutputFolder, identity: Identity) -> None:
+    Raises:
+        InputError: an earlier run is resumed that was another.
+        OutputError: the journal cannot be written.
+    """
+
+    def __init__(self, output: OutputFolder, identity: Identity, fs: FileSystem = REAL) -> None:
         self._path = os.path.join(output.partial, NAME)
+        self._folder = output.partial
+        self._fs = fs
         self.records: dict[tuple[str, int, int], Record] = {}
-        if output.resumed:
-            self._take_over(identity)
-        if not self.records:
-            head = {"format": _FORMAT, "identity": identity.as_dict()}
-            with open(self._path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(head) + "\n")
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)
+        self._size = self._take_over(identity) if output.resumed else 0
+        with self._writing():
+            self._fd = fs.open(self._path, os.O_RDWR | os.O_CREAT)
+        try:
+            with self._writing():
+                fs.truncate(self._fd, self._size)
+            if not self._size:
+                self._append({"format": _FORMAT, "identity": identity.as_dict()})
+        except BaseException:
+            self.close()
+            raise
 
-    def _take_over(self, identity: Identity) -> None:
-        """Reads what an earlier run left; a torn last line is no record.
+    def _take_over(self, identity: Identity) -> int:
+        """Reads what an earlier run left; a torn last line is no record. Returns the number of
+        bytes that are good.
 
         Raises:
             InputError: it was another run: configuration, inputs, backend or device differ.
@@ -143,7 +156,7 @@ class Journal:
             head = json.loads(lines[0])
             before = Identity.from_dict(head["identity"])
         except (OSError, ValueError, KeyError, TypeError):
-            return  # killed before the first line was whole: nothing to take over
+            return 0  # killed before the first line was whole: nothing to take over
         differences = before.differences(identity)
         if head.get("format") != _FORMAT:
             differences.append("the version of the journal")
@@ -152,7 +165,7 @@ class Journal:
                 f"resume for {self._path!r}: expected the run that was interrupted, got another: "
                 f"{'; '.join(differences)}. Run without --resume to start afresh."
             )
-        whole, size = [lines[0]], len(lines[0].encode()) + 1
+        size = len(lines[0].encode()) + 1
         for line in lines[1:-1]:  # what follows the last newline is torn or empty
             try:
                 record = Record.from_line(line)
@@ -160,14 +173,25 @@ class Journal:
                 break
             self.records[record.name, record.start, record.stop] = record
             size += len(line.encode()) + 1
-            whole.append(line)
-        with open(self._path, "r+b") as raw:
-            raw.truncate(size)
+        return size if len(lines) > 1 else 0
 
     def add(self, record: Record) -> None:
-        """Appends one finished piece."""
+        """Appends one finished piece.
+
+        Raises:
+            OutputError: disk full or I/O error.
+        """
+        self._append(record.as_dict())
         self.records[record.name, record.start, record.stop] = record
-        self._file.write(record.to_line() + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        self._fs.close(self._fd)
+
+    def _append(self, value: Mapping[str, Any]) -> None:
+        line = (json.dumps(value, separators=(",", ":")) + "\n").encode()
+        with self._writing(len(line)):
+            self._fs.write_exactly(self._fd, memoryview(line), self._size)
+        self._size += len(line)
+
+    def _writing(self, needed: int = 0) -> AbstractContextManager[None]:
+        return writing(self._path, self._folder, self._fs, needed)

@@ -89,7 +89,11 @@ class Pipeline:
             for thread in threads:
                 thread.join()
         if self._failure is not None:
-            raise self._failure
+            failure, self._failure = self._failure, None
+            try:
+                raise failure
+            finally:
+                del failure  # no cycle keeps the blocks of memory
 
     def wait(self, event: threading.Event) -> None:
         """For sources of units: waits for something that the compute stage finds out."""

@@ -20,6 +20,7 @@ from magic_fast.engine.memory import SLOTS, Slot, slot_bytes
 from magic_fast.engine.native import Mode, backend_name, modes, over_model
 from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
+from magic_fast.engine.recheck import drop_damaged, refuse_changed
 from magic_fast.engine.report import MergeReport, Progress, TensorReport
 from magic_fast.engine.stages import BadRecord, Loader, Streamed, Writer, magnitudes
 from magic_fast.engine.units import Piece, Unit, cut, fits, group
@@ -77,8 +78,15 @@ class Run:
 
     def _expected_bytes(self) -> int:
         reads = sum(i.nbytes for s in self._plan.steps for i in s.inputs)
-        again = [s for s in self._plan.steps if self._needs_search(s)]
-        return reads + self._plan.output_bytes + sum(i.nbytes for s in again for i in s.inputs)
+        again = sum(self._search_bytes(s) for s in self._plan.steps if self._needs_search(s))
+        return reads + self._plan.output_bytes + again
+
+    def _search_bytes(self, step: Step) -> int:
+        """What finding a step's selection reads, as a rule."""
+        recipe = step.recipe
+        assert recipe is not None
+        passes = (recipe.trim.by_magnitude and recipe.trims, recipe.needs_factors)
+        return sum((*passes, recipe.needs_majority)) * sum(i.nbytes for i in step.inputs)
 
     def _needs_search(self, step: Step) -> bool:
         recipe = step.recipe
@@ -101,9 +109,12 @@ class Run:
                 piece = Piece(step, 0, step.numel)
                 yield Unit((piece,), streamed=False, torch=mode is Mode.TORCH)
                 continue
-            if self._needs_search(step) and not over_model(step) and step.name not in recorded:
-                yield from self._flush(pending)
-                yield from self._search([step])
+            if self._needs_search(step) and not over_model(step):
+                if step.name in recorded:
+                    self._done += self._search_bytes(step)
+                else:
+                    yield from self._flush(pending)
+                    yield from self._search([step])
             pieces = recorded.get(step.name) or cut(step, self._slot_bytes)
             pending += pieces
             if len(pieces) > 1:
@@ -119,6 +130,8 @@ class Run:
         steps = [s for s in self._plan.steps if self._needs_search(s) and over_model(s)]
         if any(s.name not in recorded for s in steps):
             yield from self._search(sorted(steps, key=lambda s: s.name))
+        else:
+            self._done += sum(self._search_bytes(s) for s in steps)
 
     def _search(self, steps: Sequence[Step]) -> Iterator[Unit]:
         from magic_fast.engine.search import StreamedSearch
@@ -138,8 +151,11 @@ class Run:
             ends = [0] + [r.stop for r in records]
             if records and [r.start for r in records] == ends[:-1] and ends[-1] == step.numel:
                 pieces = [Piece(step, r.start, r.stop) for r in records]
-                held = self._modes[step.name] is not Mode.STREAM
-                if held or all(p.nbytes <= self._slot_bytes for p in pieces):
+                if self._modes[step.name] is not Mode.STREAM:
+                    usable = len(pieces) == 1
+                else:
+                    usable = all(p.nbytes <= self._slot_bytes for p in pieces)
+                if usable:
                     found[step.name] = pieces
         return found
 
@@ -149,8 +165,8 @@ class Run:
             self._worker(unit)
         else:
             self._compute(unit)
-        self._bytes_read += unit.input_bytes
-        self._done += unit.input_bytes + unit.output_bytes
+        self._bytes_read += sum(n.nbytes for p in unit.buffers["pieces"] for *_, n in p.inputs)
+        self._done = min(self._done + unit.input_bytes + unit.output_bytes, self._total)
         if self._progress is not None:
             self._progress(Progress(self._done, self._total, unit.pieces[-1].step.name))
 
@@ -207,19 +223,19 @@ def run(
     report = MergeReport(plan.out, plan.method, "", warnings=list(plan.warnings))
     with OutputFolder(plan.out, resume=resume, resumable=True) as output:
         try:
-            output.create_shards(plan.shards)
-            journal = Journal(output, identity_of(plan))
+            journal = Journal(output, identity_of(plan))  # first: it may refuse to resume
             try:
+                output.create_shards(plan.shards)
                 while True:
                     job = Run(plan, nonfinite, progress)
                     try:
                         writer, pipeline = job.execute(output, journal)
                         break
-                    except BadRecord as bad:  # damaged since: do that piece again
-                        r = bad.record
-                        del journal.records[r.name, r.start, r.stop]
+                    except BadRecord:  # damaged since
+                        drop_damaged(output, journal, plan.steps)
             finally:
                 journal.close()
+            refuse_changed(plan.models.values())
             _fill(report, plan, writer)
             report.bytes_read, report.bytes_written = job.bytes_read, writer.written
             report.stages = vars(pipeline.times)
