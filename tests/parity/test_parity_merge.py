@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.backends import backend_params
-from support.cases import MergeCase, merge_cases
+from support.cases import MergeCase, is_quick, merge_cases
 from support.oracle import assert_within_budget, truth
 
 from magic_fast import ops
@@ -14,7 +14,10 @@ from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe, Trim, TrimRule
 from magic_fast.reference import merge as reference
 
-_CASES = [pytest.param(case, id=case.word) for case in dict.fromkeys(merge_cases())]
+_CASES = [
+    pytest.param(case, id=case.word, marks=() if is_quick(case) else pytest.mark.slow)
+    for case in dict.fromkeys(merge_cases())
+]
 
 
 def run(job: Job, backend: str) -> ops.Stats:

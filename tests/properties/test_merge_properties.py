@@ -217,7 +217,7 @@ def test_the_order_of_a_state_dict_does_not_matter(
 @pytest.mark.parametrize("preset", ["ties_merging", "fusion_bench"])
 @pytest.mark.parametrize("backend", backend_params())
 @given(data=data, density=st.floats(0.01, 0.99))
-@settings(few, max_examples=5)  # counts 65 536 digits for every tensor and expert
+@settings(few, max_examples=3)  # counts 65 536 digits for every tensor and expert
 def test_scope_model_is_one_long_tensor(
     backend: str, preset: str, data: Data, density: float
 ) -> None:
@@ -236,7 +236,7 @@ def test_scope_model_is_one_long_tensor(
 
 @pytest.mark.parametrize("rule", ["magnitude", "band"])
 @given(data=data, density=st.floats(0.05, 0.95))
-@settings(few, max_examples=5)
+@settings(few, max_examples=3)
 def test_exact_cuts_run_through_the_whole_model(rule: str, data: Data, density: float) -> None:
     """Among equals the lowest running index stays: earlier tensors first."""
     taus = replace(data, coarse=True).taus()

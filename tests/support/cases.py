@@ -318,6 +318,14 @@ class MergeCase:
         return job
 
 
+def is_quick(case: MergeCase) -> bool:
+    """Whether a run without the slow part has it: every recipe in float32 and bfloat16, a
+    recipe of each trim on every content and shape."""
+    if case.recipe not in SOME_RECIPES:
+        return case.content == "normal" and case.mix in ("f32", "bf16")
+    return case.experts in (2, 3) or (case.experts == 17 and case.shape in ("odd", "matrix"))
+
+
 def merge_cases() -> Iterator[MergeCase]:
     """The grid."""
     for recipe, mix in product(RECIPES, MIXES):
