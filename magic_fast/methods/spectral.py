@@ -33,6 +33,7 @@ def _applies(job: Job, arguments: Mapping[str, Any], never: Sequence[str]) -> bo
     return not any(word in job.name for word in never)
 
 
+@torch.no_grad()
 def _merged(job: Job, arguments: Mapping[str, Any], formula: Formula | None) -> Tensor:
     """base + λ·formula(τ), or with λ·mean τ where there is no formula for the tensor."""
     dtype = decision_dtype(job.base, job.experts)

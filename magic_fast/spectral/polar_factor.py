@@ -95,15 +95,15 @@ def _full_rank(x: Tensor) -> tuple[Tensor | None, str]:
     if not low * _MAX_CONDITION > _LOW / _HEADROOM:
         return None, f"its condition is above {_MAX_CONDITION:g}"
     del factor
-    y = x.double() / math.sqrt(top)
+    y = x / math.sqrt(top)
     if low < _QUINTIC_FROM:
-        low = min(low, 1.0)
         p, q, c, low = rational(low)
+        y = x.double() / math.sqrt(top)
         a.mul_(c).diagonal().add_(1)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(a))
         # x(p + q·x²)/(1 + c·x²) = (q/c)·x + (p − q/c)·x/(1 + c·x²)
         y = torch.addmm(y, inverse, y, beta=q / c, alpha=p - q / c)
-    return _converge(y.to(x.dtype), low)
+    return _converge(y.to(x.dtype), min(low, 1.0))
 
 
 def _converge(y: Tensor, low: float) -> tuple[Tensor | None, str]:
