@@ -233,7 +233,12 @@ def _resolve(
         )
     if calibration is not None and num_experts == 1:
         log.warning("calibrating the merge of one expert gives back a full-size task vector")
-    if backend is None and details:
+    if details and backend not in (None, "auto", "torch"):
+        raise InputError(
+            f"details with backend {backend!r}: expected backend 'torch', which keeps masks and votes, "
+            f"got {backend!r}. Leave the backend out."
+        )
+    if details:
         backend = "torch"
     return _Call(
         method,
