@@ -14,13 +14,13 @@ namespace {
 
 // Sums of a[r] * b[c], all R x C of them, or r <= c only where the two blocks are the same.
 template <int R, int C, bool SAME>
-static void gram_block(const float* const* rows, int first_row, int first_col, int m, int n, double* pairs) {
+static void gram_block(const float* const* rows, int first_row, int first_col, int m, int64_t n, double* pairs) {
   vf part[R][C][kParts];
   for (int h = 0; h < kParts; ++h) {
     vf sum[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = SAME ? r : 0; c < C; ++c) sum[r][c] = zero();
-    for (int i = h * kLanes; i < n; i += kSumLanes) {
+    for (int64_t i = h * kLanes; i < n; i += kSumLanes) {
       vf x[R];
       for (int r = 0; r < R; ++r) x[r] = load(rows[first_row + r] + i);
       for (int c = 0; c < C; ++c) {
@@ -37,7 +37,7 @@ static void gram_block(const float* const* rows, int first_row, int first_col, i
 }
 
 template <int R>
-static void gram_rows(const float* const* rows, int row, int m, int n, double* pairs) {
+static void gram_rows(const float* const* rows, int row, int m, int64_t n, double* pairs) {
   gram_block<R, R, true>(rows, row, row, m, n, pairs);
   for (int col = row + R; col < m;) {
     const int left = m - col, width = left == 4 ? 4 : left >= 3 ? 3 : left;
@@ -52,7 +52,7 @@ static void gram_rows(const float* const* rows, int row, int m, int n, double* p
 }
 
 // pairs [M (M + 1) / 2] += inner products over n elements (a multiple of 16).
-static void gram_tile(const float* const* rows, int m, int n, double* pairs) {
+static void gram_tile(const float* const* rows, int m, int64_t n, double* pairs) {
   for (int row = 0; row < m;) {
     const int left = m - row;
     if (left == 4) {
@@ -68,12 +68,12 @@ static void gram_tile(const float* const* rows, int m, int n, double* pairs) {
 }
 
 // Squared norms only: what `sphere` needs.
-static void norms_tile(const float* const* rows, int m, int n, double* pairs) {
+static void norms_tile(const float* const* rows, int m, int64_t n, double* pairs) {
   for (int r = 0; r < m; ++r) {
     vf part[kParts];
     for (int h = 0; h < kParts; ++h) {
       part[h] = zero();
-      for (int i = h * kLanes; i < n; i += kSumLanes) {
+      for (int64_t i = h * kLanes; i < n; i += kSumLanes) {
         const vf x = load(rows[r] + i);
         part[h] = fma(x, x, part[h]);
       }
@@ -83,17 +83,17 @@ static void norms_tile(const float* const* rows, int m, int n, double* pairs) {
 }
 
 // Sums of |x|^p (p = 1 or another integer), or the largest |x| (p = inf).
-static void powers_tile(const float* const* rows, int m, int n, double p, double* powers) {
+static void powers_tile(const float* const* rows, int m, int64_t n, double p, double* powers) {
   for (int r = 0; r < m; ++r) {
     if (p > 1e9) {
       vi top = splat_i(0);
-      for (int i = 0; i < n; i += kLanes) top = max_i(top, abs_bits(load(rows[r] + i)));
+      for (int64_t i = 0; i < n; i += kLanes) top = max_i(top, abs_bits(load(rows[r] + i)));
       const double x = (double)float_of((uint32_t)largest(top));
       if (x > powers[r]) powers[r] = x;
       continue;
     }
     double lane[kSumLanes] = {};
-    for (int i = 0; i < n; i += kSumLanes)
+    for (int64_t i = 0; i < n; i += kSumLanes)
       for (int l = 0; l < kSumLanes; ++l) {
         const double x = (double)float_of(bits_of(rows[r][i + l]) & kAbsMask);
         double y = x;

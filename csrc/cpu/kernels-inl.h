@@ -10,33 +10,31 @@ namespace MF_ISA_NAMESPACE {
 namespace {
 
 // ---- out = base + factor * delta ----
+// True where some result may overflow the output (or is not finite).
 template <class T, bool HAS_BASE>
-static int32_t store_as(const float* base, const float* delta, int n, float factor, typename T::type* out) {
+static bool store_as(const float* base, const float* delta, int64_t n, float factor, typename T::type* out) {
   const vf f = splat(factor);
   vi top = splat_i(0);
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  const int64_t full = n & -(int64_t)kLanes;
+  for (int64_t i = 0; i < full; i += kLanes) {
     vf x = f * load(delta + i);
     if (HAS_BASE) x = load(base + i) + x;
     top = max_i(top, abs_bits(x));
     T::put(out + i, x);
   }
-  if (i < n) {  // base and delta are padded
+  if (full < n) {  // base and delta are padded with zeros
     typename T::type rest[kLanes];
-    vf x = f * load(delta + i);
-    if (HAS_BASE) x = load(base + i) + x;
+    vf x = f * load(delta + full);
+    if (HAS_BASE) x = load(base + full) + x;
+    top = max_i(top, abs_bits(x));
     T::put(rest, x);
-    for (int l = 0; i + l < n; ++l) {
-      out[i + l] = rest[l];
-      const int32_t a = (int32_t)(bits_of(x[l]) & kAbsMask);
-      if (a > top[0]) top[0] = a;
-    }
+    for (int64_t i = full; i < n; ++i) out[i] = rest[i - full];
   }
-  return largest(top);
+  return any(top >= splat_i((int32_t)T::kOverflow));
 }
 
 template <class T>
-static int32_t store_tile(const float* base, const float* delta, int64_t start, int n, float factor, void* out) {
+static bool store_tile(const float* base, const float* delta, int64_t start, int n, float factor, void* out) {
   typename T::type* p = (typename T::type*)out + start;
   return base ? store_as<T, true>(base, delta, n, factor, p) : store_as<T, false>(base, delta, n, factor, p);
 }
@@ -54,16 +52,15 @@ static void note_overflow(Scratch& s, const float* base, const float* delta, int
 static void write_tile(const Work& w, Scratch& s, const float* base, const float* delta, int64_t start, int n,
                        float factor) {
   const mf_job& job = *w.job;
-  int32_t top;
-  uint32_t limit;
   if (job.out_dtype == MF_BF16) {
-    top = store_tile<Bf16>(base, delta, start, n, factor, job.out), limit = Bf16::kOverflow;
+    if (store_tile<Bf16>(base, delta, start, n, factor, job.out))
+      note_overflow(s, base, delta, start, n, factor, Bf16::kOverflow);
   } else if (job.out_dtype == MF_F16) {
-    top = store_tile<F16>(base, delta, start, n, factor, job.out), limit = F16::kOverflow;
+    if (store_tile<F16>(base, delta, start, n, factor, job.out))
+      note_overflow(s, base, delta, start, n, factor, F16::kOverflow);
   } else {
-    top = store_tile<F32>(base, delta, start, n, factor, job.out), limit = F32::kOverflow;
+    store_tile<F32>(base, delta, start, n, factor, job.out);  // a finite float32 stays finite
   }
-  if ((uint32_t)top >= limit) note_overflow(s, base, delta, start, n, factor, limit);
 }
 
 // A calibrated row that nothing acts on keeps the bits it came with.
@@ -131,13 +128,13 @@ static int64_t votes(const Work& w, Scratch& s, int64_t start, int64_t n) {
 static void norm_sums(const float* x, int n, double sums[3]) {
   double absolute[kSumLanes] = {}, square[kSumLanes] = {};
   vi top = splat_i(0);
-  for (int i = 0; i < padded(n); i += kSumLanes)
+  for (int64_t i = 0; i < padded(n); i += kSumLanes)
     for (int l = 0; l < kSumLanes; ++l) {
       const double a = (double)float_of(bits_of(x[i + l]) & kAbsMask);
       absolute[l] += a;
       square[l] += a * a;
     }
-  for (int i = 0; i < padded(n); i += kLanes) top = max_i(top, abs_bits(load(x + i)));
+  for (int64_t i = 0; i < padded(n); i += kLanes) top = max_i(top, abs_bits(load(x + i)));
   for (int step = kSumLanes / 2; step > 0; step /= 2)
     for (int l = 0; l < step; ++l) absolute[l] += absolute[l + step], square[l] += square[l + step];
   const double m = (double)float_of((uint32_t)largest(top));

@@ -20,7 +20,7 @@ MF_INLINE vf sign_of(vf x) {
 }
 
 template <int VOTE>
-MF_INLINE vf tally(const ReduceTile& t, int i) {
+MF_INLINE vf tally(const ReduceTile& t, int64_t i) {
   vf sum = zero();
   for (int k = 0; k < t.k; ++k) {
     const vf v = load(t.value + k * kTile + i);
@@ -33,7 +33,7 @@ MF_INLINE vf tally(const ReduceTile& t, int i) {
 template <int VOTE>
 static int64_t vote_loop(const ReduceTile& t) {
   vi sum = splat_i(0);
-  for (int i = 0; i < padded(t.n); i += kLanes) {
+  for (int64_t i = 0; i < padded(t.n); i += kLanes) {
     const vf s = tally<VOTE>(t, i);
     sum += (s < zero()) - (s > zero());
   }
@@ -43,7 +43,7 @@ static int64_t vote_loop(const ReduceTile& t) {
 template <int VOTE, int CONTRIBUTORS, int REDUCE, bool UNWEIGHTED>
 static void reduce_loop(const ReduceTile& t, float* delta) {
   const vf one = splat(1.0f);
-  for (int i = 0; i < padded(t.n); i += kLanes) {
+  for (int64_t i = 0; i < padded(t.n); i += kLanes) {
     vi elected = splat_i(-1);  // where nobody is elected the result is 0
     vf flip = zero();          // the sign bit where the elected sign is minus
     if (VOTE != MF_VOTE_NONE) {
@@ -138,7 +138,7 @@ static void reduce_tile(const Work& w, const Scratch& s, int n, float* delta) {
 static void consensus_tile(const Work& w, int64_t start, int n, const float* tau, int stride, float* delta) {
   const bool given = w.job->consensus == MF_CONSENSUS_GIVEN;
   float needed[kTile];
-  for (int i = 0; i < padded(n); i += kLanes) store(needed + i, zero());
+  for (int64_t i = 0; i < padded(n); i += kLanes) store(needed + i, zero());
   for (int k = 0; k < w.k; ++k) {
     if (given) {
       const uint8_t* mask = w.experts[k].task_mask + start;
@@ -146,21 +146,21 @@ static void consensus_tile(const Work& w, int64_t start, int n, const float* tau
       continue;
     }
     const vf lambda = splat(w.experts[k].lambda), one = splat(1.0f);
-    for (int i = 0; i < padded(n); i += kLanes) {
+    for (int64_t i = 0; i < padded(n); i += kLanes) {
       const vf t = load(tau + (int64_t)k * stride + i);
       const vi needs = abs_of(t) > lambda * abs_of(load(delta + i) - t);
       store(needed + i, load(needed + i) + keep_if(needs, one));
     }
   }
   const vf least = splat((float)w.job->min_tasks);
-  for (int i = 0; i < padded(n); i += kLanes)
+  for (int64_t i = 0; i < padded(n); i += kLanes)
     store(delta + i, keep_if(load(needed + i) >= least, load(delta + i)));
 }
 
 MF_INLINE void scale_tile(int n, float divisor, float scale, float* delta) {
   const vf d = splat(divisor), f = splat(scale);
   if (divisor == 1 && scale == 1) return;
-  for (int i = 0; i < padded(n); i += kLanes) {
+  for (int64_t i = 0; i < padded(n); i += kLanes) {
     vf x = load(delta + i);
     if (divisor != 1) x /= d;
     if (scale != 1) x *= f;
@@ -186,7 +186,7 @@ static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* t
   const mf_job& job = *w.job;
   if (job.merged) {
     const float* base = load_base(w, s, start, n);
-    if (load_tile(job.merged, job.merged_dtype, base, start, n, delta) >= (int32_t)kInfBits) {
+    if (load_tile(job.merged, job.merged_dtype, base, start, n, delta)) {
       note_nonfinite(job.merged, job.merged_dtype, start, n, &s.merged_nonfinite);
       if (job.base) note_nonfinite(job.base, job.base_dtype, start, n, &s.base_nonfinite);
     }

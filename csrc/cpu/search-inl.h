@@ -26,8 +26,8 @@ static int compress_tile(const float* tau, int n, uint32_t low, uint32_t high, u
   const vi under = splat_i((int32_t)low - 1), top = splat_i((int32_t)high);
   vi count = splat_i(0);
   uint32_t* p = out;
-  const int full = n / kLanes * kLanes;
-  for (int i = 0; i < full; i += kLanes) {
+  const int64_t full = n & -kLanes;
+  for (int64_t i = 0; i < full; i += kLanes) {
     const vi a = abs_bits(load(tau + i));
     const vi over = a > top;
     count -= over;
@@ -49,7 +49,7 @@ static int compress_tile(const float* tau, int n, uint32_t low, uint32_t high, u
 #endif
   }
   *above += lane_sum(count);
-  for (int i = full; i < n; ++i) {
+  for (int64_t i = full; i < n; ++i) {
     const uint32_t a = bits_of(tau[i]) & kAbsMask;
     *above += a > high;
     *p = a;

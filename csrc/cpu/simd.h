@@ -73,6 +73,52 @@ MF_INLINE vi max_i(vi x, vi y) {
 #endif
 }
 
+MF_INLINE bool any(vi mask) {
+#if defined(MF_USE_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(MF_USE_AVX2)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#elif defined(__ARM_NEON)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+// gcc 12 takes __builtin_convertvector apart: these are one instruction each.
+MF_INLINE vu widen(const uint16_t* p) {
+#if defined(MF_USE_AVX512)
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(MF_USE_AVX2)
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__SSE2__)
+  return (vu)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128());
+#else
+  return __builtin_convertvector((vh) * (const vh_loose*)p, vu);
+#endif
+}
+MF_INLINE void narrow(uint16_t* p, vu x) {  // each below 2^16
+#if defined(MF_USE_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(MF_USE_AVX2)
+  const __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+#else
+  *(vh_loose*)p = __builtin_convertvector(x, vh);
+#endif
+}
+MF_INLINE vi widen_bytes(const uint8_t* p) {
+#if defined(MF_USE_AVX512)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(MF_USE_AVX2)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  return (vi)__builtin_convertvector((vb) * (const vb_loose*)p, vu);
+#endif
+}
+
 MF_INLINE int32_t largest(vi x) {
   int32_t m = x[0];
   for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
@@ -134,29 +180,19 @@ struct F32 {
   MF_INLINE vf get(const float* p) { return load(p); }
   MF_INLINE void put(float* p, vf x) { store(p, x); }
   MF_INLINE float one(float x) { return x; }
-  static constexpr uint32_t kOverflow = 0xffffffffu;
+  static constexpr uint32_t kOverflow = kInfBits;
 };
 
 struct Bf16 {
   typedef uint16_t type;
   MF_INLINE vf get(const uint16_t* p) {
-    return (vf)(__builtin_convertvector((vh) * (const vh_loose*)p, vu) << 16);
+    return (vf)(widen(p) << 16);
   }
   MF_INLINE void put(uint16_t* p, vf x) {
     const vu u = (vu)x;
     const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const vi nan = abs_bits(x) > (int32_t)kInfBits;
-    const vu h = nan ? ((u >> 16) | 0x40u) : rounded;
-    *(vh_loose*)p = narrow(h);
-  }
-  MF_INLINE vh narrow(vu h) {
-#if defined(MF_USE_AVX2) && !defined(MF_USE_AVX512)
-    const __m256i x = (__m256i)h;
-    return (vh)_mm256_castsi256_si128(
-        _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08));
-#else
-    return __builtin_convertvector(h, vh);
-#endif
+    narrow(p, nan ? ((u >> 16) | 0x40u) : rounded);
   }
   MF_INLINE float one(uint16_t x) { return bf16_to_float(x); }
   static constexpr uint32_t kOverflow = kBf16OverflowBits;
