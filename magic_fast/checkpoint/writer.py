@@ -225,14 +225,15 @@ class OutputFolder:
             )
         with self._writing(self.partial):
             self._handles.close()
-            folders = self._small.remove_others(self._declared())
-        for name in sorted(self._declared()):
+        declared = self._declared()
+        for name in sorted(declared):
             with self._writing(self.path_of(name)):
                 self._fs.fsync_path(self.path_of(name))
         if len(self._plans) > 1:
             self._write_index()
-        with self._writing(self.partial):
-            for folder in folders:
+            declared.add(INDEX_NAME)
+        with self._writing(self.partial):  # a journal last: until here it is of use
+            for folder in self._small.remove_others(declared):
                 self._fs.fsync_path(folder)
         self._staging.commit()
         return self.path
