@@ -1,0 +1,123 @@
+"""TIES + WSC here against the tools in use, one tensor, interleaved in one run.
+
+    python benchmarks/cpu/against.py [--peers PYTHON] [--rows N] [--cols N] [--experts K] [--rounds
+    N] [--json FILE]
+
+PYTHON is the interpreter of an environment that has mergekit 0.1.5 and PEFT; `make peers` makes
+one. Without it their rows are printed as absent. They do TIES without WSC; ours does both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from bench import data, recipes
+
+from magic_fast import _native
+from magic_fast.ops.backend import Job
+from magic_fast.ops.native import NativeBackend
+from magic_fast.ops.torch_backend import TorchBackend
+from magic_fast.recipe import EpsMode, RowCalibration
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Row:
+    name: str
+    run: Callable[[], float | None]
+    seconds: list[float] = field(default_factory=list)
+    absent: str = ""
+
+
+class Peer:
+    """The process of the other environment."""
+
+    def __init__(self, python: str, *sizes: int) -> None:
+        command = [python, str(HERE / "peer.py"), *map(str, sizes)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def time(self, tool: str) -> float | str:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(tool + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline().strip()
+        return answer if answer.startswith("absent") else float(answer)
+
+
+def timed(function: Callable[[], object]) -> Callable[[], float]:
+    def run() -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", help="Python of an environment with mergekit and PEFT")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--cols", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    k, threads = options.experts, _native.num_threads()
+    torch.set_num_threads(threads)
+    base, experts = data(k, options.rows, options.cols)
+    out = torch.zeros_like(base)
+    calibration = RowCalibration(options.rows, options.cols)
+    recipe = recipes(k)["ties"]
+    job = Job(base, experts, recipe, out, calibration=calibration)
+    authors = RowCalibration(options.rows, options.cols, eps_mode=EpsMode.ABSOLUTE, clamp=None)
+    eager = Job(base, experts, recipe, torch.zeros_like(base), calibration=authors, details=True)
+    rows = [
+        Row("magic_fast native, TIES + WSC", timed(lambda: NativeBackend().merge(job))),
+        Row("the same formulas in eager torch", timed(lambda: TorchBackend().merge(eager))),
+    ]
+    peer = Peer(options.peers, k, options.rows, options.cols, threads) if options.peers else None
+    for tool, name in (("mergekit", "mergekit, TIES, no WSC"), ("peft", "PEFT, ties, no WSC")):
+        row = Row(name, lambda: None, absent="" if peer else "no --peers given")
+        if peer is not None:
+            row.run = lambda tool=tool, row=row: _ask(peer, tool, row)
+        rows.append(row)
+    for round_ in range(options.rounds + 1):
+        for row in rows:
+            seconds = None if row.absent else row.run()
+            if seconds is not None and round_:  # the first is warm-up
+                row.seconds.append(seconds)
+    ours = statistics.median(rows[0].seconds)
+    print(f"{options.rows} x {options.cols} bf16, K = {k}, {_native.isa()}, {threads} threads")
+    report = []
+    for row in rows:
+        median = statistics.median(row.seconds) if row.seconds else None
+        shown = (
+            f"{median:9.3f} s  {median / ours:7.1f} x ours" if median else f"absent: {row.absent}"
+        )
+        print(f"{row.name:36} {shown}")
+        report.append({"name": row.name, "seconds": median, "absent": row.absent})
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _ask(peer: Peer, tool: str, row: Row) -> float | None:
+    answer = peer.time(tool)
+    if isinstance(answer, str):
+        row.absent = answer
+        return None
+    return answer
+
+
+if __name__ == "__main__":
+    main()
