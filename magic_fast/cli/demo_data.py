@@ -83,13 +83,14 @@ def write_checkpoints(
         The model folders, the base first.
     """
     models = [folder / "base", *(folder / f"expert-{k}" for k in range(num_experts))]
-    import torch
-    from safetensors.torch import save_file
-
     made_of = {"shape": asdict(shape), "num_experts": num_experts, "seed": seed, "version": 1}
     stamp = folder / STAMP
     if stamp.is_file() and json.loads(stamp.read_text()) == made_of:
         return models
+
+    import torch
+    from safetensors.torch import save_file
+
     stamp.unlink(missing_ok=True)  # written last: what lacks it is not whole
     shards = _shards(shape)
     for model in models:

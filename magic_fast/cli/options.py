@@ -43,8 +43,8 @@ def machine_readable(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
-def execution(parser: argparse.ArgumentParser) -> None:
-    """Where and how a merge or calibration runs."""
+def device(parser: argparse.ArgumentParser) -> None:
+    """Where it runs, with how much memory, and into how large files."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
     parser.add_argument(
         "--backend",
@@ -65,6 +65,11 @@ def execution(parser: argparse.ArgumentParser) -> None:
         help="for buffers, whatever the size of the models (128MiB); --dry-run shows what more a "
         "method that needs whole tensors takes",
     )
+
+
+def execution(parser: argparse.ArgumentParser) -> None:
+    """Where and how a merge or calibration runs."""
+    device(parser)
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -14,10 +14,19 @@ from collections.abc import Sequence
 from types import FrameType
 
 from magic_fast._version import __version__
-from magic_fast.cli import calibrate, demo, doctor, inspect, merge, verify
+from magic_fast.cli import (
+    calibrate,
+    demo,
+    doctor,
+    inspect,
+    merge,
+    methods,
+    sweep,
+    verify,
+)
 from magic_fast.errors import MagicFastError
 
-COMMANDS = (merge, calibrate, inspect, verify, doctor, demo)
+COMMANDS = (merge, sweep, calibrate, inspect, verify, methods, doctor, demo)
 INTERRUPTED = 130
 
 
