@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import xxhash
 
-from magic_fast.checkpoint import Checkpoint, OutputFolder
+from magic_fast.checkpoint import Checkpoint, InputFile, OutputFolder
 from magic_fast.engine.journal import Journal, Record
 from magic_fast.engine.plan import Step
 from magic_fast.engine.units import element_size
@@ -41,12 +41,18 @@ def _is_sound(output: OutputFolder, record: Record, step: Step, block: memoryvie
 
 
 def refuse_changed(models: Iterable[Checkpoint]) -> None:
-    """Inputs that were replaced, written to or removed since their headers were read.
+    """`refuse_changed_files` of whole checkpoints."""
+    refuse_changed_files(f for model in models for f in model.files)
+
+
+def refuse_changed_files(files: Iterable[InputFile]) -> None:
+    """Called after a read and before anything is made of it: the bytes were those of the file whose
+    header was read.
 
     Raises:
-        CheckpointError: one was; the result would be of neither.
+        CheckpointError: a file was replaced, written to or removed since.
     """
-    for file in (f for model in models for f in model.files):
+    for file in files:
         try:
             status = os.stat(file.path)
             same = (status.st_size, status.st_mtime_ns) == (file.size, file.mtime_ns)

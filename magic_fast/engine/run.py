@@ -20,7 +20,7 @@ from magic_fast.engine.memory import SLOTS, Slot, slot_bytes
 from magic_fast.engine.native import Mode, backend_name, modes, over_model
 from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
-from magic_fast.engine.recheck import drop_damaged, refuse_changed
+from magic_fast.engine.recheck import drop_damaged
 from magic_fast.engine.report import MergeReport, Progress, TensorReport
 from magic_fast.engine.stages import BadRecord, Loader, Streamed, Writer, magnitudes
 from magic_fast.engine.units import Piece, Unit, cut, fits, group
@@ -235,7 +235,6 @@ def run(
                         drop_damaged(output, journal, plan.steps)
             finally:
                 journal.close()
-            refuse_changed(plan.models.values())
             _fill(report, plan, writer)
             report.bytes_read, report.bytes_written = job.bytes_read, writer.written
             report.stages = vars(pipeline.times)

@@ -16,6 +16,7 @@ from magic_fast.checkpoint import Checkpoint, OutputFolder
 from magic_fast.engine.journal import Journal, Record
 from magic_fast.engine.memory import Slot
 from magic_fast.engine.plan import FLOATS, Input
+from magic_fast.engine.recheck import refuse_changed_files
 from magic_fast.engine.units import Piece, Unit, element_size
 from magic_fast.errors import InputError
 from magic_fast.ops.backend import Job, Stats, View, count_repaired
@@ -65,9 +66,13 @@ class Loader:
         self._models = models
         self._output = output
         self._journal = journal
+        self._files = {f.path: f for model in models.values() for f in model.files}
 
     def __call__(self, unit: Unit, slot: Slot | None) -> None:
-        unit.buffers["pieces"] = [self._piece(unit, piece, slot) for piece in unit.pieces]
+        pieces = [self._piece(unit, piece, slot) for piece in unit.pieces]
+        paths = {source.info.path for one in pieces for source, _, _ in one.inputs}
+        refuse_changed_files(self._files[path] for path in paths)
+        unit.buffers["pieces"] = pieces
 
     def _piece(self, unit: Unit, piece: Piece, slot: Slot | None) -> Loaded:
         loaded = Loaded(piece)
