@@ -54,8 +54,8 @@ def svc(
 
     >>> a = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     >>> svc(None, [a, a], 2 * a)  # the sum counts twice what both say
-    tensor([[2.0000, 0.0000],
-            [0.0000, 1.0000]])
+    tensor([[2., 0.],
+            [0., 1.]])
     """
     if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
         raise InputError(f"alpha for svc: expected a finite number > 0, got {alpha!r}.")

@@ -51,7 +51,7 @@ def start_block(rows: int, columns: int, like: Tensor) -> Tensor:
     return q
 
 
-def largest_eigenvalue(a: Tensor, steps: int = 12) -> float:
+def largest_eigenvalue(a: Tensor, steps: int = 10) -> float:
     """Estimate from below of the largest eigenvalue of a symmetric, semidefinite ``a``, good to a
     few per cent: power steps on eight vectors."""
     q = start_block(a.shape[0], min(8, a.shape[0]), a)

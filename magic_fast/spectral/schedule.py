@@ -22,7 +22,7 @@ def quintic(low: float, high: float) -> tuple[Quintic, float]:
 
     >>> _, error = quintic(0.1, 1.0)
     >>> round(error, 3)
-    0.537
+    0.453
     """
     q, r = (3 * low + high) / 4, (low + 3 * high) / 4
     a = b = c = error = 0.0
@@ -60,7 +60,7 @@ def rational(low: float) -> tuple[float, float, float, float]:
 
     >>> a, b, c, new = rational(1e-6)
     >>> round(new, 4)
-    0.0159
+    0.0252
     """
     d = (4 * (1 - low**2) / low**4) ** (1 / 3)
     root = math.sqrt(1 + d)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from spectral.spectra import distance, geometric, matrix
 from torch import Tensor
 
 from magic_fast.spectral import leading
 from magic_fast.spectral.leading_triples import MAX_ERROR, error_bound
+from spectral.spectra import distance, geometric, matrix
 
 SPECTRA: dict[str, Callable[[tuple[int, int]], Tensor]] = {
     "flat": lambda shape: torch.randn(shape, generator=torch.Generator().manual_seed(3)),

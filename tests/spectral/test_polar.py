@@ -6,13 +6,13 @@ import logging
 
 import pytest
 import torch
-from spectral.spectra import distance, geometric, matrix
 from torch import Tensor
 
 from magic_fast.reference.spectral import ExactFactorizations, iso_c, rank_cutoff
 from magic_fast.spectral import FastFactorizations, polar
 from magic_fast.spectral.polar_factor import _converge, residual, tolerance
 from magic_fast.spectral.schedule import quintic, rational
+from spectral.spectra import distance, geometric, matrix
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (6, 6), (48, 64), (64, 48), (120, 400), (400, 120), (256, 256),
           (600, 601)]  # fmt: skip

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from spectral.spectra import distance, geometric, matrix
 from torch import Tensor
 
 import magic_fast as mf
 from magic_fast.reference.spectral import iso_cts_ranks
+from spectral.spectra import distance, geometric, matrix
 
 METHODS = ("iso_c", "iso_cts", "tsv_m", "star")
 
