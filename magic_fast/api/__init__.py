@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         select,
         task_vector_stats,
     )
+    from magic_fast.api.sweeping import sweep
+    from magic_fast.api.sweeping_checkpoints import SweepReport, sweep_checkpoints
     from magic_fast.api.trimming import trim
     from magic_fast.engine import MergePlan, MergeReport, Progress, TensorReport
     from magic_fast.engine.verify import VerifyReport, verify_checkpoint
@@ -54,6 +56,8 @@ _HOMES = {
         "select",
         "task_vector_stats",
     ),
+    "magic_fast.api.sweeping": ("sweep",),
+    "magic_fast.api.sweeping_checkpoints": ("SweepReport", "sweep_checkpoints"),
     "magic_fast.api.trimming": ("trim",),
     "magic_fast.engine.verify": ("VerifyReport", "verify_checkpoint"),
     "magic_fast.engine": ("MergePlan", "MergeReport", "Progress", "TensorReport"),
@@ -68,6 +72,7 @@ __all__ = [
     "MergeReport",
     "MergeResult",
     "Progress",
+    "SweepReport",
     "TensorCalibration",
     "TensorReport",
     "TensorStatistics",
@@ -88,6 +93,8 @@ __all__ = [
     "row_stats",
     "select",
     "svc",
+    "sweep",
+    "sweep_checkpoints",
     "task_masks",
     "task_vector_stats",
     "trim",

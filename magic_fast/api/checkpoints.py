@@ -52,7 +52,7 @@ def read_config(config: str | Path | MergeConfig | Mapping[str, Any]) -> MergeCo
     return MergeConfig.from_file(config)
 
 
-def _open(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
+def open_models(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
     models: dict[str, Checkpoint] = {}
     collecting = gc.isenabled()
     gc.disable()  # hundreds of thousands of small objects, none of them garbage
@@ -69,7 +69,7 @@ def _open(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
     return models
 
 
-def _check_out(out: str | Path, resume: bool) -> str:
+def check_out(out: str | Path, resume: bool) -> str:
     """OUT as a string, refused where something is in the way (which may be the finished result of a
     run that is resumed)."""
     path = Path(out).expanduser()
@@ -166,9 +166,9 @@ def plan_checkpoints(
     """Everything a merge would do, checked, before any data is read. Arguments as of
     :func:`merge_checkpoints`."""
     settings = read_config(config)
-    target = _check_out(out, resume)
+    target = check_out(out, resume)
     place_of_work = device_of(device)
-    models = _open({r: settings.resolve_path(r) for r in settings.model_references})
+    models = open_models({r: settings.resolve_path(r) for r in settings.model_references})
     try:
         calibration = as_calibration(calibrate) or calibration_of(settings)
         steps, vocab_size = steps_of(
@@ -277,7 +277,7 @@ def _run(
         if resume and _is_whole(Path(plan.out)):
             return _verified(plan)
         return run_plan(
-            plan, nonfinite=nonfinite, resume=resume, progress=progress, finish=_write_small_files
+            plan, nonfinite=nonfinite, resume=resume, progress=progress, finish=write_small_files
         )
     finally:
         for model in plan.models.values():
@@ -310,7 +310,7 @@ def _input_records(plan: MergePlan) -> list[dict[str, Any]]:
     ]
 
 
-def _write_small_files(
+def write_small_files(
     plan: MergePlan, report: MergeReport, output: OutputFolder, checksums: Mapping[str, str]
 ) -> None:
     """Configuration and tokenizer from the donor, the model card, and ``magic_fast.json``."""
@@ -381,10 +381,10 @@ def calibrate_checkpoints(
         raise InputError("calibration: expected 'wsc' or a WeightCalibration, got None.")
     if not experts:
         raise InputError("experts: expected at least one checkpoint, got none.")
-    target = _check_out(out, resume)
+    target = check_out(out, resume)
     place_of_work = device_of(device)
     names = [str(merged), str(base), *(str(e) for e in experts)]
-    models = _open({name: name for name in names})
+    models = open_models({name: name for name in names})
     try:
         steps = _calibration_steps(models, names, settings)
         plan = MergePlan(
@@ -475,7 +475,7 @@ def inspect_checkpoints(
     names = [str(base), *(str(e) for e in experts), *([str(merged)] if merged is not None else [])]
     if not experts:
         raise InputError("experts: expected at least one checkpoint, got none.")
-    models = _open({name: name for name in names})
+    models = open_models({name: name for name in names})
     try:
         found, done = [], 0
         rows = {

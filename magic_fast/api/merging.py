@@ -28,7 +28,7 @@ Masks = Sequence[Tensor | None] | Sequence[Mapping[str, Tensor] | None]
 
 
 @dataclass
-class _Call:
+class Call:
     """The arguments of one merge, resolved."""
 
     method: str
@@ -42,6 +42,12 @@ class _Call:
     row_axis: int | tuple[int, ...] | None
     masks: Masks | None
     details: bool
+
+    @property
+    def over_model(self) -> bool:
+        """Whether one threshold over all tensors trims each expert."""
+        trim = None if self.recipe is None else self.recipe.trim
+        return trim is not None and trim.by_magnitude and trim.scope is TrimScope.MODEL
 
 
 def merge(
@@ -119,7 +125,7 @@ def merge(
             "pass base=None and the base among the experts."
         )
     given = {"weights": _numbers(weights), "scale": scale, **method_params}
-    call = _resolve(
+    call = resolve(
         method,
         given,
         len(models),
@@ -175,7 +181,7 @@ def merge_task_vectors(
     """
     models = models_of(task_vectors, "task_vectors")
     given = {"weights": _numbers(weights), "scale": scale, **method_params}
-    call = _resolve(
+    call = resolve(
         method,
         given,
         len(models),
@@ -198,7 +204,7 @@ def _numbers(weights: float | Sequence[float] | Tensor | None) -> Any:
     return weights.tolist() if isinstance(weights, Tensor) else weights
 
 
-def _resolve(
+def resolve(
     method: str,
     given: Mapping[str, Any],
     num_experts: int,
@@ -212,7 +218,7 @@ def _resolve(
     seed: int | None,
     compat: str | None,
     details: bool,
-) -> _Call:
+) -> Call:
     preset = preset or "default"
     arguments = resolve_arguments(method, given, num_experts, preset)
     calibration = as_calibration(calibrate)
@@ -240,7 +246,7 @@ def _resolve(
         )
     if details:
         backend = "torch"
-    return _Call(
+    return Call(
         method,
         arguments,
         recipe,
@@ -258,7 +264,7 @@ def _resolve(
 def _run(
     base: Tensors | None,
     experts: Sequence[Tensors],
-    call: _Call,
+    call: Call,
     out: Any,
     promote: torch.dtype | None = None,
 ) -> Any:
@@ -283,8 +289,8 @@ def _run(
             dtype = row[0].dtype if promote is None else torch.promote_types(row[0].dtype, promote)
             target = torch.empty(row[0].shape, dtype=dtype, device=row[0].device)
         results[name] = target
-        jobs.append(_job(call, name or call.name, start, own, target, k_masks=_masks(call, name)))
-    stats = _execute(jobs, call)
+        jobs.append(job_of(call, name or call.name, start, own, target, k_masks=_masks(call, name)))
+    stats = execute(jobs, call)
     merged = results[""] if table.bare else {n: results[n] for n in table.names}
     if not call.details:
         return merged
@@ -308,7 +314,7 @@ def _copy(source: Tensor, target: Tensor | None) -> Tensor:
     return source.clone() if target is None else target.copy_(source)
 
 
-def _masks(call: _Call, name: str) -> list[Tensor | None] | None:
+def _masks(call: Call, name: str) -> list[Tensor | None] | None:
     if call.masks is None:
         return None
     found: list[Tensor | None] = []
@@ -317,8 +323,8 @@ def _masks(call: _Call, name: str) -> list[Tensor | None] | None:
     return found
 
 
-def _job(
-    call: _Call,
+def job_of(
+    call: Call,
     name: str,
     base: Tensor | None,
     experts: Sequence[Tensor],
@@ -347,7 +353,7 @@ def _job(
     )
 
 
-def _execute(jobs: Sequence[Job], call: _Call) -> list[Stats]:
+def execute(jobs: Sequence[Job], call: Call) -> list[Stats]:
     if call.recipe is None:
         function: Callable[..., Tensor] = FUNCTIONS[call.method]
         if call.method in PREPARATIONS:
@@ -360,7 +366,7 @@ def _execute(jobs: Sequence[Job], call: _Call) -> list[Stats]:
             jobs, lambda job: function(job, call.arguments, call.preset),
             backend=call.backend, nonfinite=call.nonfinite,
         )  # fmt: skip
-    if call.recipe.trim.scope is TrimScope.MODEL and call.recipe.trim.by_magnitude:
+    if call.over_model and any(job.selection is None for job in jobs):
         ops.select_model(jobs)
     return ops.merge(jobs, backend=call.backend, nonfinite=call.nonfinite)
 

@@ -180,6 +180,11 @@ class MergeConfig(Node):
         return self._warnings
 
     @property
+    def folder(self) -> Path | None:
+        """Where relative paths are tried after the current directory, or None."""
+        return self._folder
+
+    @property
     def model_references(self) -> tuple[str, ...]:
         """Every model named, once: ``base_model`` first, then in the order of the document."""
         names = [self.base_model] if self.base_model is not None else []

@@ -4,7 +4,6 @@ whole."""
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import resource
 import sys
@@ -67,7 +66,7 @@ class Run:
         self._total = self._expected_bytes()
         pipeline = Pipeline(loader, self._run, writer, slots)
         self._pipeline = pipeline
-        syncer = Syncer(output, writer)
+        syncer = Syncer(output.sync, writer.dirty)
         try:
             if self._worker is not None:
                 self._worker.prepare()
@@ -179,19 +178,19 @@ class Syncer:
     """Keeps the disk busy: forces written data to it in the background, so that little is left at
     the end."""
 
-    def __init__(self, output: OutputFolder, writer: Writer) -> None:
-        self._output, self._writer = output, writer
+    def __init__(self, sync: Callable[[], None], dirty: threading.Event) -> None:
+        self._sync, self._dirty = sync, dirty
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="magic-fast-sync", daemon=True)
         self._thread.start()
 
     def _loop(self) -> None:
         while not self._stopped.is_set():
-            if not self._writer.dirty.wait(0.1):
+            if not self._dirty.wait(0.1):
                 continue
-            self._writer.dirty.clear()
+            self._dirty.clear()
             with suppress(Exception):  # the last sync, before the rename, reports errors
-                self._output.sync()
+                self._sync()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -235,7 +234,7 @@ def run(
                         drop_damaged(output, journal, plan.steps)
             finally:
                 journal.close()
-            _fill(report, plan, writer)
+            fill_report(report, plan, writer)
             report.bytes_read, report.bytes_written = job.bytes_read, writer.written
             report.stages = vars(pipeline.times)
             if finish is not None:
@@ -251,14 +250,11 @@ def run(
 
 def identity_of(plan: MergePlan) -> Identity:
     """What must be the same for a run to be continued."""
-    decisions = json.dumps(
-        [plan.method, plan.recipe_text, [repr(s) for s in plan.steps]], ensure_ascii=False
-    )
     headers = hashlib.sha256()
     for shard in plan.shards:
         headers.update(shard.file.encode() + b"\0" + shard.header)
     return Identity(
-        hashlib.sha256(decisions.encode()).hexdigest(),
+        hashlib.sha256(plan.decisions().encode()).hexdigest(),
         headers.hexdigest(),
         tuple(f for model in plan.models.values() for f in model.files),
         backend_name(plan),
@@ -266,7 +262,7 @@ def identity_of(plan: MergePlan) -> Identity:
     )
 
 
-def _fill(report: MergeReport, plan: MergePlan, writer: Writer) -> None:
+def fill_report(report: MergeReport, plan: MergePlan, writer: Writer) -> None:
     """The tensors of the report, in the order of the plan."""
     used: Counter[str] = Counter()
     for step in plan.steps:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from magic_fast.engine.plan import Step
 from magic_fast.engine.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
-from magic_fast.ops.backend import View
+from magic_fast.ops.backend import Array, View
 from magic_fast.ops.native_search import StreamingSelect, cut_for
 from magic_fast.recipe import Selection
 
@@ -118,6 +118,56 @@ class StreamedSearch:
         for step in self._steps:
             found[step.name] = cut_for(whole, self._starts[step.name], step.numel)
         return found
+
+
+class SharedSearch(StreamedSearch):
+    """The selections of the same tensors for several recipes: what one reads, all are fed.
+
+    Args:
+        ways: for each recipe its steps; the same tensors in each.
+    """
+
+    def __init__(
+        self,
+        ways: Sequence[Sequence[Step]],
+        slot_bytes: int,
+        wait: Callable[[threading.Event], None],
+    ) -> None:
+        widest = max(ways, key=lambda steps: search_grain(steps[0]))
+        super().__init__(widest, slot_bytes, wait)
+        name = widest[0].name if len(widest) == 1 else ""
+        recipes = [steps[0].recipe for steps in ways]
+        self._many = [StreamingSelect(r, self._total, name=name) for r in recipes if r is not None]
+        self._search = _Together(self._many)
+
+    def all_selections(self) -> list[dict[str, Selection]]:
+        """Of each recipe: one selection per tensor."""
+        return [
+            {s.name: cut_for(one.result(), self._starts[s.name], s.numel) for s in self._steps}
+            for one in self._many
+        ]
+
+
+class _Together(StreamingSelect):
+    """Several searches that want the same data are fed together."""
+
+    def __init__(self, searches: Sequence[StreamingSelect]) -> None:
+        self._searches = self._active = list(searches)
+
+    def sample(self, base: Array | None, experts: Sequence[Array]) -> None:
+        for search in self._searches:
+            search.sample(base, experts)
+
+    def wants(self) -> list[tuple[int, int]]:
+        wanted = [search.wants() for search in self._searches]
+        ranges = next((w for w in wanted if w), [])
+        pairs = zip(self._searches, wanted, strict=True)
+        self._active = [search for search, w in pairs if w == ranges]
+        return ranges
+
+    def feed(self, base: Array | None, experts: Sequence[Array], *, offset: int) -> None:
+        for search in self._active:
+            search.feed(base, experts, offset=offset)
 
 
 def _bytes_per_element(step: Step) -> float:

@@ -1,0 +1,113 @@
+"""``magic-fast sweep CONFIG OUT --set density=0.1,0.2 --set scale=0.3,1.0``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from magic_fast.cli import options
+from magic_fast.cli.merge import read_config
+from magic_fast.cli.progress import progress
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "sweep",
+        help="merge in many combinations of parameters, from one read of the checkpoints",
+        description="Merges checkpoints as CONFIG says once for every combination of the values "
+        "given by --set, into sub-folders of the new folder OUT, which appears once, whole.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("out", metavar="OUT", help="folder to make; it must be missing or empty")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        required=True,
+        metavar="NAME=VALUE,VALUE…",
+        help="a name of the configuration's `parameters:`, seed, or calibrate.NAME, and its "
+        "values; again for more names: all combinations, at most 256",
+    )
+    options.device(parser)
+    parser.add_argument(
+        "--calibrate", choices=("wsc",), help="calibrate, though the configuration does not say so"
+    )
+    parser.add_argument(
+        "--compat", metavar="SYSTEM", help="repeat a known fault of a system: mergekit-0.1.4"
+    )
+    parser.add_argument(
+        "--allow-embedding-truncation",
+        action="store_true",
+        help="cut embeddings of unequal vocabularies to the smallest",
+    )
+    options.progress(parser)
+    options.machine_readable(parser)
+    options.common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from magic_fast.api.sweeping_checkpoints import sweep_checkpoints
+
+    settings = read_settings(arguments.settings)
+    config = read_config(arguments.config)
+    quiet, style = arguments.quiet, arguments.progress
+    with progress(quiet=quiet, title="sweep", style=style) as report:
+        swept = sweep_checkpoints(
+            config,
+            arguments.out,
+            settings,
+            device=arguments.device,
+            backend=arguments.backend,
+            max_shard_size=arguments.max_shard_size,
+            memory=arguments.memory,
+            compat=arguments.compat,
+            calibrate=arguments.calibrate,
+            allow_embedding_truncation=arguments.allow_embedding_truncation,
+            progress=report,
+        )
+    if arguments.json:
+        options.print_json(swept.as_dict())
+    elif not quiet:
+        from magic_fast.report.units import format_bytes, format_seconds
+
+        first = swept.reports[0]
+        written = sum(r.bytes_written for r in swept.reports)
+        print(
+            f"{swept.out}: {len(swept.reports)} models by {swept.method} ({first.backend}) in "
+            f"{format_seconds(swept.seconds)}; read {format_bytes(first.bytes_read)}, wrote "
+            f"{format_bytes(written)}"
+        )
+        for combination in swept.combinations:
+            print(f"  {combination.name}")
+        for warning in swept.warnings:
+            print(f"warning: {warning}")
+    return 0
+
+
+def read_settings(texts: list[str]) -> dict[str, list[Any]]:
+    """``density=0.1,0.2`` → ``{"density": [0.1, 0.2]}``; a value is what YAML reads, so a list in
+    brackets is one value.
+
+    Raises:
+        ConfigError: not of this form, or a name twice.
+    """
+    import yaml
+
+    from magic_fast.errors import ConfigError
+
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = (part.strip() for part in text.partition("="))
+        if not name or not equals:
+            raise ConfigError(f"--set {text!r}: expected NAME=VALUE,VALUE…, got no '='.")
+        if name in found:
+            raise ConfigError(f"--set {name}: expected once, got it twice. List all its values.")
+        try:
+            found[name] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"--set {text!r}: expected values separated by commas, got {values!r}."
+            ) from None
+    return found
