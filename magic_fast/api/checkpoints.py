@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from magic_fast._version import __version__
+from magic_fast.api.collection import no_collection
 from magic_fast.api.steps import calibration_of, cut, input_of, steps_of
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.checkpoint import (
@@ -52,10 +52,9 @@ def read_config(config: str | Path | MergeConfig | Mapping[str, Any]) -> MergeCo
     return MergeConfig.from_file(config)
 
 
+@no_collection()
 def open_models(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
     models: dict[str, Checkpoint] = {}
-    collecting = gc.isenabled()
-    gc.disable()  # hundreds of thousands of small objects, none of them garbage
     try:
         for reference, path in references.items():
             models[reference] = open_checkpoint(path)
@@ -63,9 +62,6 @@ def open_models(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
         for model in models.values():
             model.close()
         raise
-    finally:
-        if collecting:
-            gc.enable()
     return models
 
 
@@ -149,6 +145,7 @@ def _check_disk(plan: MergePlan) -> None:
         )
 
 
+@no_collection()
 def plan_checkpoints(
     config: str | Path | MergeConfig | Mapping[str, Any],
     out: str | Path,

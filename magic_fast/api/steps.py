@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from magic_fast.api.collection import no_collection
 from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_from_file
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
@@ -15,6 +16,7 @@ from magic_fast.engine.plan import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.methods.parameters import METHODS
 from magic_fast.methods.recipes import RECIPES, build_recipe
+from magic_fast.recipe import Recipe
 
 _WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -73,11 +75,12 @@ def steps_of(
 ) -> tuple[list[Step], int | None]:
     """One step per output tensor, and the number of rows embeddings were cut to (None: none
     were)."""
-    layout = resolve_layout(config, {name: View(c) for name, c in models.items()})
-    if calibration is not None:
-        calibration.check_names(t.name for t in layout)
-    builder = _Builder(config, models, calibration, seed, compat, allow_truncation)
-    return [builder.step(tensor) for tensor in layout], builder.vocab_size
+    with no_collection():
+        layout = resolve_layout(config, {name: View(c) for name, c in models.items()})
+        if calibration is not None:
+            calibration.check_names(t.name for t in layout)
+        builder = _Builder(config, models, calibration, seed, compat, allow_truncation)
+        return [builder.step(tensor) for tensor in layout], builder.vocab_size
 
 
 class _Builder:
@@ -99,6 +102,24 @@ class _Builder:
         self._model_type = models[config.donor].config.get("model_type")
         self._whole = METHODS[config.merge_method].base == "none"
         self.vocab_size: int | None = None
+        self._recipes: dict[tuple[int, ...], tuple[dict[str, Any], Recipe | None]] = {}
+
+    def _recipe(self, tensor: OutputTensor, num_experts: int) -> tuple[dict[str, Any], Any]:
+        """Arguments and recipe, which tensors of the same parameters share as they share those."""
+        key = (id(tensor.parameters), id(tensor.expert_parameters), num_experts)
+        if key not in self._recipes:
+            config, recipe = self._config, None
+            arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
+            if config.merge_method in RECIPES:
+                recipe = build_recipe(
+                    config.merge_method,
+                    num_experts,
+                    arguments,
+                    preset=config.preset,
+                    compat=self._compat,
+                )
+            self._recipes[key] = arguments, recipe
+        return self._recipes[key]
 
     def _source(self, source: Source) -> Input:
         return input_of(self._models, source.model, source.tensor_name)
@@ -129,16 +150,7 @@ class _Builder:
         word = _WORDS[config.out_dtype] if config.out_dtype else (cast or inputs[0].info.dtype)
         if not experts:  # nothing but the base
             return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
-        arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
-        recipe = None
-        if config.merge_method in RECIPES:
-            recipe = build_recipe(
-                config.merge_method,
-                len(experts),
-                arguments,
-                preset=config.preset,
-                compat=self._compat,
-            )
+        arguments, recipe = self._recipe(tensor, len(experts))
         weights: Any = arguments.get("weights", (1.0,) * len(experts))
         if recipe is not None:
             weights = recipe.weights

@@ -122,6 +122,27 @@ class MergePlan:
     memory: int = DEFAULT_MEMORY
     device: str = "cpu"
 
+    def decisions(self) -> str:
+        """Everything that decides values, as text: the same for the same merge."""
+        words: dict[int, str] = {}  # recipes and arguments are shared by many steps
+
+        def word(value: object) -> str:
+            found = words.get(id(value))
+            if found is None:
+                found = words[id(value)] = repr(value)
+            return found
+
+        lines = [self.method, self.recipe_text]
+        for s in self.steps:
+            sources = [
+                (i.model, i.info.path, i.info.offset, i.info.dtype, i.shape) for i in s.inputs
+            ]
+            roles = (s.base is not None, s.merged is not None, s.whole, s.copy)
+            head = (s.name, s.shape, s.dtype, s.cast, s.method, s.preset, roles)
+            how = f"{word(s.recipe)} {word(s.arguments)} {word(s.calibration)}"
+            lines.append(f"{head!r} {sources!r} {how}")
+        return "\n".join(lines)
+
     @property
     def input_bytes(self) -> int:
         """Bytes to read, a tensor counted once however many steps use it."""
