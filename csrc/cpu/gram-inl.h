@@ -67,6 +67,20 @@ static void gram_tile(const float* const* rows, int m, int64_t n, double* pairs)
   }
 }
 
+// The same in float64: products of float32 are exact there. For `manifold_exact`, whose inverse of a matrix of
+// condition 1e6 would turn float32's rounding into whole percents.
+static void gram_wide_tile(const float* const* rows, int m, int64_t n, double* pairs) {
+  for (int r = 0; r < m; ++r)
+    for (int c = r; c < m; ++c) {
+      double lane[kSumLanes] = {};
+      for (int64_t i = 0; i < n; i += kSumLanes)
+        for (int l = 0; l < kSumLanes; ++l) lane[l] += (double)rows[r][i + l] * (double)rows[c][i + l];
+      for (int step = kSumLanes / 2; step > 0; step /= 2)
+        for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
+      pairs[pair_index(r, c, m)] += lane[0];
+    }
+}
+
 // Squared norms only: what `sphere` needs.
 static void norms_tile(const float* const* rows, int m, int64_t n, double* pairs) {
   for (int r = 0; r < m; ++r) {

@@ -104,7 +104,9 @@ static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, floa
       delta_tile(w, s, start + done + sub, imin(kTile, len - sub), s.tau + sub, w.tile, d + sub);
     for (int k = 0; k < w.k; ++k) rows[k] = s.tau + (int64_t)k * w.tile;
     rows[w.m - 1] = d;
-    if (w.gram) {
+    if (w.gram && w.wide) {
+      gram_wide_tile(rows, w.m, padded(len), pairs);
+    } else if (w.gram) {
       gram_tile(rows, w.m, padded(len), pairs);
     } else {
       norms_tile(rows, w.m, padded(len), pairs);

@@ -91,6 +91,7 @@ Prepared::Prepared(mf_job& j) : job(j) {
     require(work.included > 0, "job: calibration without an included expert.");
     work.m = work.k + 1;
     work.gram = c->variant != MF_SPHERE;
+    work.wide = c->variant == MF_MANIFOLD_EXACT;
     work.powers = c->variant != MF_MANIFOLD && c->p != 2;
   }
   work.tile = work.m ? stat_tile(work.m) : kTile;

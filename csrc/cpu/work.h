@@ -31,6 +31,7 @@ struct Work {
   bool keep_tau;                // raw task vectors of all experts stay in the scratch (statistics, consensus)
   bool linear;                  // no vote, all contribute: sums as they come, no values kept
   bool gram, powers;            // which sums the calibration needs besides the squared norms
+  bool wide;                    // inner products in float64
   float divisor;                // of a linear mean, 1 otherwise
 };
 

@@ -149,6 +149,7 @@ def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> A
         if count is None:
             kind, kept, top = _trim_counts(trim, k, total)
         density = float(trim.density[k]) if trim.density else 1.0
+        drops = trim.rule is not TrimRule.GIVEN and trim.active(k) and total != 0
         restored = 1.0 / density if recipe.rescale is Rescale.KEEP_PROBABILITY else 1.0
         experts.append(
             {
@@ -160,7 +161,7 @@ def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> A
                 "epsilon": float(trim.epsilon[k]) if trim.epsilon else 0.0,
                 "random_bound": math.floor(density * 2.0**32) if kind == _RANDOM else 0,
                 "lambda": consensus.lambdas[k] if consensus and not consensus.given else 0.0,
-                "factor": 1.0 if kind == _NONE or total == 0 else restored,
+                "factor": restored if drops else 1.0,
                 "given_factor": restored,
             }
         )
