@@ -66,7 +66,7 @@ class Run:
         self._total = self._expected_bytes()
         pipeline = Pipeline(loader, self._run, writer, slots)
         self._pipeline = pipeline
-        syncer = Syncer(output, writer)
+        syncer = Syncer(output.sync, writer.dirty)
         try:
             if self._worker is not None:
                 self._worker.prepare()
@@ -178,19 +178,19 @@ class Syncer:
     """Keeps the disk busy: forces written data to it in the background, so that little is left at
     the end."""
 
-    def __init__(self, output: OutputFolder, writer: Writer) -> None:
-        self._output, self._writer = output, writer
+    def __init__(self, sync: Callable[[], None], dirty: threading.Event) -> None:
+        self._sync, self._dirty = sync, dirty
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="magic-fast-sync", daemon=True)
         self._thread.start()
 
     def _loop(self) -> None:
         while not self._stopped.is_set():
-            if not self._writer.dirty.wait(0.1):
+            if not self._dirty.wait(0.1):
                 continue
-            self._writer.dirty.clear()
+            self._dirty.clear()
             with suppress(Exception):  # the last sync, before the rename, reports errors
-                self._output.sync()
+                self._sync()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -234,7 +234,7 @@ def run(
                         drop_damaged(output, journal, plan.steps)
             finally:
                 journal.close()
-            _fill(report, plan, writer)
+            fill_report(report, plan, writer)
             report.bytes_read, report.bytes_written = job.bytes_read, writer.written
             report.stages = vars(pipeline.times)
             if finish is not None:
@@ -262,7 +262,7 @@ def identity_of(plan: MergePlan) -> Identity:
     )
 
 
-def _fill(report: MergeReport, plan: MergePlan, writer: Writer) -> None:
+def fill_report(report: MergeReport, plan: MergePlan, writer: Writer) -> None:
     """The tensors of the report, in the order of the plan."""
     used: Counter[str] = Counter()
     for step in plan.steps:
