@@ -21,6 +21,17 @@ def rank_cutoff(dtype: torch.dtype) -> float:
     return 2.0**-23 if dtype == torch.float32 else 1e-14
 
 
+def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, σ, Vᵀ), dtype of ``x``. Where LAPACK's divide and conquer does not converge (seen in
+    float32 on near-orthonormal matrices): of the transpose, in float64."""
+    try:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        return u, s, vh
+    except torch.linalg.LinAlgError:
+        v, s, uh = torch.linalg.svd(x.double().T, full_matrices=False)
+        return uh.T.to(x.dtype), s.to(x.dtype), v.T.to(x.dtype)
+
+
 class Factorizations(Protocol):
     """The two decompositions that every formula here is written over."""
 
@@ -48,7 +59,7 @@ class ExactFactorizations:
     def polar(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return torch.zeros_like(x)
-        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        u, s, vh = thin_svd(x)
         factor: Tensor = (u * self._used(s)) @ vh
         return factor
 
@@ -59,7 +70,7 @@ class ExactFactorizations:
                 x.new_zeros(count),
                 x.new_zeros(x.shape[1], count),
             )
-        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        u, s, vh = thin_svd(x)
         keep = self._used(s)[:count]
         return u[:, :count] * keep, s[:count] * keep, vh[:count].T * keep
 
@@ -163,7 +174,7 @@ def star(tau: Tensor, eta: float) -> Tensor:
     """
     if tau.dim() != 2 or tau.numel() == 0:
         return tau
-    u, s, vh = torch.linalg.svd(tau, full_matrices=False)
+    u, s, vh = thin_svd(tau)
     sums = s.double().cumsum(0)
     if float(sums[-1]) == 0:
         return tau
@@ -187,7 +198,7 @@ def svc(taus: Sequence[Tensor], delta: Tensor, alpha: float) -> Tensor:
     """
     if delta.numel() == 0:
         return delta.double()
-    u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    u, s, vh = thin_svd(delta.double())
     floor = torch.zeros_like(s)
     for tau in taus:
         a = u.T @ tau.double()  # [r, n]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import magic_fast as mf
-from magic_fast.reference.spectral import iso_cts_ranks
+from magic_fast.reference.spectral import iso_cts_ranks, thin_svd
 from spectral.spectra import distance, geometric, matrix
 
 METHODS = ("iso_c", "iso_cts", "tsv_m", "star")
@@ -218,6 +218,21 @@ def test_svc_copies_what_is_no_matrix() -> None:
         mf.svc(None, experts, merged, alpha=0)
     with pytest.raises(mf.NonFiniteError, match="'w'"):
         mf.svc(None, [{"w": torch.full((2, 2), math.inf)}], {"w": torch.ones(2, 2)})
+
+
+def test_a_decomposition_that_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = matrix((12, 20), geometric(12, 10))
+    plain = torch.linalg.svd
+
+    def stubborn(a: Tensor, **options: Any) -> Any:
+        if a.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+        return plain(a, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", stubborn)
+    u, s, vh = thin_svd(x)
+    assert (u.dtype, u.shape, s.shape, vh.shape) == (x.dtype, (12, 12), (12,), (12, 20))
+    assert distance((u * s) @ vh, x) <= 1e-6
 
 
 def test_lines_scales_by_depth() -> None:
