@@ -27,7 +27,7 @@ def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return u, s, vh
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         v, s, uh = torch.linalg.svd(x.double().T, full_matrices=False)
         return uh.T.to(x.dtype), s.to(x.dtype), v.T.to(x.dtype)
 
