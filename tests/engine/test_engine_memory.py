@@ -1,0 +1,83 @@
+"""Anonymous memory stays below a bound that no tensor, model or number of experts moves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.engine_models import MIB, environment
+from magic_fast.checkpoint import TensorSpec, serialize_header
+from support.backends import available_backends
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc"),
+    pytest.mark.skipif("native" not in available_backends(), reason="needs the native backend"),
+]
+PROGRAM = Path(__file__).with_name("measured_merge.py")
+K = 3
+
+
+def write_large(folder: Path, rows: int, cols: int, layers: int = 1) -> str:
+    """Models of large bfloat16 tensors, written in blocks; the YAML of their TIES + WSC."""
+    specs = [TensorSpec(f"layers.{i}.weight", "BF16", (rows, cols)) for i in range(layers)]
+    head, _ = serialize_header(specs, "model.safetensors")
+    block = rows * cols // 64
+    for number in range(1 + K):
+        path = folder / str(number)
+        path.mkdir()
+        draw = np.random.default_rng(number)
+        base = np.random.default_rng(99)
+        with open(path / "model.safetensors", "wb") as file:
+            file.write(head)
+            for _ in range(layers * 64):
+                x = base.standard_normal(block, dtype=np.float32)
+                if number:
+                    x += draw.standard_normal(block, dtype=np.float32) / 64
+                file.write((x.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    (folder / "m.yml").write_text(
+        f"merge_method: ties\nbase_model: {folder}/0\nmodels:\n"
+        + "".join(f"- model: {folder}/{k}\n" for k in range(1, 1 + K))
+        + "parameters: {density: 0.2, weight: 0.5}\ncalibrate: wsc\n"
+    )
+    return str(folder / "m.yml")
+
+
+def peak_of(config: str, out: Path, memory: int) -> int:
+    ended = subprocess.run(
+        [sys.executable, str(PROGRAM), config, str(out), str(memory)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert not found["torch"], "torch was imported by a merge that does not need it"
+    print(f"peak {found['peak'] / MIB:.0f} MiB for {found['written'] / MIB:.0f} MiB written")
+    return int(found["peak"])
+
+
+def test_one_tensor_of_256_mb(tmp_path: Path) -> None:
+    """Selection and merge both stream it: 1 GB of inputs, 32 MiB of blocks."""
+    config = write_large(tmp_path, 8192, 16384)
+    assert peak_of(config, tmp_path / "out", 32 * MIB) <= 32 * MIB + 70 * MIB
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Four times the layers, the same memory; the peak is above the blocks, so it was measured."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    small = peak_of(write_large(tmp_path / "a", 2048, 4096, 2), tmp_path / "out-a", 16 * MIB)
+    large = peak_of(write_large(tmp_path / "b", 2048, 4096, 8), tmp_path / "out-b", 16 * MIB)
+    assert 16 * MIB < large <= small + 16 * MIB
+
+
+@pytest.mark.slow
+def test_one_tensor_of_1500_mb(tmp_path: Path) -> None:
+    """With the default blocks, below 250 MiB in all."""
+    config = write_large(tmp_path, 45776, 16384)
+    assert peak_of(config, tmp_path / "out", 128 * MIB) <= 250 * MIB

@@ -1,0 +1,70 @@
+"""Planning a model of very many tensors is linear in their number, and cheap."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import magic_fast as mf
+from magic_fast.engine import MergePlan
+
+SHARDS = 12
+
+
+def write_headers(folder: Path, count: int) -> None:
+    """A model of ``count`` small tensors whose data are holes in the files."""
+    folder.mkdir()
+    weight_map = {}
+    names = [f"model.layers.{i // 600}.mlp.experts.{i % 600}.up_proj.weight" for i in range(count)]
+    for shard in range(SHARDS):
+        entries, end = {}, 0
+        for name in names[shard::SHARDS]:
+            entries[name] = {"dtype": "BF16", "shape": [16, 8], "data_offsets": [end, end + 256]}
+            end += 256
+        raw = json.dumps(entries).encode()
+        path = folder / f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
+        with open(path, "wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + end)
+        weight_map |= dict.fromkeys(entries, path.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def plan(folder: Path, count: int, models: int) -> tuple[MergePlan, float]:
+    folder.mkdir()
+    for number in range(models):
+        write_headers(folder / str(number), count)
+    config = {
+        "merge_method": "ties",
+        "base_model": str(folder / "0"),
+        "models": [{"model": str(folder / str(n))} for n in range(1, models)],
+        "parameters": {"density": 0.2, "weight": 0.5},
+        "calibrate": "wsc",
+    }
+    started = time.process_time()
+    found = mf.plan_checkpoints(yaml.safe_dump(config), folder / "out")
+    return found, time.process_time() - started
+
+
+def test_every_tensor_has_its_place(tmp_path: Path) -> None:
+    found, _ = plan(tmp_path / "m", 600, 3)
+    places = [(info.path, info.offset) for shard in found.shards for info in shard.tensors]
+    assert len(found.steps) == len(set(places)) == 600
+    assert len({id(step.recipe) for step in found.steps}) == 1, "one recipe serves them all"
+    described = json.loads(json.dumps(found.describe()))
+    assert described["tensors"] == 600 and described["output_bytes"] == 600 * 256
+
+
+@pytest.mark.slow
+def test_planning_36000_tensors_of_five_models(tmp_path: Path) -> None:
+    small, short = plan(tmp_path / "small", 3600, 5)
+    large, long = plan(tmp_path / "large", 36_000, 5)
+    print(
+        f"\nplanned {len(small.steps)} tensors in {short:.2f} s, {len(large.steps)} in {long:.2f}"
+    )
+    assert len(large.steps) == 36_000
