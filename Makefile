@@ -12,7 +12,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 SOURCES := $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help venv build test test-full lint format demo clean
+# The tools that benchmarks compare with, in an environment of their own; without it their rows say absent.
+PEERS ?= .peers
+PEER_PYTHON = $(wildcard $(PEERS)/bin/python)
+RESULTS ?= benchmarks/results
+
+.PHONY: help venv build test test-full lint format demo peers bench-cpu bench-spectral clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +58,23 @@ format: venv ## rewrite the sources the way lint wants them
 
 demo: venv ## make 150 M-parameter checkpoints, merge them (TIES + WSC), show what changed
 	$(BIN)/magic-fast demo
+
+peers: $(PEERS)/.installed ## the tools that the benchmarks compare with
+
+$(PEERS)/.installed: benchmarks/peers.txt .ci/constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' .ci/constraints.txt)"
+	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	touch $@
+
+bench-cpu: venv ## the native backend against the memory's speed, and against the peers
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/cpu/bench.py --json $(RESULTS)/cpu.json
+	$(BIN)/python benchmarks/cpu/against.py --json $(RESULTS)/peers.json \
+	  $(if $(PEER_PYTHON),--peers $(PEER_PYTHON))
+
+bench-spectral: venv ## the spectral methods against torch.linalg.svd
+	$(BIN)/python benchmarks/spectral/bench.py
 
 clean: ## what was built; .venv and .demo stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

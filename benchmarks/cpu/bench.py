@@ -1,5 +1,6 @@
 """The native CPU backend against the memory's speed: time, bytes by the byte model, GB/s, and the
-share of the merge-shaped bandwidth (K + 1 streams read, one written, no arithmetic) of the same run.
+share of the merge-shaped bandwidth (K + 1 streams read, one written, no arithmetic) of the same
+run.
 
     python benchmarks/cpu/bench.py [--rows N] [--cols N] [--rounds N] [--threads N] [--only WORD]
                                    [--json FILE]
@@ -73,7 +74,8 @@ def recipes(k: int) -> dict[str, Recipe]:
 
 @dataclass
 class Variant:
-    """One row of the table. ``streams``: how often N elements of 16 bits move, by the byte model."""
+    """One row of the table. ``streams``: how often N elements of 16 bits move, by the byte
+    model."""
 
     name: str
     streams: int
@@ -144,13 +146,9 @@ def variants(
                 continue
             job = Job(base, experts, recipe, out, calibration=calibration if wsc else None)
             check(backend, job)
-            found.append(
-                Variant(label, reads * (k + 1) + 1, lambda job=job: backend.merge(job))
-            )
+            found.append(Variant(label, reads * (k + 1) + 1, lambda job=job: backend.merge(job)))
             if reads == 2 and not wsc:
-                found.append(
-                    Variant("  select alone", k + 1, lambda job=job: backend.select(job))
-                )
+                found.append(Variant("  select alone", k + 1, lambda job=job: backend.select(job)))
     backend.merge(Job(base, experts, recipes(k)["task_arithmetic"], merged))
     job = Job(base, experts, recipes(k)["task_arithmetic"], out, calibration=calibration)
     if only in "WSC alone":

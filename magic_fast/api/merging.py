@@ -241,7 +241,8 @@ def resolve(
         log.warning("calibrating the merge of one expert gives back a full-size task vector")
     if details and backend not in (None, "auto", "torch"):
         raise InputError(
-            f"details with backend {backend!r}: expected backend 'torch', which keeps masks and votes, "
+            f"details with backend {backend!r}: expected backend 'torch', which keeps masks "
+            "and votes, "
             f"got {backend!r}. Leave the backend out."
         )
     if details:

@@ -27,9 +27,9 @@ class StreamingSelect:
     """Thresholds, factors and majority sign of a recipe, the same as with all data in memory.
 
     The data is one tensor, or several one behind the other (``TrimScope.MODEL``: names sorted);
-    flat indices run through. A magnitude trim takes one pass as a rule, more where the sample (or the
-    first piece) misled; norm factors and the majority sign take one more each. Ranked trims with
-    norm factors need pieces of whole ranked rows, so 1-D tensors whole.
+    flat indices run through. A magnitude trim takes one pass as a rule, more where the sample (or
+    the first piece) misled; norm factors and the majority sign take one more each. Ranked trims
+    with norm factors need pieces of whole ranked rows, so 1-D tensors whole.
 
     Example::
 

@@ -2,7 +2,8 @@
 PyTorch.
 
 Element ``i`` of a tensor takes word ``i mod 4`` of counter ``i div 4``, so a mask depends on
-nothing but the seed, the tensor's name, the expert's index and the element's index (docs/methods.md).
+nothing but the seed, the tensor's name, the expert's index and the element's index
+(docs/methods.md).
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from api.mistakes import CASES, Call, base, experts, merging
 
 import magic_fast as mf
+from api.mistakes import CASES, Call, base, experts, merging
 from magic_fast import ops
 from magic_fast.errors import InputError
 from magic_fast.ops.backend import Job

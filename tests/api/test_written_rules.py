@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import backend_params
 
 import magic_fast as mf
+from support.backends import backend_params
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {},

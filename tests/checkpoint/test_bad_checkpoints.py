@@ -8,9 +8,9 @@ import re
 
 import numpy as np
 import pytest
-from checkpoint.checkpoint_files import entry, raw_file, two_shards
 from safetensors.numpy import save_file
 
+from checkpoint.checkpoint_files import entry, raw_file, two_shards
 from magic_fast.checkpoint import open_checkpoint
 from magic_fast.errors import CheckpointError
 

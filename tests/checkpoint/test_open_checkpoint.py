@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from checkpoint.checkpoint_files import Faults, entry, raw_file, two_shards, write_sharded
 from safetensors.numpy import save_file
 
+from checkpoint.checkpoint_files import Faults, entry, raw_file, two_shards, write_sharded
 from magic_fast.checkpoint import FileReader, InputFile, changed_inputs, open_checkpoint
 from magic_fast.errors import CheckpointError, InternalError
 

@@ -6,10 +6,10 @@ import errno
 import os
 
 import pytest
-from checkpoint.checkpoint_files import Faults
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.checkpoint_files import Faults
 from magic_fast.checkpoint import OutputFolder, TensorSpec, open_checkpoint, plan_shards
 from magic_fast.errors import CheckpointError, OutputError
 

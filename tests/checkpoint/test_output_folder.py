@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint.checkpoint_files import Faults
 from safetensors.numpy import load_file
 
+from checkpoint.checkpoint_files import Faults
 from magic_fast.checkpoint import OutputFolder, TensorSpec, open_checkpoint, plan_shards
 from magic_fast.checkpoint.lock import OutputLock
 from magic_fast.errors import CheckpointError, InternalError, OutputError

@@ -7,11 +7,11 @@ import struct
 
 import pytest
 import safetensors
-from checkpoint.checkpoint_files import LIBRARY_DTYPES, entry, raw_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from checkpoint.checkpoint_files import LIBRARY_DTYPES, entry, raw_file
 from magic_fast.checkpoint import DTYPE_BITS, TensorSpec, parse_header, serialize_header
 from magic_fast.errors import CheckpointError, InputError
 

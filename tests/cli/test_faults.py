@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import load, write_config
 
 from magic_fast.cli import main
+from support.models import load, write_config
 
 Capture = pytest.CaptureFixture[str]
 

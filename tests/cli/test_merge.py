@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import assert_same, in_memory, load, write_config
 
 import magic_fast as mf
 from magic_fast.cli import main
+from support.models import assert_same, in_memory, load, write_config
 
 Capture = pytest.CaptureFixture[str]
 

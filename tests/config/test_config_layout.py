@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config.config_views import BLOCK, GOLDEN, View, llama, llama_names, view_of
 
+from config.config_views import BLOCK, GOLDEN, View, llama, llama_names, view_of
 from magic_fast.config import MergeConfig, OutputTensor, resolve_layout
 from magic_fast.errors import CheckpointError, ConfigError
 from magic_fast.methods.parameters import METHODS

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config.config_views import llama_names
 
+from config.config_views import llama_names
 from magic_fast.config import CalibrateConfig, MergeConfig
 from magic_fast.config.blocks import comes_before, find_blocks, split_name
 from magic_fast.errors import CheckpointError, ConfigError

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from golden.golden_case import GoldenCase
 from torch import Tensor
 
+from golden.golden_case import GoldenCase
 from magic_fast import ops
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from golden.adapters import adapter
-from golden.golden_case import GoldenCase
 from torch import Tensor
 
 import magic_fast as mf
+from golden.adapters import adapter
+from golden.golden_case import GoldenCase
 
 
 @adapter("magic.generate_task_masks", "iso.generate_task_masks", torch_only=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from golden.adapters import adapter, target, upcast
-from golden.golden_case import GoldenCase
 from torch import Tensor
 
 import magic_fast as mf
+from golden.adapters import adapter, target, upcast
+from golden.golden_case import GoldenCase
 
 # As the authors wrote it: every ratio applied, nothing guarded, nothing limited.
 _PARITY: dict[str, Any] = {"guards": False, "clamp": None, "tensors": "magic"}

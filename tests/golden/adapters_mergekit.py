@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from golden.adapters import adapter, target, upcast
-from golden.golden_case import GoldenCase
 from torch import Tensor
 
 import magic_fast as mf
+from golden.adapters import adapter, target, upcast
+from golden.golden_case import GoldenCase
 
 _ELEMENTWISE = (
     "task_arithmetic",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from golden.adapters import NotYet, adapter, target
-from golden.golden_case import GoldenCase
 from torch import Tensor
 
 import magic_fast as mf
+from golden.adapters import NotYet, adapter, target
+from golden.golden_case import GoldenCase
 from magic_fast.methods.parameters import METHODS
 
 _METHODS = ("task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties")

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from golden.adapters import adapter
-from golden.golden_case import GoldenCase
 from torch import Tensor
 
 import magic_fast as mf
+from golden.adapters import adapter
+from golden.golden_case import GoldenCase
 
 
 def _merge(case: GoldenCase, method: str, **params: Any) -> dict[str, Tensor]:

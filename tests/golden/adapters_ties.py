@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from golden.adapters import adapter, run_recipe
-from golden.golden_case import GoldenCase
 from torch import Tensor
 
+from golden.adapters import adapter, run_recipe
+from golden.golden_case import GoldenCase
 from magic_fast.recipe import (
     Contributors,
     CountRule,

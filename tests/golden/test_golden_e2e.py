@@ -17,16 +17,16 @@ from typing import Any
 
 import pytest
 import torch
-from golden.golden_case import GoldenCase, golden_folder, load_cases, mismatch, why_absent
 from safetensors import safe_open
-from support.backends import available_backends
 from torch import Tensor
 
 import magic_fast as mf
+from golden.golden_case import GoldenCase, golden_folder, load_cases, mismatch, why_absent
 from magic_fast.cli import main
 from magic_fast.config import MergeConfig
 from magic_fast.methods.functions import FUNCTIONS
 from magic_fast.methods.parameters import METHODS
+from support.backends import available_backends
 
 _CASES = [case for case in load_cases() if case.on_disk]
 _COMPAT = {"breadcrumbs": "mergekit-0.1.4"}

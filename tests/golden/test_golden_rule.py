@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from golden.adapters import ADAPTERS
 from golden.golden_case import load_cases, mismatch, why_absent
 from golden.test_golden_tensors import REGISTERED

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from golden import (
     adapters_consensus,
     adapters_geometric,
@@ -15,10 +17,8 @@ from golden import (
 )
 from golden.adapters import ADAPTERS, TORCH_ONLY, NotYet
 from golden.golden_case import GoldenCase, load_cases, mismatch, why_absent
-from support.backends import available_backends
-from torch import Tensor
-
 from magic_fast.errors import BackendError
+from support.backends import available_backends
 
 # importing them registers their operations
 REGISTERED = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.backends import available_backends, backend_params
 from torch import Tensor
 
 import magic_fast as mf
+from support.backends import available_backends, backend_params
 
 of = torch.tensor
 backends = pytest.mark.parametrize("backend", backend_params())

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.backends import backend_params
-from support.calibrations import CalibrationCase, calibration_cases
-from support.oracle import assert_within_budget, truth
 
 from magic_fast import ops
 from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Job
 from magic_fast.reference import calibration as wsc
 from magic_fast.reference import merge as reference
+from support.backends import backend_params
+from support.calibrations import CalibrationCase, calibration_cases
+from support.oracle import assert_within_budget, truth
 
 _CASES = [pytest.param(case, id=case.word) for case in dict.fromkeys(calibration_cases())]
 

@@ -8,14 +8,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.backends import backend_params
-from support.cases import RECIPES, MergeCase
 
 import magic_fast as mf
 from magic_fast import ops
 from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import RowCalibration
+from support.backends import backend_params
+from support.cases import RECIPES, MergeCase
 
 _WHOLE = ("ranked", "della", "consensus_given", "given_masks")
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.backends import backend_params
-from support.cases import MergeCase, is_quick, merge_cases
-from support.oracle import assert_within_budget, truth
 
 from magic_fast import ops
 from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe, Trim, TrimRule
 from magic_fast.reference import merge as reference
+from support.backends import backend_params
+from support.cases import MergeCase, is_quick, merge_cases
+from support.oracle import assert_within_budget, truth
 
 _CASES = [
     pytest.param(case, id=case.word, marks=() if is_quick(case) else pytest.mark.slow)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import backend_params
 from torch import Tensor
 
 import magic_fast as mf
+from support.backends import backend_params
 
 K = 8
 #: cosine of each pair → ξ of Δ = mean τ, eight experts of equal norm

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.backends import backend_params
-from support.oracle import truth, ulp
 from torch import Tensor
 
 import magic_fast as mf
 from magic_fast import ops
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe, Rescale, Trim, TrimRule, TrimScope
+from support.backends import backend_params
+from support.oracle import truth, ulp
 
 few = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

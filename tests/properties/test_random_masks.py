@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from support.backends import backend_params
 from torch import Tensor
 
 import magic_fast as mf
 from magic_fast.recipe import stream_of
 from magic_fast.reference.philox import expert_stream, philox_words, random_keep
+from support.backends import backend_params
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
