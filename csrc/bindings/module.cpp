@@ -1,7 +1,8 @@
-// The only file that knows Python: integers and tuples in, exceptions out, the GIL released while the loops run.
+// The only file that knows Python: integers and tuples in, exceptions out, the GIL released while
+// the loops run.
 //
-// Arrays come as addresses. SAFETY: the caller (magic_fast/ops/native.py) keeps every array alive until the call
-// returns, and has checked shapes, dtypes, contiguity and overlap.
+// Arrays come as addresses. SAFETY: the caller (magic_fast/ops/native.py) keeps every array alive
+// until the call returns, and has checked shapes, dtypes, contiguity and overlap.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -66,10 +67,12 @@ struct Calibration {
   mf_calibration c{};
   std::vector<bool> included;
 
-  Calibration(int64_t rows, int64_t cols, int variant, bool per_tensor, double p, int eps_mode, bool guards,
-              py::object clamp, double strength, double scale, int direction, py::sequence which) {
+  Calibration(int64_t rows, int64_t cols, int variant, bool per_tensor, double p, int eps_mode,
+              bool guards, py::object clamp, double strength, double scale, int direction,
+              py::sequence which) {
     c.rows = rows, c.cols = cols, c.variant = variant, c.per_tensor = per_tensor, c.p = p;
-    c.eps_mode = eps_mode, c.guards = guards, c.strength = strength, c.scale = scale, c.direction = direction;
+    c.eps_mode = eps_mode, c.guards = guards, c.strength = strength, c.scale = scale,
+    c.direction = direction;
     c.has_clamp = !clamp.is_none();
     if (c.has_clamp) {
       const auto pair = clamp.cast<py::sequence>();
@@ -83,9 +86,29 @@ constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;  // between the Philox streams
 
 // Fields of a job tuple, in order; native.py builds it.
 enum Field {
-  kPlan, kNumel, kOffset, kTotal, kRankCols, kStream, kBase, kBaseDtype, kMerged, kMergedDtype, kOut, kOutDtype,
-  kExperts, kExpertDtypes, kMasks, kTaskMasks, kCalibration, kCoefficient, kFactor, kRepaired, kNorms2,
-  kSelection, kFields
+  kPlan,
+  kNumel,
+  kOffset,
+  kTotal,
+  kRankCols,
+  kStream,
+  kBase,
+  kBaseDtype,
+  kMerged,
+  kMergedDtype,
+  kOut,
+  kOutDtype,
+  kExperts,
+  kExpertDtypes,
+  kMasks,
+  kTaskMasks,
+  kCalibration,
+  kCoefficient,
+  kFactor,
+  kRepaired,
+  kNorms2,
+  kSelection,
+  kFields
 };
 
 struct Batch {
@@ -104,7 +127,8 @@ struct Batch {
  private:
   static Plan& plan_of(py::handle item) {
     if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != kFields)
-      throw py::value_error("job: expected a tuple of " + std::to_string((int)kFields) + " fields.");
+      throw py::value_error("job: expected a tuple of " + std::to_string((int)kFields) +
+                            " fields.");
     return py::handle(PyTuple_GET_ITEM(item.ptr(), kPlan)).cast<Plan&>();
   }
 
@@ -112,10 +136,12 @@ struct Batch {
     const auto at = [&](int i) { return py::handle(PyTuple_GET_ITEM(t.ptr(), i)); };
     const Plan& plan = at(kPlan).cast<Plan&>();
     mf_job job = plan.job;
-    job.numel = integer(at(kNumel)), job.offset = integer(at(kOffset)), job.total = integer(at(kTotal));
+    job.numel = integer(at(kNumel)), job.offset = integer(at(kOffset)),
+    job.total = integer(at(kTotal));
     job.rank_cols = integer(at(kRankCols));
     job.base = address<const void*>(at(kBase)), job.base_dtype = (int32_t)integer(at(kBaseDtype));
-    job.merged = address<const void*>(at(kMerged)), job.merged_dtype = (int32_t)integer(at(kMergedDtype));
+    job.merged = address<const void*>(at(kMerged)),
+    job.merged_dtype = (int32_t)integer(at(kMergedDtype));
     job.out = address<void*>(at(kOut)), job.out_dtype = (int32_t)integer(at(kOutDtype));
     job.coefficient = address<float*>(at(kCoefficient)), job.factor = address<float*>(at(kFactor));
     job.repaired = address<uint8_t*>(at(kRepaired)), job.norms2 = address<double*>(at(kNorms2));
@@ -137,7 +163,9 @@ struct Batch {
         (calibration && !calibration->included.empty() && calibration->included.size() != k))
       throw py::value_error("job: expected one entry per expert.");
     for (size_t i = 0; i < k; ++i) {
-      const auto entry = [&](py::handle x) { return py::handle(PyTuple_GET_ITEM(x.ptr(), (Py_ssize_t)i)); };
+      const auto entry = [&](py::handle x) {
+        return py::handle(PyTuple_GET_ITEM(x.ptr(), (Py_ssize_t)i));
+      };
       mf_expert e = plan.experts[i];
       e.data = address<const void*>(entry(pointers));
       e.dtype = (int32_t)integer(entry(dtypes));
@@ -155,12 +183,14 @@ struct Batch {
   }
 
   static void select(mf_job& job, const py::tuple& s) {
-    const py::tuple threshold = s[0], tie_cut = s[1], top_threshold = s[2], top_cut = s[3], factor = s[4];
+    const py::tuple threshold = s[0], tie_cut = s[1], top_threshold = s[2], top_cut = s[3],
+                    factor = s[4];
     job.selected = 1;
     job.majority = s[5].cast<int32_t>();
     for (int k = 0; k < job.num_experts; ++k) {
       mf_expert& e = job.experts[k];
-      e.threshold = threshold[(size_t)k].cast<float>(), e.tie_cut = tie_cut[(size_t)k].cast<int64_t>();
+      e.threshold = threshold[(size_t)k].cast<float>(),
+      e.tie_cut = tie_cut[(size_t)k].cast<int64_t>();
       e.top_threshold = top_threshold[(size_t)k].cast<float>();
       e.top_tie_cut = top_cut[(size_t)k].cast<int64_t>();
       e.factor = factor[(size_t)k].cast<float>();
@@ -238,27 +268,33 @@ Batch one(const py::tuple& job) {
   return Batch(list);
 }
 
-void row_stats(const py::tuple& job, uintptr_t gram, uintptr_t dots, uintptr_t norm2, int threads, int isa) {
+void row_stats(const py::tuple& job, uintptr_t gram, uintptr_t dots, uintptr_t norm2, int threads,
+               int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   run([&] {
-    return mf_cpu_row_stats(batch.jobs.data(), reinterpret_cast<double*>(gram), reinterpret_cast<double*>(dots),
-                            reinterpret_cast<double*>(norm2), &options);
+    return mf_cpu_row_stats(batch.jobs.data(), reinterpret_cast<double*>(gram),
+                            reinterpret_cast<double*>(dots), reinterpret_cast<double*>(norm2),
+                            &options);
   });
 }
 
 void scale(const py::tuple& job, uintptr_t coefficient, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
-  run([&] { return mf_cpu_scale(batch.jobs.data(), reinterpret_cast<const float*>(coefficient), &options); });
+  run([&] {
+    return mf_cpu_scale(batch.jobs.data(), reinterpret_cast<const float*>(coefficient), &options);
+  });
 }
 
-void row_norms(const py::tuple& job, uintptr_t l1, uintptr_t l2, uintptr_t linf, int threads, int isa) {
+void row_norms(const py::tuple& job, uintptr_t l1, uintptr_t l2, uintptr_t linf, int threads,
+               int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   run([&] {
-    return mf_cpu_row_norms(batch.jobs.data(), reinterpret_cast<double*>(l1), reinterpret_cast<double*>(l2),
-                            reinterpret_cast<double*>(linf), &options);
+    return mf_cpu_row_norms(batch.jobs.data(), reinterpret_cast<double*>(l1),
+                            reinterpret_cast<double*>(l2), reinterpret_cast<double*>(linf),
+                            &options);
   });
 }
 
@@ -266,8 +302,8 @@ void norm_sums(const py::tuple& job, uintptr_t before, uintptr_t after, int thre
   Batch batch = one(job);
   const mf_options options{threads, isa};
   run([&] {
-    return mf_cpu_norm_sums(batch.jobs.data(), reinterpret_cast<double*>(before), reinterpret_cast<double*>(after),
-                            &options);
+    return mf_cpu_norm_sums(batch.jobs.data(), reinterpret_cast<double*>(before),
+                            reinterpret_cast<double*>(after), &options);
   });
 }
 
@@ -279,7 +315,8 @@ int64_t vote_sum(const py::tuple& job, int threads, int isa) {
   return sum;
 }
 
-void random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uintptr_t words, int isa) {
+void random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uintptr_t words,
+                  int isa) {
   const mf_options options{1, isa};
   check(mf_cpu_random_words(flat, n, stream, seed, reinterpret_cast<uint32_t*>(words), &options));
 }
@@ -308,7 +345,8 @@ class Search {
     int64_t count = 0;
     check(mf_search_wants(search_, &ranges, &count));
     py::list out;
-    for (int64_t i = 0; i < count; ++i) out.append(py::make_tuple(ranges[2 * i], ranges[2 * i + 1]));
+    for (int64_t i = 0; i < count; ++i)
+      out.append(py::make_tuple(ranges[2 * i], ranges[2 * i + 1]));
     return out;
   }
   py::tuple result() {
@@ -325,7 +363,8 @@ class Search {
 int isa_number(const std::string& name) {
   for (int isa = 0; isa < MF_ISA_COUNT; ++isa)
     if (name == mf_isa_name(isa)) return isa;
-  throw py::value_error("instruction set: expected 'baseline', 'avx2', 'avx512' or 'neon', got '" + name + "'.");
+  throw py::value_error("instruction set: expected 'baseline', 'avx2', 'avx512' or 'neon', got '" +
+                        name + "'.");
 }
 
 py::dict build_config() {
@@ -368,7 +407,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Fused merge and calibration on the CPU. Use it through magic_fast.ops.native.";
   py::class_<Plan>(m, "Plan").def(py::init<py::dict, py::sequence>());
   py::class_<Calibration>(m, "Calibration")
-      .def(py::init<int64_t, int64_t, int, bool, double, int, bool, py::object, double, double, int, py::sequence>());
+      .def(py::init<int64_t, int64_t, int, bool, double, int, bool, py::object, double, double, int,
+                    py::sequence>());
   py::class_<Search>(m, "Search")
       .def(py::init<const py::tuple&>())
       .def("sample", &Search::sample)
@@ -379,14 +419,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("merge", &merge_jobs, py::arg("jobs"), py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("row_stats", &row_stats, py::arg("job"), py::arg("gram"), py::arg("dots"), py::arg("norm2"),
         py::arg("threads") = 0, py::arg("isa") = -1);
-  m.def("scale", &scale, py::arg("job"), py::arg("coefficient"), py::arg("threads") = 0, py::arg("isa") = -1);
+  m.def("scale", &scale, py::arg("job"), py::arg("coefficient"), py::arg("threads") = 0,
+        py::arg("isa") = -1);
   m.def("row_norms", &row_norms, py::arg("job"), py::arg("l1"), py::arg("l2"), py::arg("linf"),
         py::arg("threads") = 0, py::arg("isa") = -1);
-  m.def("norm_sums", &norm_sums, py::arg("job"), py::arg("before"), py::arg("after"), py::arg("threads") = 0,
-        py::arg("isa") = -1);
+  m.def("norm_sums", &norm_sums, py::arg("job"), py::arg("before"), py::arg("after"),
+        py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("vote_sum", &vote_sum, py::arg("job"), py::arg("threads") = 0, py::arg("isa") = -1);
-  m.def("random_words", &random_words, py::arg("flat"), py::arg("n"), py::arg("stream"), py::arg("seed"),
-        py::arg("words"), py::arg("isa") = -1);
+  m.def("random_words", &random_words, py::arg("flat"), py::arg("n"), py::arg("stream"),
+        py::arg("seed"), py::arg("words"), py::arg("isa") = -1);
   m.def("isa", &isa, "The instruction set that runs, after MAGIC_FAST_CPU_ISA.");
   m.def("isa_number", &isa_number);
   m.def("num_threads", [] { return mf_num_threads(nullptr); });

@@ -1,7 +1,8 @@
 // WSC: from the sums of a row to the coefficient xi and to what multiplies the row. All in float64.
 //
-// A row has M = K + 1 vectors: the K included raw task vectors, then the merged one d. `pairs` holds their inner
-// products, upper triangle row by row; `powers` their p-norm sums (p = inf: largest magnitudes) where p is not 2.
+// A row has M = K + 1 vectors: the K included raw task vectors, then the merged one d. `pairs`
+// holds their inner products, upper triangle row by row; `powers` their p-norm sums (p = inf:
+// largest magnitudes) where p is not 2.
 #pragma once
 
 #include <math.h>
@@ -72,8 +73,8 @@ MF_HD void orthogonal_projection(const double* pairs, int m, int eps_mode, doubl
     a[k] = pairs[pair_index(k, n, m)] / (pairs[pair_index(k, k, m)] + eps);
 }
 
-// a = G^-1 b by the eigenvectors of G (cyclic Jacobi). False where cond(G) > 1e6: G is too close to singular.
-// work: 2 n^2 doubles.
+// a = G^-1 b by the eigenvectors of G (cyclic Jacobi). False where cond(G) > 1e6: G is too close to
+// singular. work: 2 n^2 doubles.
 MF_HD bool exact_projection(const double* pairs, int m, double* a, double* work) {
   const int n = m - 1;
   double* g = work;
@@ -129,8 +130,8 @@ MF_HD bool exact_projection(const double* pairs, int m, double* a, double* work)
 }
 
 // Raw xi. work: n + 2 n^2 doubles with n = m - 1.
-MF_HD double raw_coefficient(const mf_calibration* c, const double* pairs, const double* powers, int m,
-                             double* work) {
+MF_HD double raw_coefficient(const mf_calibration* c, const double* pairs, const double* powers,
+                             int m, double* work) {
   if (c->variant == MF_SPHERE) return sphere_coefficient(pairs, powers, m, c->p);
   double* a = work;
   if (c->variant == MF_MANIFOLD_EXACT) {
@@ -142,9 +143,10 @@ MF_HD double raw_coefficient(const mf_calibration* c, const double* pairs, const
   return manifold_coefficient(pairs, a, m, c->eps_mode);
 }
 
-// What multiplies the row of d. Order: raw -> repair -> side -> strength -> clamp; 1 where xi does not act.
-// *repaired: the guards left the row alone.
-MF_HD double acting_factor(const mf_calibration* c, double raw, const double* pairs, int m, bool* repaired) {
+// What multiplies the row of d. Order: raw -> repair -> side -> strength -> clamp; 1 where xi does
+// not act. *repaired: the guards left the row alone.
+MF_HD double acting_factor(const mf_calibration* c, double raw, const double* pairs, int m,
+                           bool* repaired) {
   double xi = raw;
   *repaired = false;
   if (c->guards) {

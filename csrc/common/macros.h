@@ -1,5 +1,6 @@
-// MF_HD marks what C++ and CUDA share. It forces inlining: a plain `inline` function becomes one weak symbol for
-// all instruction sets, the linker keeps one copy, perhaps the AVX-512 one, and an old CPU dies of SIGILL.
+// MF_HD marks what C++ and CUDA share. It forces inlining: a plain `inline` function becomes one
+// weak symbol for all instruction sets, the linker keeps one copy, perhaps the AVX-512 one, and an
+// old CPU dies of SIGILL.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,4 +1,5 @@
-// Bits of the number formats. Rounding is to nearest even by integer operations, so that it is the same everywhere.
+// Bits of the number formats. Rounding is to nearest even by integer operations, so that it is the
+// same everywhere.
 #pragma once
 
 #include <stdint.h>
@@ -9,8 +10,9 @@ namespace mf {
 
 constexpr uint32_t kAbsMask = 0x7fffffffu;
 constexpr uint32_t kInfBits = 0x7f800000u;
-constexpr uint32_t kBf16OverflowBits = 0x7f7f8000u;  // least |x| that rounds to infinity in bfloat16
-constexpr uint32_t kF16OverflowBits = 0x477ff000u;   // 65520, the same for float16
+constexpr uint32_t kBf16OverflowBits =
+    0x7f7f8000u;                                    // least |x| that rounds to infinity in bfloat16
+constexpr uint32_t kF16OverflowBits = 0x477ff000u;  // 65520, the same for float16
 
 MF_HD uint32_t bits_of(float x) {
   uint32_t u;
@@ -32,7 +34,8 @@ MF_HD uint16_t float_to_bf16(float x) {
 }
 
 MF_HD float f16_to_float(uint16_t h) {
-  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3ffu;
+  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u,
+                 fraction = h & 0x3ffu;
   if (exponent == 31u) {  // infinity, or NaN made quiet as the hardware conversions do
     return float_of(sign | kInfBits | (fraction << 13) | (fraction ? 0x400000u : 0u));
   }

@@ -1,4 +1,5 @@
-// Philox 4x32-10 (Salmon et al., 2011): element i of a tensor takes word i mod 4 of counter i div 4.
+// Philox 4x32-10 (Salmon et al., 2011): element i of a tensor takes word i mod 4 of counter i
+// div 4.
 #pragma once
 
 #include <stdint.h>

@@ -11,27 +11,33 @@ constexpr const char* kNames[MF_ISA_COUNT] = {"baseline", "avx2", "avx512", "neo
 const Kernels* table(int isa) {
   switch (isa) {
 #if defined(MF_HAVE_BASELINE)
-    case MF_ISA_BASELINE: return baseline::kernels();
+    case MF_ISA_BASELINE:
+      return baseline::kernels();
 #endif
 #if defined(MF_HAVE_AVX2)
-    case MF_ISA_AVX2: return avx2::kernels();
+    case MF_ISA_AVX2:
+      return avx2::kernels();
 #endif
 #if defined(MF_HAVE_AVX512)
-    case MF_ISA_AVX512: return avx512::kernels();
+    case MF_ISA_AVX512:
+      return avx512::kernels();
 #endif
 #if defined(MF_HAVE_NEON)
-    case MF_ISA_NEON: return neon::kernels();
+    case MF_ISA_NEON:
+      return neon::kernels();
 #endif
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 
 #if defined(__x86_64__) || defined(__i386__)
-// __builtin_cpu_supports asks CPUID and, through XGETBV, whether the operating system saves the registers.
+// __builtin_cpu_supports asks CPUID and, through XGETBV, whether the operating system saves the
+// registers.
 bool cpu_has(int isa) {
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   if (isa == MF_ISA_AVX2) return avx2;
   if (isa == MF_ISA_AVX512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -39,7 +45,9 @@ bool cpu_has(int isa) {
   return isa == MF_ISA_BASELINE;
 }
 #else
-bool cpu_has(int isa) { return isa == MF_ISA_BASELINE || isa == MF_ISA_NEON; }  // NEON is part of AArch64
+bool cpu_has(int isa) {
+  return isa == MF_ISA_BASELINE || isa == MF_ISA_NEON;
+}  // NEON is part of AArch64
 #endif
 
 std::string usable_names() {
@@ -62,8 +70,8 @@ int choose_isa(int wanted) {
       for (int isa = 0; isa < MF_ISA_COUNT; ++isa)
         if (std::strcmp(text, kNames[isa]) == 0) wanted = isa;
       if (wanted < 0)
-        throw Failure(MF_UNSUPPORTED, "MAGIC_FAST_CPU_ISA: expected one of " + usable_names() + ", got '" +
-                                          std::string(text) + "'.");
+        throw Failure(MF_UNSUPPORTED, "MAGIC_FAST_CPU_ISA: expected one of " + usable_names() +
+                                          ", got '" + std::string(text) + "'.");
     }
   }
   if (wanted < 0) {
@@ -76,8 +84,9 @@ int choose_isa(int wanted) {
   }
   if (!isa_supported(wanted))
     throw Failure(MF_UNSUPPORTED,
-                  "instruction set '" + std::string(isa_name(wanted) ? isa_name(wanted) : "?") + "': expected one of " +
-                      usable_names() + ", which this CPU and build can run. Unset MAGIC_FAST_CPU_ISA.");
+                  "instruction set '" + std::string(isa_name(wanted) ? isa_name(wanted) : "?") +
+                      "': expected one of " + usable_names() +
+                      ", which this CPU and build can run. Unset MAGIC_FAST_CPU_ISA.");
   return wanted;
 }
 

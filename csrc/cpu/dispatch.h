@@ -1,4 +1,5 @@
-// Which instruction set runs: what the CPU and the operating system support, after MAGIC_FAST_CPU_ISA.
+// Which instruction set runs: what the CPU and the operating system support, after
+// MAGIC_FAST_CPU_ISA.
 #pragma once
 
 #include <stdexcept>

@@ -35,14 +35,20 @@ mf_status guarded(F&& body) {
   }
 }
 
-int threads_of(const mf_options* o) { return o && o->threads > 0 ? o->threads : mf::default_threads(); }
-const mf::Kernels& kernels_of(const mf_options* o) { return mf::kernels_of(mf::choose_isa(o ? o->isa : -1)); }
+int threads_of(const mf_options* o) {
+  return o && o->threads > 0 ? o->threads : mf::default_threads();
+}
+const mf::Kernels& kernels_of(const mf_options* o) {
+  return mf::kernels_of(mf::choose_isa(o ? o->isa : -1));
+}
 
-constexpr int64_t kSmallJob = 1 << 16;  // elements times experts per thread below which a job is handed over whole
+constexpr int64_t kSmallJob =
+    1 << 16;  // elements times experts per thread below which a job is handed over whole
 
 void clear(mf_job& job) {
   job.base_nonfinite = job.merged_nonfinite = job.overflow = -1;
-  for (int k = 0; k < job.num_experts; ++k) job.experts[k].kept = 0, job.experts[k].first_nonfinite = -1;
+  for (int k = 0; k < job.num_experts; ++k)
+    job.experts[k].kept = 0, job.experts[k].first_nonfinite = -1;
 }
 
 // Small jobs go to threads whole, the others one after another over all threads.
@@ -60,14 +66,15 @@ void run_batch(mf_job* jobs, int64_t count, const mf_options* options, F&& body)
     constexpr int64_t kBatch = 4;  // jobs per turn
     const int n = (int)std::min<int64_t>(threads, ((int64_t)small.size() + kBatch - 1) / kBatch);
     std::vector<mf::ThreadScratch> scratch((size_t)n);
-    mf::parallel_for(((int64_t)small.size() + kBatch - 1) / kBatch, n, [&](int64_t turn, int worker) {
-      mf::Runner runner(kernels, &scratch[(size_t)worker]);
-      const int64_t end = std::min<int64_t>((turn + 1) * kBatch, (int64_t)small.size());
-      for (int64_t i = turn * kBatch; i < end; ++i) {
-        mf::Prepared p(jobs[small[(size_t)i]]);
-        body(runner, p);
-      }
-    });
+    mf::parallel_for(
+        ((int64_t)small.size() + kBatch - 1) / kBatch, n, [&](int64_t turn, int worker) {
+          mf::Runner runner(kernels, &scratch[(size_t)worker]);
+          const int64_t end = std::min<int64_t>((turn + 1) * kBatch, (int64_t)small.size());
+          for (int64_t i = turn * kBatch; i < end; ++i) {
+            mf::Prepared p(jobs[small[(size_t)i]]);
+            body(runner, p);
+          }
+        });
   }
   if (!large.empty()) {
     mf::Runner runner(kernels, threads);
@@ -94,14 +101,16 @@ mf_status mf_isa_chosen(const mf_options* options, int32_t* isa) {
 
 mf_status mf_cpu_select(mf_job* jobs, int64_t count, const mf_options* options) {
   return guarded([&] {
-    run_batch(jobs, count, options, [](mf::Runner& runner, mf::Prepared& p) { mf::select_job(runner, p); });
+    run_batch(jobs, count, options,
+              [](mf::Runner& runner, mf::Prepared& p) { mf::select_job(runner, p); });
   });
 }
 
 mf_status mf_cpu_merge(mf_job* jobs, int64_t count, const mf_options* options) {
   return guarded([&] {
     for (int64_t i = 0; i < count; ++i)
-      if (!jobs[i].out && jobs[i].numel) throw mf::Failure(MF_INVALID, "merge: an output is missing.");
+      if (!jobs[i].out && jobs[i].numel)
+        throw mf::Failure(MF_INVALID, "merge: an output is missing.");
     run_batch(jobs, count, options, [](mf::Runner& runner, mf::Prepared& p) {
       mf::select_job(runner, p);
       mf::merge_job(runner, p);
@@ -109,10 +118,12 @@ mf_status mf_cpu_merge(mf_job* jobs, int64_t count, const mf_options* options) {
   });
 }
 
-mf_status mf_cpu_row_stats(const mf_job* job, double* gram, double* dots, double* norm2, const mf_options* options) {
+mf_status mf_cpu_row_stats(const mf_job* job, double* gram, double* dots, double* norm2,
+                           const mf_options* options) {
   return guarded([&] {
     mf_job copy = *job;
-    if (!copy.calibration || !copy.merged) throw mf::Failure(MF_INVALID, "row_stats: rows or the merged tensor missing.");
+    if (!copy.calibration || !copy.merged)
+      throw mf::Failure(MF_INVALID, "row_stats: rows or the merged tensor missing.");
     mf_calibration rows = *copy.calibration;
     rows.variant = MF_MANIFOLD;  // all inner products, no powers
     copy.calibration = &rows;
@@ -131,7 +142,8 @@ mf_status mf_cpu_scale(mf_job* job, const float* coefficient, const mf_options* 
       throw mf::Failure(MF_INVALID, "scale: rows, the merged tensor or the output missing.");
     clear(*job);
     const int64_t rows = job->calibration->rows, cols = job->calibration->cols;
-    if (rows * cols != job->numel) throw mf::Failure(MF_INVALID, "scale: rows times cols must be the elements.");
+    if (rows * cols != job->numel)
+      throw mf::Failure(MF_INVALID, "scale: rows times cols must be the elements.");
     mf_job copy = *job;
     copy.calibration = nullptr;
     copy.num_experts = 0;
@@ -153,14 +165,16 @@ mf_status mf_cpu_scale(mf_job* job, const float* coefficient, const mf_options* 
   });
 }
 
-mf_status mf_cpu_row_norms(const mf_job* job, double* l1, double* l2, double* linf, const mf_options* options) {
+mf_status mf_cpu_row_norms(const mf_job* job, double* l1, double* l2, double* linf,
+                           const mf_options* options) {
   return guarded([&] {
     mf_job copy = *job;
     if (!copy.calibration || copy.num_experts != 1)
       throw mf::Failure(MF_INVALID, "row_norms: expected rows and one tensor.");
     const int64_t rows = copy.calibration->rows, cols = copy.calibration->cols;
     copy.calibration = nullptr;
-    if (rows * cols != copy.numel) throw mf::Failure(MF_INVALID, "row_norms: rows times cols must be the elements.");
+    if (rows * cols != copy.numel)
+      throw mf::Failure(MF_INVALID, "row_norms: rows times cols must be the elements.");
     mf::Runner runner(kernels_of(options), threads_of(options));
     mf::Prepared p(copy);
     runner.begin(p.work);
@@ -189,12 +203,13 @@ mf_status mf_cpu_row_norms(const mf_job* job, double* l1, double* l2, double* li
   });
 }
 
-mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint32_t* words,
-                              const mf_options* options) {
+mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed,
+                              uint32_t* words, const mf_options* options) {
   return guarded([&] { kernels_of(options).words(flat, n, stream, seed, words); });
 }
 
-mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after, const mf_options* options) {
+mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after,
+                           const mf_options* options) {
   return guarded([&] {
     mf::Runner runner(kernels_of(options), threads_of(options));
     mf::Prepared p(*piece);

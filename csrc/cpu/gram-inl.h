@@ -1,7 +1,8 @@
 // Inner products of all pairs of M vectors: the row statistics of WSC.
 //
-// Pairs are taken in register blocks of up to 3 x 4 vectors, so that a value is loaded once per block and not once
-// per pair: with M = 9 that is 45 multiply-adds for 54 loads instead of 90. Each sum runs on 16 virtual lanes.
+// Pairs are taken in register blocks of up to 3 x 4 vectors, so that a value is loaded once per
+// block and not once per pair: with M = 9 that is 45 multiply-adds for 54 loads instead of 90. Each
+// sum runs on 16 virtual lanes.
 #pragma once
 
 #include "../common/calibration.h"
@@ -14,7 +15,8 @@ namespace {
 
 // Sums of a[r] * b[c], all R x C of them, or r <= c only where the two blocks are the same.
 template <int R, int C, bool SAME>
-static void gram_block(const float* const* rows, int first_row, int first_col, int m, int64_t n, double* pairs) {
+static void gram_block(const float* const* rows, int first_row, int first_col, int m, int64_t n,
+                       double* pairs) {
   vf part[R][C][kParts];
   for (int h = 0; h < kParts; ++h) {
     vf sum[R][C];
@@ -42,10 +44,18 @@ static void gram_rows(const float* const* rows, int row, int m, int64_t n, doubl
   for (int col = row + R; col < m;) {
     const int left = m - col, width = left == 4 ? 4 : left >= 3 ? 3 : left;
     switch (width) {
-      case 1: gram_block<R, 1, false>(rows, row, col, m, n, pairs); break;
-      case 2: gram_block<R, 2, false>(rows, row, col, m, n, pairs); break;
-      case 3: gram_block<R, 3, false>(rows, row, col, m, n, pairs); break;
-      default: gram_block<R, 4, false>(rows, row, col, m, n, pairs); break;
+      case 1:
+        gram_block<R, 1, false>(rows, row, col, m, n, pairs);
+        break;
+      case 2:
+        gram_block<R, 2, false>(rows, row, col, m, n, pairs);
+        break;
+      case 3:
+        gram_block<R, 3, false>(rows, row, col, m, n, pairs);
+        break;
+      default:
+        gram_block<R, 4, false>(rows, row, col, m, n, pairs);
+        break;
     }
     col += width;
   }
@@ -67,14 +77,15 @@ static void gram_tile(const float* const* rows, int m, int64_t n, double* pairs)
   }
 }
 
-// The same in float64: products of float32 are exact there. For `manifold_exact`, whose inverse of a matrix of
-// condition 1e6 would turn float32's rounding into whole percents.
+// The same in float64: products of float32 are exact there. For `manifold_exact`, whose inverse of
+// a matrix of condition 1e6 would turn float32's rounding into whole percents.
 static void gram_wide_tile(const float* const* rows, int m, int64_t n, double* pairs) {
   for (int r = 0; r < m; ++r)
     for (int c = r; c < m; ++c) {
       double lane[kSumLanes] = {};
       for (int64_t i = 0; i < n; i += kSumLanes)
-        for (int l = 0; l < kSumLanes; ++l) lane[l] += (double)rows[r][i + l] * (double)rows[c][i + l];
+        for (int l = 0; l < kSumLanes; ++l)
+          lane[l] += (double)rows[r][i + l] * (double)rows[c][i + l];
       for (int step = kSumLanes / 2; step > 0; step /= 2)
         for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
       pairs[pair_index(r, c, m)] += lane[0];

@@ -12,7 +12,8 @@ namespace {
 // ---- out = base + factor * delta ----
 // True where some result may overflow the output (or is not finite).
 template <class T, bool HAS_BASE>
-static bool store_as(const float* base, const float* delta, int64_t n, float factor, typename T::type* out) {
+static bool store_as(const float* base, const float* delta, int64_t n, float factor,
+                     typename T::type* out) {
   const vf f = splat(factor);
   vi top = splat_i(0);
   const int64_t full = n & -(int64_t)kLanes;
@@ -34,9 +35,11 @@ static bool store_as(const float* base, const float* delta, int64_t n, float fac
 }
 
 template <class T>
-static bool store_tile(const float* base, const float* delta, int64_t start, int n, float factor, void* out) {
+static bool store_tile(const float* base, const float* delta, int64_t start, int n, float factor,
+                       void* out) {
   typename T::type* p = (typename T::type*)out + start;
-  return base ? store_as<T, true>(base, delta, n, factor, p) : store_as<T, false>(base, delta, n, factor, p);
+  return base ? store_as<T, true>(base, delta, n, factor, p)
+              : store_as<T, false>(base, delta, n, factor, p);
 }
 
 // First result that was finite and no longer is, where it comes before what is there.
@@ -49,8 +52,8 @@ static void note_overflow(Scratch& s, const float* base, const float* delta, int
   }
 }
 
-static void write_tile(const Work& w, Scratch& s, const float* base, const float* delta, int64_t start, int n,
-                       float factor) {
+static void write_tile(const Work& w, Scratch& s, const float* base, const float* delta,
+                       int64_t start, int n, float factor) {
   const mf_job& job = *w.job;
   if (job.out_dtype == MF_BF16) {
     if (store_tile<Bf16>(base, delta, start, n, factor, job.out))
@@ -84,7 +87,8 @@ static void merge(const Work& w, Scratch& s, int64_t start, int64_t n, float fac
   }
 }
 
-static void apply(const Work& w, Scratch& s, int64_t start, int64_t n, const float* delta, float factor) {
+static void apply(const Work& w, Scratch& s, int64_t start, int64_t n, const float* delta,
+                  float factor) {
   if (keeps_merged(w, factor)) return copy_merged(w, s, start, n);
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
@@ -94,8 +98,8 @@ static void apply(const Work& w, Scratch& s, int64_t start, int64_t n, const flo
 }
 
 // ---- sums ----
-static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, float* delta, double* pairs,
-                       double* powers) {
+static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, float* delta,
+                       double* pairs, double* powers) {
   const float* rows[kMaxVectors];
   for (int64_t done = 0; done < n; done += w.tile) {
     const int len = imin(w.tile, n - done);
@@ -145,7 +149,8 @@ static void norm_sums(const float* x, int n, double sums[3]) {
   if (m > sums[2]) sums[2] = m;
 }
 
-static void norms(const Work& w, Scratch& s, int64_t start, int64_t n, double* before, double* after) {
+static void norms(const Work& w, Scratch& s, int64_t start, int64_t n, double* before,
+                  double* after) {
   const int which = w.job->rescale == MF_RESCALE_L1 ? 0 : w.job->rescale == MF_RESCALE_L2 ? 1 : 2;
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
@@ -180,7 +185,8 @@ static void words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint
   }
 }
 
-constexpr Kernels kTable = {merge, statistics, apply, votes, norms, magnitudes, scan, row_norms, words};
+constexpr Kernels kTable = {merge,      statistics, apply,     votes, norms,
+                            magnitudes, scan,       row_norms, words};
 
 }  // namespace
 

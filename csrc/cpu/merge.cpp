@@ -8,11 +8,12 @@
 namespace mf {
 namespace {
 
-constexpr int64_t kLongRow = 1 << 20;  // elements; a longer row is read twice instead of kept (4 MiB a thread)
+constexpr int64_t kLongRow =
+    1 << 20;  // elements; a longer row is read twice instead of kept (4 MiB a thread)
 
 // Sums of [start, start + n) of one row: fixed blocks, added in order, by one thread.
-void row_sums(const Kernels& kernels, const Work& w, ThreadScratch& t, int64_t start, int64_t n, float* delta,
-              double* sums) {
+void row_sums(const Kernels& kernels, const Work& w, ThreadScratch& t, int64_t start, int64_t n,
+              float* delta, double* sums) {
   const int pairs = w.m * (w.m + 1) / 2, width = pairs + w.m;
   const bool maxima = w.powers && std::isinf(w.job->calibration->p);
   std::fill(sums, sums + width, 0.0);
@@ -20,8 +21,8 @@ void row_sums(const Kernels& kernels, const Work& w, ThreadScratch& t, int64_t s
   double* partial = sums + width;
   for (int64_t at = 0; at < n; at += kBlock) {
     std::fill(partial, partial + width, 0.0);
-    kernels.statistics(w, t.scratch(), start + at, std::min(kBlock, n - at), delta ? delta + at : nullptr, partial,
-                       partial + pairs);
+    kernels.statistics(w, t.scratch(), start + at, std::min(kBlock, n - at),
+                       delta ? delta + at : nullptr, partial, partial + pairs);
     for (int j = 0; j < width; ++j)
       sums[j] = maxima && j >= pairs ? std::max(sums[j], partial[j]) : sums[j] + partial[j];
   }
@@ -45,7 +46,8 @@ void choose_included(const Work& w, const double* sums, double* chosen) {
   }
 }
 
-// The factor of a row from its sums, and its share of the squared norms of the tensor. work: row_doubles less the sums.
+// The factor of a row from its sums, and its share of the squared norms of the tensor. work:
+// row_doubles less the sums.
 float finish_row(const Work& w, const double* sums, double* work, int64_t row, double* norms2) {
   const mf_calibration* c = w.job->calibration;
   const int pairs = w.m * (w.m + 1) / 2, few = w.included + 1;
@@ -84,7 +86,8 @@ void merge_rows(Runner& runner, Prepared& p, int64_t start, int64_t n) {
       float* delta = t.row(cols);
       double* sums = t.doubles(row_doubles(p.work));
       double* work = sums + p.pair_count() + p.work.m;
-      const int64_t from = first_row + (first + i) * step, end = std::min(first_row + rows, from + step);
+      const int64_t from = first_row + (first + i) * step,
+                    end = std::min(first_row + rows, from + step);
       for (int64_t r = from; r < end; ++r) {
         row_sums(runner.kernels, p.work, t, r * cols, cols, delta, sums);
         const float factor = finish_row(p.work, sums, work, r, &norms2[(size_t)(i * width)]);
@@ -102,7 +105,8 @@ void merge_flat(Runner& runner, const Work& w, int64_t start, int64_t n, float f
   });
 }
 
-// A row that is too long to keep, or the whole tensor as one row: one read for the sums, one to merge.
+// A row that is too long to keep, or the whole tensor as one row: one read for the sums, one to
+// merge.
 void merge_twice(Runner& runner, Prepared& p, int64_t start, int64_t n, int64_t row) {
   const int pairs = p.pair_count(), width = pairs + p.work.m;
   const int added = p.work.powers && std::isinf(p.job.calibration->p) ? pairs : width;
@@ -110,7 +114,8 @@ void merge_twice(Runner& runner, Prepared& p, int64_t start, int64_t n, int64_t 
   with_ranked_masks(runner, p, start, n, 1, [&](int64_t from, int64_t len) {
     runner.ordered_sum(from, len, width, added, sums.data(),
                        [&](int64_t at, int64_t size, ThreadScratch& t, double* partial) {
-                         runner.kernels.statistics(p.work, t.scratch(), at, size, nullptr, partial, partial + pairs);
+                         runner.kernels.statistics(p.work, t.scratch(), at, size, nullptr, partial,
+                                                   partial + pairs);
                        });
   });
   std::vector<double> norms2((size_t)p.work.m + 1, 0.0);
@@ -174,7 +179,8 @@ void row_stats_job(Runner& runner, Prepared& p, double* gram, double* dots, doub
       std::vector<double> sums((size_t)pairs, 0.0);
       runner.ordered_sum(r * cols, cols, pairs, pairs, sums.data(),
                          [&](int64_t at, int64_t size, ThreadScratch& t, double* partial) {
-                           runner.kernels.statistics(p.work, t.scratch(), at, size, nullptr, partial, nullptr);
+                           runner.kernels.statistics(p.work, t.scratch(), at, size, nullptr,
+                                                     partial, nullptr);
                          });
       write(r, sums.data());
     }

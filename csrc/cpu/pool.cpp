@@ -27,7 +27,8 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 
-// Denormals count: whatever the caller's thread flushes (torch.set_flush_denormal), the kernels do not.
+// Denormals count: whatever the caller's thread flushes (torch.set_flush_denormal), the kernels do
+// not.
 class PlainFloats {
  public:
 #if defined(__SSE2__)
@@ -51,7 +52,7 @@ class PlainFloats {
 struct Group {
   int64_t count;
   const std::function<void(int64_t, int)>* body;
-  int helpers;              // how many threads may join the caller
+  int helpers;  // how many threads may join the caller
   std::atomic<int64_t> next{0};
   int joined = 0, active = 0;  // under the pool's mutex
   std::condition_variable left;
@@ -118,7 +119,8 @@ class Pool {
   int threads_ = 0;
 };
 
-// Never destroyed: its threads may outlive static destructors. A forked child starts with a new one.
+// Never destroyed: its threads may outlive static destructors. A forked child starts with a new
+// one.
 std::atomic<Pool*> the_pool{nullptr};
 
 Pool& pool() {
@@ -133,7 +135,8 @@ Pool& pool() {
 }
 
 #if defined(__linux__)
-double read_number(const std::string& path, int which) {  // the which-th word of the file, NaN if it is no number
+double read_number(const std::string& path,
+                   int which) {  // the which-th word of the file, NaN if it is no number
   std::FILE* file = std::fopen(path.c_str(), "r");
   if (!file) return NAN;
   char words[2][32] = {"", ""};
@@ -145,7 +148,8 @@ double read_number(const std::string& path, int which) {  // the which-th word o
   return end == words[which] ? NAN : value;
 }
 
-// CPUs that the cgroup's quota amounts to, over the process's cgroup and its ancestors (v2, v1); 0: no limit.
+// CPUs that the cgroup's quota amounts to, over the process's cgroup and its ancestors (v2, v1); 0:
+// no limit.
 double cgroup_cpus() {
   double least = 0;
   const auto take = [&](double quota, double period) {
@@ -163,7 +167,8 @@ double cgroup_cpus() {
     if (!v2 && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
     std::string path = text.substr(second + 1);
     for (;;) {
-      const std::string dir = (v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu") + (path == "/" ? "" : path);
+      const std::string dir =
+          (v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu") + (path == "/" ? "" : path);
       if (v2) {
         take(read_number(dir + "/cpu.max", 0), read_number(dir + "/cpu.max", 1));
       } else {

@@ -22,7 +22,8 @@ uint32_t kth_of_few(uint32_t* x, int64_t n, int64_t rank, int64_t* above) {
   return value;
 }
 
-// Histogram of one digit in two tables: equal neighbours, common in bf16, would wait for each other in one.
+// Histogram of one digit in two tables: equal neighbours, common in bf16, would wait for each other
+// in one.
 template <int BINS>
 void count_digits(const uint32_t* x, int64_t n, int shift, uint32_t (&bins)[2][BINS]) {
   std::memset(bins, 0, sizeof bins);
@@ -36,9 +37,11 @@ void count_digits(const uint32_t* x, int64_t n, int shift, uint32_t (&bins)[2][B
   for (; i < n; ++i) ++bins[0][(x[i] >> shift) & (BINS - 1)];
 }
 
-// Narrows x[n] to the elements whose digit holds the rank-th largest; updates rank and above. out may be x.
+// Narrows x[n] to the elements whose digit holds the rank-th largest; updates rank and above. out
+// may be x.
 template <int BINS>
-int64_t narrow(const uint32_t* x, int64_t n, int shift, int64_t* rank, int64_t* above, uint32_t* out) {
+int64_t narrow(const uint32_t* x, int64_t n, int shift, int64_t* rank, int64_t* above,
+               uint32_t* out) {
   static_assert(BINS >= 2, "a digit has values");
   uint32_t bins[2][BINS];
   count_digits<BINS>(x, n, shift, bins);
@@ -62,7 +65,8 @@ int64_t narrow(const uint32_t* x, int64_t n, int shift, int64_t* rank, int64_t* 
 
 }  // namespace
 
-uint32_t kth_largest(const uint32_t* bits, int64_t n, int64_t rank, uint32_t* work, int64_t* above) {
+uint32_t kth_largest(const uint32_t* bits, int64_t n, int64_t rank, uint32_t* work,
+                     int64_t* above) {
   *above = 0;
   int64_t inner = 0;
   if (n <= kSmall) {

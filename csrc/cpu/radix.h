@@ -1,4 +1,5 @@
-// Exact order statistics of magnitudes in memory: 31-bit patterns, 11 + 10 + 10 bits at a time. Linear, any input.
+// Exact order statistics of magnitudes in memory: 31-bit patterns, 11 + 10 + 10 bits at a time.
+// Linear, any input.
 #pragma once
 
 #include <cstdint>

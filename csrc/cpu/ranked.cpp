@@ -1,7 +1,9 @@
-// Keep masks of ranked trims (DELLA): the keep probability of an element grows with the rank of |tau| in its row.
+// Keep masks of ranked trims (DELLA): the keep probability of an element grows with the rank of
+// |tau| in its row.
 //
-// Each row is sorted once per expert (three radix passes over 11-bit digits, about 8 ns an element here, AMD Zen 3,
-// 2026); 16 bytes an element of one row are held per thread, and one byte an element and expert of a range of rows.
+// Each row is sorted once per expert (three radix passes over 11-bit digits, about 8 ns an element
+// here, AMD Zen 3, 2026); 16 bytes an element of one row are held per thread, and one byte an
+// element and expert of a range of rows.
 #include <algorithm>
 #include <cmath>
 
@@ -18,13 +20,14 @@ struct RowBuffers {
   int64_t room = 0;
   void grow(int64_t n) {
     if (n <= room) return;
-    bits.resize((size_t)n), order.resize((size_t)n), words.resize((size_t)n), work.resize((size_t)(3 * n));
+    bits.resize((size_t)n), order.resize((size_t)n), words.resize((size_t)n),
+        work.resize((size_t)(3 * n));
     room = n;
   }
 };
 
-void mask_row(const Kernels& kernels, const Work& w, Scratch& s, int k, int64_t start, int64_t cols, RowBuffers& b,
-              uint8_t* mask) {
+void mask_row(const Kernels& kernels, const Work& w, Scratch& s, int k, int64_t start, int64_t cols,
+              RowBuffers& b, uint8_t* mask) {
   const mf_expert& e = w.experts[k];
   b.grow(cols);
   kernels.magnitudes(w, s, k, start, cols, b.bits.get());
@@ -54,8 +57,10 @@ void with_ranked_masks(Runner& runner, Prepared& p, int64_t start, int64_t n, in
   std::vector<int> experts;
   for (int k = 0; k < p.work.k; ++k)
     if (p.job.experts[k].trim == MF_TRIM_RANKED) experts.push_back(k);
-  const int64_t cols = p.job.rank_cols, whole = unit;  // rows that stick out are ranked on both sides
-  const int64_t fit = std::max(kMaskBytes / (int64_t)experts.size(), 2 * cols);  // mostly whole rows
+  const int64_t cols = p.job.rank_cols,
+                whole = unit;  // rows that stick out are ranked on both sides
+  const int64_t fit =
+      std::max(kMaskBytes / (int64_t)experts.size(), 2 * cols);  // mostly whole rows
   const int64_t range = std::max<int64_t>(1, fit / whole) * whole;
   Buffer<uint8_t> bytes((size_t)(std::min(range, n) + 2 * cols) * experts.size());
   std::vector<RowBuffers> buffers((size_t)runner.threads);

@@ -1,4 +1,5 @@
-// From the values of K experts to the merged task vector of one tile: vote, contributors, reduction, consensus.
+// From the values of K experts to the merged task vector of one tile: vote, contributors,
+// reduction, consensus.
 #pragma once
 
 #include "tile-inl.h"
@@ -10,7 +11,7 @@ namespace {
 struct ReduceTile {
   const float* value;  // [K][kTile]
   int k, n;
-  const mf_expert* experts;  // weights
+  const mf_expert* experts;         // weights
   vi zero_positive, zero_negative;  // what a vote of exactly zero counts as
 };
 
@@ -95,19 +96,27 @@ static void reduce_weighted(const ReduceTile& t, bool unweighted, float* delta) 
 template <int VOTE, int CONTRIBUTORS>
 static void reduce_by_rule(const ReduceTile& t, int reduce, bool unweighted, float* delta) {
   switch (reduce) {
-    case MF_SUM: return reduce_weighted<VOTE, CONTRIBUTORS, MF_SUM>(t, unweighted, delta);
-    case MF_MEAN: return reduce_weighted<VOTE, CONTRIBUTORS, MF_MEAN>(t, unweighted, delta);
-    case MF_WEIGHTED_MEAN: return reduce_weighted<VOTE, CONTRIBUTORS, MF_WEIGHTED_MEAN>(t, unweighted, delta);
-    default: return reduce_weighted<VOTE, CONTRIBUTORS, MF_MAX>(t, unweighted, delta);
+    case MF_SUM:
+      return reduce_weighted<VOTE, CONTRIBUTORS, MF_SUM>(t, unweighted, delta);
+    case MF_MEAN:
+      return reduce_weighted<VOTE, CONTRIBUTORS, MF_MEAN>(t, unweighted, delta);
+    case MF_WEIGHTED_MEAN:
+      return reduce_weighted<VOTE, CONTRIBUTORS, MF_WEIGHTED_MEAN>(t, unweighted, delta);
+    default:
+      return reduce_weighted<VOTE, CONTRIBUTORS, MF_MAX>(t, unweighted, delta);
   }
 }
 
 template <int VOTE>
-static void reduce_by_contributors(const ReduceTile& t, const mf_job& job, bool unweighted, float* delta) {
+static void reduce_by_contributors(const ReduceTile& t, const mf_job& job, bool unweighted,
+                                   float* delta) {
   switch (job.contributors) {
-    case MF_AGREEING: return reduce_by_rule<VOTE, MF_AGREEING>(t, job.reduce, unweighted, delta);
-    case MF_NONZERO: return reduce_by_rule<VOTE, MF_NONZERO>(t, job.reduce, unweighted, delta);
-    default: return reduce_by_rule<VOTE, MF_ALL>(t, job.reduce, unweighted, delta);
+    case MF_AGREEING:
+      return reduce_by_rule<VOTE, MF_AGREEING>(t, job.reduce, unweighted, delta);
+    case MF_NONZERO:
+      return reduce_by_rule<VOTE, MF_NONZERO>(t, job.reduce, unweighted, delta);
+    default:
+      return reduce_by_rule<VOTE, MF_ALL>(t, job.reduce, unweighted, delta);
   }
 }
 
@@ -116,7 +125,8 @@ MF_INLINE ReduceTile reduce_tile_of(const Work& w, const Scratch& s, int n) {
   const mf_job& job = *w.job;
   bool positive = job.zero_vote == MF_ZERO_POSITIVE, negative = job.zero_vote == MF_ZERO_NEGATIVE;
   if (job.zero_vote == MF_ZERO_MAJORITY) {
-    positive = job.majority > 0;  // an undecided majority keeps the negatives, but elects no maximum
+    positive =
+        job.majority > 0;  // an undecided majority keeps the negatives, but elects no maximum
     negative = job.majority < 0 || (job.majority == 0 && job.reduce != MF_MAX);
   }
   if (positive) t.zero_positive = splat_i(-1);
@@ -128,14 +138,19 @@ static void reduce_tile(const Work& w, const Scratch& s, int n, float* delta) {
   const ReduceTile t = reduce_tile_of(w, s, n);
   const bool unweighted = w.job->vote_on == MF_VOTE_UNWEIGHTED;
   switch (w.job->vote) {
-    case MF_VOTE_MASS: return reduce_by_contributors<MF_VOTE_MASS>(t, *w.job, unweighted, delta);
-    case MF_VOTE_COUNT: return reduce_by_contributors<MF_VOTE_COUNT>(t, *w.job, unweighted, delta);
-    default: return reduce_by_contributors<MF_VOTE_NONE>(t, *w.job, unweighted, delta);
+    case MF_VOTE_MASS:
+      return reduce_by_contributors<MF_VOTE_MASS>(t, *w.job, unweighted, delta);
+    case MF_VOTE_COUNT:
+      return reduce_by_contributors<MF_VOTE_COUNT>(t, *w.job, unweighted, delta);
+    default:
+      return reduce_by_contributors<MF_VOTE_NONE>(t, *w.job, unweighted, delta);
   }
 }
 
-// Keeps delta where at least min_tasks experts need the coordinate: |tau_k| > lambda_k * |delta - tau_k|.
-static void consensus_tile(const Work& w, int64_t start, int n, const float* tau, int stride, float* delta) {
+// Keeps delta where at least min_tasks experts need the coordinate: |tau_k| > lambda_k * |delta -
+// tau_k|.
+static void consensus_tile(const Work& w, int64_t start, int n, const float* tau, int stride,
+                           float* delta) {
   const bool given = w.job->consensus == MF_CONSENSUS_GIVEN;
   float needed[kTile];
   for (int64_t i = 0; i < padded(n); i += kLanes) store(needed + i, zero());
@@ -168,8 +183,10 @@ MF_INLINE void scale_tile(int n, float divisor, float scale, float* delta) {
   }
 }
 
-// The trimmed values of all experts into s.value (or their linear sum into delta), raw task vectors into tau.
-static void values_tile(const Work& w, Scratch& s, int64_t start, int n, float* tau, int stride, float* delta) {
+// The trimmed values of all experts into s.value (or their linear sum into delta), raw task vectors
+// into tau.
+static void values_tile(const Work& w, Scratch& s, int64_t start, int n, float* tau, int stride,
+                        float* delta) {
   const float* base = load_base(w, s, start, n);
   const bool unweighted = w.job->vote_on == MF_VOTE_UNWEIGHTED && !w.linear;
   for (int k = 0; k < w.k; ++k) {
@@ -181,8 +198,10 @@ static void values_tile(const Work& w, Scratch& s, int64_t start, int n, float* 
   }
 }
 
-// d = scale * delta of [start, start + n), n <= kTile; raw task vectors into tau (rows of `stride`).
-static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* tau, int stride, float* delta) {
+// d = scale * delta of [start, start + n), n <= kTile; raw task vectors into tau (rows of
+// `stride`).
+static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* tau, int stride,
+                       float* delta) {
   const mf_job& job = *w.job;
   if (job.merged) {
     const float* base = load_base(w, s, start, n);

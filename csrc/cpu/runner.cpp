@@ -9,7 +9,8 @@ namespace mf {
 Scratch& ThreadScratch::prepare(const Work& work) {
   const size_t k = (size_t)std::max(work.k, 1), tile = (size_t)work.tile, pad = 64;
   const size_t words = kTile + 64;
-  const size_t floats = (tile + pad) + k * tile + pad + (work.linear ? 1 : k) * kTile + (tile + pad) + 2 * words;
+  const size_t floats =
+      (tile + pad) + k * tile + pad + (work.linear ? 1 : k) * kTile + (tile + pad) + 2 * words;
   if (floats > float_room_) floats_.resize(float_room_ = floats);
   if (2 * k > count_room_) counts_.resize(count_room_ = 2 * k);
   float* p = floats_.get();
@@ -47,7 +48,8 @@ void require(bool condition, const char* message) {
 void check(const mf_job& job) {
   const auto dtype = [](int d) { return d >= MF_F32 && d <= MF_BF16; };
   require(job.numel >= 0 && job.offset >= 0, "job: numel and offset must not be negative.");
-  require(job.num_experts >= 0 && job.num_experts < kMaxVectors, "job: expected at most 1024 experts.");
+  require(job.num_experts >= 0 && job.num_experts < kMaxVectors,
+          "job: expected at most 1024 experts.");
   require(job.num_experts == 0 || job.experts, "job: experts missing.");
   require(!job.base || dtype(job.base_dtype), "job: unknown dtype of the base.");
   require(!job.merged || dtype(job.merged_dtype), "job: unknown dtype of the merged tensor.");
@@ -57,8 +59,10 @@ void check(const mf_job& job) {
     require(dtype(e.dtype), "job: unknown dtype of an expert.");
     require(e.data || job.numel == 0, "job: an expert's data is missing.");
     require(e.trim != MF_TRIM_GIVEN || e.mask || job.numel == 0, "job: a keep mask is missing.");
-    require(job.consensus != MF_CONSENSUS_GIVEN || e.task_mask || job.numel == 0, "job: a task mask is missing.");
-    require(e.trim != MF_TRIM_RANKED || (job.rank_cols > 0 && job.numel % job.rank_cols == 0) || job.numel == 0,
+    require(job.consensus != MF_CONSENSUS_GIVEN || e.task_mask || job.numel == 0,
+            "job: a task mask is missing.");
+    require(e.trim != MF_TRIM_RANKED || (job.rank_cols > 0 && job.numel % job.rank_cols == 0) ||
+                job.numel == 0,
             "job: rank_cols must divide the tensor.");
   }
   if (const mf_calibration* c = job.calibration)
@@ -83,7 +87,8 @@ Prepared::Prepared(mf_job& j) : job(j) {
   work.job = &job;
   work.experts = job.experts;
   work.k = job.num_experts;
-  const bool whole_sum = job.contributors == MF_ALL && job.vote == MF_VOTE_NONE && job.reduce != MF_MAX;
+  const bool whole_sum =
+      job.contributors == MF_ALL && job.vote == MF_VOTE_NONE && job.reduce != MF_MAX;
   work.linear = job.merged || whole_sum;
   work.divisor = work.linear && !job.merged ? linear_divisor(job) : 1;
   if (const mf_calibration* c = job.calibration) {
@@ -146,7 +151,8 @@ void Runner::finish(Prepared& p, bool count_kept) {
   }
 }
 
-void Runner::ordered_sum(int64_t start, int64_t n, int width, int added, double* sum, const BlockBody& body) {
+void Runner::ordered_sum(int64_t start, int64_t n, int width, int added, double* sum,
+                         const BlockBody& body) {
   constexpr int64_t kWave = 256;  // blocks whose partials wait to be added: bounds the memory
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   std::vector<double> partial((size_t)(std::min(blocks, kWave) * width));

@@ -64,12 +64,13 @@ class Prepared {
 
   mf_job& job;
   Work work{};
-  bool ranked = false;                     // some expert's trim needs ranks
-  std::vector<const uint8_t*> masks;       // [K], work.masks points here
+  bool ranked = false;                // some expert's trim needs ranks
+  std::vector<const uint8_t*> masks;  // [K], work.masks points here
   int pair_count() const { return work.m * (work.m + 1) / 2; }
 };
 
-// Runs bodies on this call's threads. A batch of small jobs gives each thread a runner of its own, of one thread.
+// Runs bodies on this call's threads. A batch of small jobs gives each thread a runner of its own,
+// of one thread.
 class Runner {
  public:
   Runner(const Kernels& kernels, int threads);
@@ -87,24 +88,29 @@ class Runner {
   // Adds up what the threads found into the job's output fields.
   void finish(Prepared& p, bool count_kept);
 
-  // sum[width] of body(block start, length, partial[width]) over fixed blocks of [start, start + n), partials
-  // combined in index order whatever the threads do: the first `added` are added, the rest are maxima.
+  // sum[width] of body(block start, length, partial[width]) over fixed blocks of [start, start +
+  // n), partials combined in index order whatever the threads do: the first `added` are added, the
+  // rest are maxima.
   using BlockBody = std::function<void(int64_t start, int64_t n, ThreadScratch&, double* partial)>;
-  void ordered_sum(int64_t start, int64_t n, int width, int added, double* sum, const BlockBody& body);
+  void ordered_sum(int64_t start, int64_t n, int width, int added, double* sum,
+                   const BlockBody& body);
 
  private:
   std::vector<std::unique_ptr<ThreadScratch>> own_;
   std::vector<ThreadScratch*> scratch_;
 };
 
-// Ranked trims need their keep masks before the loops: calls body(start, n) for ranges that are whole multiples of
-// `unit` (but for the last), with work.masks filled; once, for everything, where nothing is ranked.
+// Ranked trims need their keep masks before the loops: calls body(start, n) for ranges that are
+// whole multiples of `unit` (but for the last), with work.masks filled; once, for everything, where
+// nothing is ranked.
 void with_ranked_masks(Runner& runner, Prepared& p, int64_t start, int64_t n, int64_t unit,
                        const std::function<void(int64_t, int64_t)>& body);
 
-// Thresholds, then factors, then the majority: whatever the recipe needs and job.selected does not give.
+// Thresholds, then factors, then the majority: whatever the recipe needs and job.selected does not
+// give.
 void select_job(Runner& runner, Prepared& p);
-// Norm sums of every expert before and after its trim, per fixed block [blocks, K]; the sum of the elected signs.
+// Norm sums of every expert before and after its trim, per fixed block [blocks, K]; the sum of the
+// elected signs.
 void norm_sums(Runner& runner, Prepared& p, double* before, double* after);
 int64_t vote_sum(Runner& runner, Prepared& p);
 // Merges (or calibrates) one job whose selection is known.

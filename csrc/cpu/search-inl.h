@@ -21,8 +21,10 @@ struct CompressTable {
 constexpr CompressTable kCompress;
 #endif
 
-// Writes the magnitudes of [low, high] one after another, adds those above high. Returns how many were written.
-static int compress_tile(const float* tau, int n, uint32_t low, uint32_t high, uint32_t* out, int64_t* above) {
+// Writes the magnitudes of [low, high] one after another, adds those above high. Returns how many
+// were written.
+static int compress_tile(const float* tau, int n, uint32_t low, uint32_t high, uint32_t* out,
+                         int64_t* above) {
   const vi under = splat_i((int32_t)low - 1), top = splat_i((int32_t)high);
   vi count = splat_i(0);
   uint32_t* p = out;
@@ -78,8 +80,8 @@ static void sort_into_bins(const Bracket& b, const uint32_t* bits, int n, Bracke
   if (room) c.listed = list - c.list;
 }
 
-static void scan(const Work& w, Scratch& s, int64_t start, int64_t n, const Bracket* brackets, int count,
-                 BracketCounts* counts) {
+static void scan(const Work& w, Scratch& s, int64_t start, int64_t n, const Bracket* brackets,
+                 int count, BracketCounts* counts) {
   for (int64_t done = 0; done < n; done += kTile) {
     const int64_t at = start + done;
     const int len = imin(kTile, n - done);
@@ -92,13 +94,15 @@ static void scan(const Work& w, Scratch& s, int64_t start, int64_t n, const Brac
         load_tile(e.data, e.dtype, base, at, len, s.tau);
         loaded = bracket.expert;
       }
-      const int inside = compress_tile(s.tau, len, bracket.low, bracket.high, s.bits, &counts[b].above);
+      const int inside =
+          compress_tile(s.tau, len, bracket.low, bracket.high, s.bits, &counts[b].above);
       sort_into_bins(bracket, s.bits, inside, counts[b]);
     }
   }
 }
 
-static void magnitudes(const Work& w, Scratch& s, int expert, int64_t start, int64_t n, uint32_t* bits) {
+static void magnitudes(const Work& w, Scratch& s, int expert, int64_t start, int64_t n,
+                       uint32_t* bits) {
   const mf_expert& e = w.experts[expert];
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);

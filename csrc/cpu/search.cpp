@@ -10,9 +10,9 @@
 namespace mf {
 namespace {
 
-constexpr int64_t kSampleMost = 32768;  // magnitudes per expert
-constexpr int kSampleRun = 16;          // taken side by side
-constexpr int64_t kListBytes = 4 << 20;   // of one worker's lists
+constexpr int64_t kSampleMost = 32768;   // magnitudes per expert
+constexpr int kSampleRun = 16;           // taken side by side
+constexpr int64_t kListBytes = 4 << 20;  // of one worker's lists
 constexpr int64_t kMostPieces = 4096;
 
 uint64_t mix(uint64_t x) {  // splitmix64: sample places must not share a period with the data
@@ -67,14 +67,17 @@ void Search::sample(Runner& runner, Prepared& piece) {
     const int64_t length = std::min<int64_t>(kSampleRun, n);
     for (int64_t r = 0; r < runs; ++r) {
       const int64_t room = std::max<int64_t>(1, stride - length + 1);
-      const int64_t at = std::min(r * stride + (int64_t)(mix((uint64_t)r) % (uint64_t)room), n - length);
+      const int64_t at =
+          std::min(r * stride + (int64_t)(mix((uint64_t)r) % (uint64_t)room), n - length);
       out.resize(out.size() + (size_t)length);
-      runner.kernels.magnitudes(piece.work, t.scratch(), (int)k, at, length, &out[out.size() - (size_t)length]);
+      runner.kernels.magnitudes(piece.work, t.scratch(), (int)k, at, length,
+                                &out[out.size() - (size_t)length]);
     }
   });
 }
 
-void Search::set_bracket(size_t i, uint32_t low, uint32_t high, const std::vector<uint32_t>& sorted) {
+void Search::set_bracket(size_t i, uint32_t low, uint32_t high,
+                         const std::vector<uint32_t>& sorted) {
   Bracket& b = brackets_[i];
   b.low = low, b.high = high, b.expert = targets_[i].expert;
   b.shift = 0;
@@ -129,12 +132,14 @@ void Search::begin_pass() {
   workers_.clear();
 }
 
-void Search::scan_piece(Runner& runner, Prepared& piece, int64_t start, int64_t n, ThreadScratch& t, int worker) {
+void Search::scan_piece(Runner& runner, Prepared& piece, int64_t start, int64_t n, ThreadScratch& t,
+                        int worker) {
   Workspace& ws = *workers_[(size_t)worker];
   const size_t count = scanning_.size();
   std::vector<int64_t> list_start(count);
   for (size_t i = 0; i < count; ++i) list_start[i] = ws.counts[i].listed;
-  runner.kernels.scan(piece.work, t.scratch(), start, n, active_.data(), (int)count, ws.counts.data());
+  runner.kernels.scan(piece.work, t.scratch(), start, n, active_.data(), (int)count,
+                      ws.counts.data());
   std::lock_guard<std::mutex> lock(mutex_);
   for (size_t i = 0; i < count; ++i) {
     Piece p;
@@ -152,8 +157,8 @@ void Search::rescan(Runner& runner, Prepared& piece, Target& target) {
   if (first >= end) return;
   std::vector<uint32_t> bits((size_t)(end - first));
   runner.parallel(1, [&](int64_t, ThreadScratch& t) {
-    runner.kernels.magnitudes(piece.work, t.scratch(), target.expert, first - piece.job.offset, end - first,
-                              bits.data());
+    runner.kernels.magnitudes(piece.work, t.scratch(), target.expert, first - piece.job.offset,
+                              end - first, bits.data());
   });
   for (size_t i = 0; i < bits.size(); ++i)
     if (bits[i] == target.threshold) target.equals.push_back(first + (int64_t)i);
@@ -161,12 +166,14 @@ void Search::rescan(Runner& runner, Prepared& piece, Target& target) {
 
 void Search::feed(Runner& runner, Prepared& piece) {
   if (piece.job.numel == 0) return;
-  if (piece.work.k != experts_) throw Failure(MF_INVALID, "select: another number of experts than at the start.");
+  if (piece.work.k != experts_)
+    throw Failure(MF_INVALID, "select: another number of experts than at the start.");
   std::lock_guard<std::mutex> one_at_a_time(feeding_);
   if (finished()) return;
   if (!sampled_) {
     const auto empty = [](const std::vector<uint32_t>& s) { return s.empty(); };
-    if (std::all_of(samples_.begin(), samples_.end(), empty)) sample(runner, piece);  // it stands for all
+    if (std::all_of(samples_.begin(), samples_.end(), empty))
+      sample(runner, piece);  // it stands for all
     sampled_ = true;
     runner.parallel((int64_t)targets_.size(), [&](int64_t i, ThreadScratch&) {
       if (targets_[(size_t)i].state == Target::kScan) bracket_from_sample((size_t)i);
@@ -179,8 +186,8 @@ void Search::feed(Runner& runner, Prepared& piece) {
     while ((int)workers_.size() < runner.threads) {
       workers_.push_back(std::make_unique<Workspace>());
       Workspace& ws = *workers_.back();
-      const int64_t capacity =
-          std::min<int64_t>(total_, std::max<int64_t>(kTile, kListBytes / 4 / (int64_t)scanning_.size()));
+      const int64_t capacity = std::min<int64_t>(
+          total_, std::max<int64_t>(kTile, kListBytes / 4 / (int64_t)scanning_.size()));
       ws.lists.resize((size_t)capacity * scanning_.size());
       ws.counts.resize(scanning_.size());
       for (size_t i = 0; i < scanning_.size(); ++i) {
@@ -193,8 +200,10 @@ void Search::feed(Runner& runner, Prepared& piece) {
     const int64_t first = piece.job.offset / piece_length_;
     const int64_t last = (piece.job.offset + piece.job.numel + piece_length_ - 1) / piece_length_;
     runner.parallel(last - first, [&](int64_t i, ThreadScratch& t) {
-      const int64_t start = std::max((first + i) * piece_length_, piece.job.offset) - piece.job.offset;
-      const int64_t end = std::min((first + i + 1) * piece_length_ - piece.job.offset, piece.job.numel);
+      const int64_t start =
+          std::max((first + i) * piece_length_, piece.job.offset) - piece.job.offset;
+      const int64_t end =
+          std::min((first + i + 1) * piece_length_ - piece.job.offset, piece.job.numel);
       scan_piece(runner, piece, start, end - start, t, runner.index_of(t));
     });
   }
@@ -207,12 +216,14 @@ void Search::feed(Runner& runner, Prepared& piece) {
 }
 
 int64_t Search::listed_equals(const Piece& piece, size_t target, uint32_t value) const {
-  const size_t slot = (size_t)(std::find(scanning_.begin(), scanning_.end(), target) - scanning_.begin());
+  const size_t slot =
+      (size_t)(std::find(scanning_.begin(), scanning_.end(), target) - scanning_.begin());
   const uint32_t* list = workers_[(size_t)piece.worker]->counts[slot].list;
   return std::count(list + piece.list_start, list + piece.list_end, value);
 }
 
-// The threshold is known; `needed` of the elements equal to it stay. Which piece holds the last of them?
+// The threshold is known; `needed` of the elements equal to it stay. Which piece holds the last of
+// them?
 void Search::locate(size_t i, uint32_t threshold, int64_t needed) {
   Target& t = targets_[i];
   t.threshold = threshold;
@@ -233,7 +244,8 @@ void Search::locate(size_t i, uint32_t threshold, int64_t needed) {
     set_bracket(i, threshold, threshold, std::vector<uint32_t>(4, threshold));
     return;
   }
-  std::sort(t.pieces.begin(), t.pieces.end(), [](const Piece& x, const Piece& y) { return x.start < y.start; });
+  std::sort(t.pieces.begin(), t.pieces.end(),
+            [](const Piece& x, const Piece& y) { return x.start < y.start; });
   for (const Piece& p : t.pieces) {
     const int64_t here = heavy >= 0 ? p.equal[heavy] : listed_equals(p, i, threshold);
     if (here >= t.needed) {
@@ -243,14 +255,16 @@ void Search::locate(size_t i, uint32_t threshold, int64_t needed) {
     }
     t.needed -= here;
   }
-  throw Failure(MF_INTERNAL, "select: a tie was counted and not found; the data changed between passes.");
+  throw Failure(MF_INTERNAL,
+                "select: a tie was counted and not found; the data changed between passes.");
 }
 
 // What one pass says about one target: the threshold, or a better bracket.
 void Search::decide(size_t i) {
   Target& t = targets_[i];
   const Bracket b = brackets_[i];
-  const size_t slot = (size_t)(std::find(scanning_.begin(), scanning_.end(), i) - scanning_.begin());
+  const size_t slot =
+      (size_t)(std::find(scanning_.begin(), scanning_.end(), i) - scanning_.begin());
   int64_t above = 0, inside = 0, bins[kBins] = {};
   bool overflowed = false;
   for (const auto& ws : workers_) {
@@ -278,12 +292,14 @@ void Search::decide(size_t i) {
   const int64_t heavies = bins[bin] - (int64_t)listed.size();
   const uint32_t heavy = b.owner[bin] == 255 ? 0 : b.heavy[b.owner[bin]];
   const int64_t rank = t.count - above;
-  const int64_t over = std::count_if(listed.begin(), listed.end(), [&](uint32_t x) { return x > heavy; });
+  const int64_t over =
+      std::count_if(listed.begin(), listed.end(), [&](uint32_t x) { return x > heavy; });
   if (heavies > 0 && rank > over && rank <= over + heavies) return locate(i, heavy, rank - over);
   const int64_t place = heavies == 0 || rank <= over ? rank : rank - heavies;
   std::vector<uint32_t> work(listed.size());
   int64_t larger = 0;
-  const uint32_t value = kth_largest(listed.data(), (int64_t)listed.size(), place, work.data(), &larger);
+  const uint32_t value =
+      kth_largest(listed.data(), (int64_t)listed.size(), place, work.data(), &larger);
   locate(i, value, place - larger);
 }
 
@@ -292,7 +308,8 @@ void Search::end_pass() {
     if (t.state == Target::kRescan) {
       std::sort(t.equals.begin(), t.equals.end());
       if ((int64_t)t.equals.size() < t.needed)
-        throw Failure(MF_INTERNAL, "select: a tie was counted and not found; the data changed between passes.");
+        throw Failure(MF_INTERNAL,
+                      "select: a tie was counted and not found; the data changed between passes.");
       t.tie_cut = t.equals[(size_t)t.needed - 1] + 1;
       t.equals = {};
       t.state = Target::kDone;

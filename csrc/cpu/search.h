@@ -1,10 +1,11 @@
 // Exact k-th magnitudes and tie cuts of data that may be seen only piece by piece.
 //
-// A sample brackets each threshold. One pass counts what lies above the bracket, bins what lies inside, counts the
-// few values the sample found often by themselves (in bf16 checkpoints 5 % of all elements can equal the threshold)
-// and lists the rest. Mostly that decides; where the sample misled or the list was too short the bracket becomes the
-// right bin and a further pass follows: at most four, whatever the input. The tie cut is found by the counts of
-// equals per piece and a second look at one piece.
+// A sample brackets each threshold. One pass counts what lies above the bracket, bins what lies
+// inside, counts the few values the sample found often by themselves (in bf16 checkpoints 5 % of
+// all elements can equal the threshold) and lists the rest. Mostly that decides; where the sample
+// misled or the list was too short the bracket becomes the right bin and a further pass follows: at
+// most four, whatever the input. The tie cut is found by the counts of equals per piece and a
+// second look at one piece.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,8 @@ class Search {
 
   // A sample from anywhere in the data, before the first feed.
   void sample(Runner& runner, Prepared& piece);
-  // The part of `piece` that is wanted: every element of every wanted range exactly once, in any order.
+  // The part of `piece` that is wanted: every element of every wanted range exactly once, in any
+  // order.
   void feed(Runner& runner, Prepared& piece);
   void result(mf_expert* experts) const;
 
@@ -41,13 +43,13 @@ class Search {
   };
   struct Target {
     int expert;
-    bool top;           // the upper edge of a band
-    bool cut;           // needs the exact tie cut
-    int64_t count;      // how many lie at or above the threshold
+    bool top;       // the upper edge of a band
+    bool cut;       // needs the exact tie cut
+    int64_t count;  // how many lie at or above the threshold
     enum { kScan, kRescan, kDone } state;
     uint32_t threshold;
     int64_t tie_cut;
-    int64_t needed;     // of those equal to the threshold
+    int64_t needed;  // of those equal to the threshold
     int64_t rescan_start, rescan_end;
     std::vector<int64_t> equals;  // flat indices, of the rescan
     std::vector<Piece> pieces;
@@ -59,12 +61,14 @@ class Search {
 
   void begin_pass();
   void end_pass();
-  void set_bracket(size_t target, uint32_t low, uint32_t high, const std::vector<uint32_t>& sorted_sample);
+  void set_bracket(size_t target, uint32_t low, uint32_t high,
+                   const std::vector<uint32_t>& sorted_sample);
   void bracket_from_sample(size_t target);
   void decide(size_t target);
   void locate(size_t target, uint32_t threshold, int64_t needed);
   int64_t listed_equals(const Piece& piece, size_t target, uint32_t value) const;
-  void scan_piece(Runner& runner, Prepared& piece, int64_t start, int64_t n, ThreadScratch& t, int worker);
+  void scan_piece(Runner& runner, Prepared& piece, int64_t start, int64_t n, ThreadScratch& t,
+                  int worker);
   void rescan(Runner& runner, Prepared& piece, Target& target);
 
   int64_t total_;

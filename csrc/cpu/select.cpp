@@ -1,4 +1,5 @@
-// What has to be known about a whole tensor before it can be merged: thresholds, factors, the majority sign.
+// What has to be known about a whole tensor before it can be merged: thresholds, factors, the
+// majority sign.
 #include <algorithm>
 #include <cmath>
 
@@ -10,15 +11,17 @@
 namespace mf {
 namespace {
 
-constexpr int64_t kInCache = kBlock;  // elements; up to here the magnitudes of an expert are kept and sorted by digits
-constexpr double kTinyNorm = 1e-7;    // below it a norm is not restored
+constexpr int64_t kInCache =
+    kBlock;  // elements; up to here the magnitudes of an expert are kept and sorted by digits
+constexpr double kTinyNorm = 1e-7;  // below it a norm is not restored
 
 // (threshold, tie cut) that keep the `count` largest of bits[n].
-void cut_at(const uint32_t* bits, int64_t n, int64_t count, int tie_rule, uint32_t* work, float* threshold,
-            int64_t* tie_cut) {
+void cut_at(const uint32_t* bits, int64_t n, int64_t count, int tie_rule, uint32_t* work,
+            float* threshold, int64_t* tie_cut) {
   *threshold = float_of(kInfBits), *tie_cut = 0;
   if (count <= 0) return;
-  if (count > n) throw Failure(MF_INVALID, "select: counts must lie between 0 and the number of elements.");
+  if (count > n)
+    throw Failure(MF_INVALID, "select: counts must lie between 0 and the number of elements.");
   int64_t above = 0;
   const uint32_t value = kth_largest(bits, n, count, work, &above);
   *threshold = float_of(value);
@@ -34,8 +37,10 @@ void select_in_cache(Runner& runner, Prepared& p) {
     uint32_t* bits = reinterpret_cast<uint32_t*>(t.row(2 * n));
     runner.kernels.magnitudes(p.work, t.scratch(), (int)k, 0, n, bits);
     const bool band = e.top_count >= 0;
-    cut_at(bits, n, e.count, band ? (int)MF_TIES_EXACT : p.job.tie_rule, bits + n, &e.threshold, &e.tie_cut);
-    if (band) cut_at(bits, n, e.top_count, MF_TIES_EXACT, bits + n, &e.top_threshold, &e.top_tie_cut);
+    cut_at(bits, n, e.count, band ? (int)MF_TIES_EXACT : p.job.tie_rule, bits + n, &e.threshold,
+           &e.tie_cut);
+    if (band)
+      cut_at(bits, n, e.top_count, MF_TIES_EXACT, bits + n, &e.top_threshold, &e.top_tie_cut);
   });
 }
 
@@ -48,7 +53,8 @@ void select_thresholds(Runner& runner, Prepared& p) {
     any |= e.trim == MF_TRIM_BAND;
   }
   if (!any || p.job.numel == 0) return;
-  if (p.job.numel != p.job.total) throw Failure(MF_INVALID, "select: expected the whole tensor, got a part of it.");
+  if (p.job.numel != p.job.total)
+    throw Failure(MF_INVALID, "select: expected the whole tensor, got a part of it.");
   if (p.job.numel <= kInCache) return select_in_cache(runner, p);
   Search search(p.job);
   search.sample(runner, p);
@@ -62,7 +68,8 @@ void select_thresholds(Runner& runner, Prepared& p) {
       }
       std::vector<mf_expert> experts(p.job.experts, p.job.experts + p.work.k);
       const auto shift = [&](const void* data, int dtype) {
-        return data ? static_cast<const char*>(data) + range.first * (dtype == MF_F32 ? 4 : 2) : nullptr;
+        return data ? static_cast<const char*>(data) + range.first * (dtype == MF_F32 ? 4 : 2)
+                    : nullptr;
       };
       for (mf_expert& e : experts) e.data = shift(e.data, e.dtype);
       part.base = shift(p.job.base, p.job.base_dtype);
@@ -109,8 +116,8 @@ void norm_sums(Runner& runner, Prepared& p, double* before, double* after) {
     const int64_t first = start / kBlock, blocks = (n + kBlock - 1) / kBlock;
     runner.parallel(blocks, [&](int64_t i, ThreadScratch& t) {
       const int64_t at = start + i * kBlock;
-      runner.kernels.norms(p.work, t.scratch(), at, std::min(kBlock, start + n - at), before + (first + i) * k,
-                           after + (first + i) * k);
+      runner.kernels.norms(p.work, t.scratch(), at, std::min(kBlock, start + n - at),
+                           before + (first + i) * k, after + (first + i) * k);
     });
   });
 }
@@ -126,8 +133,8 @@ int64_t vote_sum(Runner& runner, Prepared& p) {
     const int64_t blocks = (n + kBlock - 1) / kBlock;
     std::vector<int64_t> partial((size_t)blocks, 0);
     runner.parallel(blocks, [&](int64_t i, ThreadScratch& t) {
-      partial[(size_t)i] =
-          runner.kernels.votes(voting, t.scratch(), start + i * kBlock, std::min(kBlock, n - i * kBlock));
+      partial[(size_t)i] = runner.kernels.votes(voting, t.scratch(), start + i * kBlock,
+                                                std::min(kBlock, n - i * kBlock));
     });
     for (const int64_t x : partial) sum += x;
   });

@@ -1,7 +1,9 @@
-// Vectors of one instruction set. Included by one translation unit per set, inside its own anonymous namespace.
+// Vectors of one instruction set. Included by one translation unit per set, inside its own
+// anonymous namespace.
 //
-// Element-wise code takes kLanes elements at a time, whatever kLanes is. Row sums run on 16 virtual lanes: 16 / kLanes
-// vectors side by side, added by one fixed tree, so their bits do not depend on the instruction set.
+// Element-wise code takes kLanes elements at a time, whatever kLanes is. Row sums run on 16 virtual
+// lanes: 16 / kLanes vectors side by side, added by one fixed tree, so their bits do not depend on
+// the instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -115,7 +117,7 @@ MF_INLINE vi widen_bytes(const uint8_t* p) {
 #elif defined(MF_USE_AVX2)
   return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
-  return (vi)__builtin_convertvector((vb) * (const vb_loose*)p, vu);
+  return (vi) __builtin_convertvector((vb) * (const vb_loose*)p, vu);
 #endif
 }
 
@@ -185,9 +187,7 @@ struct F32 {
 
 struct Bf16 {
   typedef uint16_t type;
-  MF_INLINE vf get(const uint16_t* p) {
-    return (vf)(widen(p) << 16);
-  }
+  MF_INLINE vf get(const uint16_t* p) { return (vf)(widen(p) << 16); }
   MF_INLINE void put(uint16_t* p, vf x) {
     const vu u = (vu)x;
     const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;

@@ -10,13 +10,15 @@ namespace MF_ISA_NAMESPACE {
 namespace {
 
 MF_INLINE int64_t padded(int64_t n) { return (n + kTilePad - 1) & -(int64_t)kTilePad; }
-// Bytes ahead of the element at hand. K + 1 streams, a tile of each in turn, are too many for the hardware's
-// prefetchers: without this, most of the time goes into waiting for lines (AMD Zen 3, 2026).
+// Bytes ahead of the element at hand. K + 1 streams, a tile of each in turn, are too many for the
+// hardware's prefetchers: without this, most of the time goes into waiting for lines (AMD Zen 3,
+// 2026).
 constexpr int64_t kPrefetch = 1024;
 
 MF_INLINE int imin(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
-// out[i] = source[i] - base[i] for i < n, zeros up to the padding. True where some out is not finite.
+// out[i] = source[i] - base[i] for i < n, zeros up to the padding. True where some out is not
+// finite.
 template <class T, bool HAS_BASE>
 static bool load_as(const typename T::type* source, const float* base, int64_t n, float* out) {
   constexpr int kLine = 64 / (int)sizeof(typename T::type);  // elements per cache line
@@ -49,7 +51,8 @@ static bool load_as(const typename T::type* source, const float* base, int64_t n
   return bad;
 }
 
-static bool load_tile(const void* data, int dtype, const float* base, int64_t start, int n, float* out) {
+static bool load_tile(const void* data, int dtype, const float* base, int64_t start, int n,
+                      float* out) {
   if (dtype == MF_BF16) {
     const uint16_t* p = (const uint16_t*)data + start;
     return base ? load_as<Bf16, true>(p, base, n, out) : load_as<Bf16, false>(p, base, n, out);
@@ -82,7 +85,8 @@ MF_INLINE const float* load_base(const Work& w, Scratch& s, int64_t start, int n
 }
 
 // Raw task vector of expert k; a non-finite one is traced to its source.
-MF_INLINE void load_tau(const Work& w, Scratch& s, int k, const float* base, int64_t start, int n, float* tau) {
+MF_INLINE void load_tau(const Work& w, Scratch& s, int k, const float* base, int64_t start, int n,
+                        float* tau) {
   const mf_expert& e = w.experts[k];
   if (load_tile(e.data, e.dtype, base, start, n, tau)) {
     note_nonfinite(e.data, e.dtype, start, n, &s.nonfinite[k]);
@@ -91,9 +95,10 @@ MF_INLINE void load_tau(const Work& w, Scratch& s, int k, const float* base, int
 }
 
 // Words of elements [flat, flat + n), 0xffffffff (never kept) up to the padding.
-static void draw_words(uint64_t flat, int n, uint64_t stream, uint64_t seed, uint32_t* buffer, uint32_t* out) {
+static void draw_words(uint64_t flat, int n, uint64_t stream, uint64_t seed, uint32_t* buffer,
+                       uint32_t* out) {
   constexpr int kWide = kLanes / 2;  // counters per vector, in 64-bit lanes
-  vq order;                          // lane -> counter, so that the two halves of the result come out in order
+  vq order;  // lane -> counter, so that the two halves of the result come out in order
   for (int i = 0; i < kWide; ++i) order[i] = (uint64_t)(i / 2 + (i % 2) * (kWide / 2));
   const uint64_t first = flat / 4, last = (flat + (uint64_t)n + 3) / 4;
   uint32_t* p = buffer;
@@ -138,10 +143,10 @@ enum TrimKind { kKeepAll, kKeepBand, kKeepBandSplit, kKeepWords, kKeepBytes };
 enum Sink { kStore, kStart, kAdd };  // values kept; first and next term of a linear sum
 
 struct TrimTile {
-  int32_t low, high;       // low < |tau| bits <= high stays ...
-  int32_t cut, top_cut;    // ... and split: equal to a threshold, and the element before the cut
+  int32_t low, high;     // low < |tau| bits <= high stays ...
+  int32_t cut, top_cut;  // ... and split: equal to a threshold, and the element before the cut
   const uint32_t* words;
-  int32_t bound;           // random bound, sign flipped for a signed comparison
+  int32_t bound;  // random bound, sign flipped for a signed comparison
   const uint8_t* bytes;
   float factor, weight;
 };
@@ -157,12 +162,12 @@ static int64_t trim_loop(const TrimTile& t, const float* tau, int n, float* out)
     vi keep;
     if (KIND == kKeepBand) keep = (abs_bits(x) > low) & ~(abs_bits(x) > high);
     if (KIND == kKeepBandSplit) {
-      keep = (abs_bits(x) > (low + (index < t.cut))) & ~(abs_bits(x) > (high + (index < t.top_cut)));
+      keep =
+          (abs_bits(x) > (low + (index < t.cut))) & ~(abs_bits(x) > (high + (index < t.top_cut)));
       index += kLanes;
     }
     if (KIND == kKeepWords) keep = (load_i(t.words + i) ^ INT32_MIN) < bound;
-    if (KIND == kKeepBytes)
-      keep = widen_bytes(t.bytes + i) != 0;
+    if (KIND == kKeepBytes) keep = widen_bytes(t.bytes + i) != 0;
     if (KIND != kKeepAll) {
       kept -= keep;
       x = keep_if(keep, x);
@@ -194,17 +199,23 @@ static int64_t trim_scaled(const TrimTile& t, const float* tau, int n, float* ou
 template <int SINK>
 static int64_t trim_by_kind(int kind, const TrimTile& t, const float* tau, int n, float* out) {
   switch (kind) {
-    case kKeepAll: return trim_scaled<kKeepAll, SINK>(t, tau, n, out);
-    case kKeepBand: return trim_scaled<kKeepBand, SINK>(t, tau, n, out);
-    case kKeepBandSplit: return trim_scaled<kKeepBandSplit, SINK>(t, tau, n, out);
-    case kKeepWords: return trim_scaled<kKeepWords, SINK>(t, tau, n, out);
-    default: return trim_scaled<kKeepBytes, SINK>(t, tau, n, out);
+    case kKeepAll:
+      return trim_scaled<kKeepAll, SINK>(t, tau, n, out);
+    case kKeepBand:
+      return trim_scaled<kKeepBand, SINK>(t, tau, n, out);
+    case kKeepBandSplit:
+      return trim_scaled<kKeepBandSplit, SINK>(t, tau, n, out);
+    case kKeepWords:
+      return trim_scaled<kKeepWords, SINK>(t, tau, n, out);
+    default:
+      return trim_scaled<kKeepBytes, SINK>(t, tau, n, out);
   }
 }
 
-// The kept, rescaled and weighted values of expert k for [start, start + n): n <= kTile. Returns how many stayed.
-static int64_t trim_tile(const Work& w, Scratch& s, int k, int64_t start, int n, const float* tau, float weight,
-                         int sink, float* out) {
+// The kept, rescaled and weighted values of expert k for [start, start + n): n <= kTile. Returns
+// how many stayed.
+static int64_t trim_tile(const Work& w, Scratch& s, int k, int64_t start, int n, const float* tau,
+                         float weight, int sink, float* out) {
   const mf_expert& e = w.experts[k];
   const int64_t flat = w.job->offset + start;
   TrimTile t = {-1, (int32_t)kAbsMask, 0, 0, nullptr, 0, nullptr, e.factor, weight};

@@ -1,4 +1,5 @@
-// What the orchestration (compiled once) hands to the loops (compiled once per instruction set). Plain data.
+// What the orchestration (compiled once) hands to the loops (compiled once per instruction set).
+// Plain data.
 #pragma once
 
 #include <stdint.h>
@@ -7,15 +8,17 @@
 
 namespace mf {
 
-constexpr int kTile = 256;             // elements per pass over the stages; all of a tile's buffers stay in L1
-constexpr int64_t kBlock = 65536;      // sums over more than this are float64 partials, added in index order
-constexpr int kTilePad = 16;           // buffers are zero up to the next multiple of the 16 virtual lanes
-constexpr int kBins = 1024;            // of a search bracket
-constexpr int kMaxVectors = 1025;       // experts and d in the row statistics of one job
-constexpr int kHeavy = 8;              // values of a search bracket that are counted instead of listed
-constexpr int64_t kNone = INT64_MAX;   // no bad index so far
+constexpr int kTile = 256;  // elements per pass over the stages; all of a tile's buffers stay in L1
+constexpr int64_t kBlock =
+    65536;                    // sums over more than this are float64 partials, added in index order
+constexpr int kTilePad = 16;  // buffers are zero up to the next multiple of the 16 virtual lanes
+constexpr int kBins = 1024;   // of a search bracket
+constexpr int kMaxVectors = 1025;  // experts and d in the row statistics of one job
+constexpr int kHeavy = 8;          // values of a search bracket that are counted instead of listed
+constexpr int64_t kNone = INT64_MAX;  // no bad index so far
 
-// Elements whose row sums are taken in float32 before they go to float64. A constant of M alone: same bits everywhere.
+// Elements whose row sums are taken in float32 before they go to float64. A constant of M alone:
+// same bits everywhere.
 static inline int stat_tile(int m) { return m <= 4 ? 1024 : m <= 10 ? 512 : kTile; }
 
 // One job, prepared: what can be known before the first element.
@@ -25,34 +28,34 @@ struct Work {
   const uint8_t* const* masks;  // [K] keep bytes of the ranked trims for a range, or null entries
   int64_t mask_start;           // element of the job that masks[k][0] belongs to
   int k;
-  int m;                        // vectors of the row statistics: all experts and d; 0: none
-  int included;                 // how many of the experts the coefficient is made of
-  int tile;                     // stat_tile(m), or kTile
-  bool keep_tau;                // raw task vectors of all experts stay in the scratch (statistics, consensus)
-  bool linear;                  // no vote, all contribute: sums as they come, no values kept
-  bool gram, powers;            // which sums the calibration needs besides the squared norms
-  bool wide;                    // inner products in float64
-  float divisor;                // of a linear mean, 1 otherwise
+  int m;              // vectors of the row statistics: all experts and d; 0: none
+  int included;       // how many of the experts the coefficient is made of
+  int tile;           // stat_tile(m), or kTile
+  bool keep_tau;      // raw task vectors of all experts stay in the scratch (statistics, consensus)
+  bool linear;        // no vote, all contribute: sums as they come, no values kept
+  bool gram, powers;  // which sums the calibration needs besides the squared norms
+  bool wide;          // inner products in float64
+  float divisor;      // of a linear mean, 1 otherwise
 };
 
 // One thread's buffers. Every pointer is 64-byte aligned and padded to kTilePad.
 struct Scratch {
-  float* base;       // [tile]
-  float* tau;        // [K][tile] raw task vectors
-  float* value;      // [K][kTile] trimmed, rescaled, weighted
-  float* delta;      // [tile]
-  uint32_t* words;   // [kTile + 64] random words
-  uint32_t* bits;    // [kTile + 64] compacted magnitudes of a search
+  float* base;      // [tile]
+  float* tau;       // [K][tile] raw task vectors
+  float* value;     // [K][kTile] trimmed, rescaled, weighted
+  float* delta;     // [tile]
+  uint32_t* words;  // [kTile + 64] random words
+  uint32_t* bits;   // [kTile + 64] compacted magnitudes of a search
   // what this thread found
-  int64_t* kept;        // [K]
-  int64_t* nonfinite;   // [K]
+  int64_t* kept;       // [K]
+  int64_t* nonfinite;  // [K]
   int64_t base_nonfinite, merged_nonfinite, overflow;
 };
 
 // One bracket of one search during one pass: magnitudes (bit patterns) in [low, high] are binned.
 struct Bracket {
   uint32_t low, high;
-  int shift;               // bin = (bits - low) >> shift
+  int shift;  // bin = (bits - low) >> shift
   int expert;
   int heavies;
   uint32_t heavy[kHeavy];  // values counted by themselves
@@ -61,12 +64,12 @@ struct Bracket {
 
 // What one thread counted for one bracket.
 struct BracketCounts {
-  int64_t above;            // magnitudes > high
+  int64_t above;  // magnitudes > high
   int64_t bins[kBins];
-  int64_t equal[kHeavy];    // of the piece at hand
-  uint32_t* list;           // magnitudes in the bracket that are no heavy value
+  int64_t equal[kHeavy];  // of the piece at hand
+  uint32_t* list;         // magnitudes in the bracket that are no heavy value
   int64_t listed, capacity;
-  bool overflowed;          // the list is incomplete
+  bool overflowed;  // the list is incomplete
 };
 
 // The loops. [start, start + n) are elements of the job's arrays.
@@ -76,11 +79,13 @@ struct Kernels {
   // delta into `delta` (null: the scratch) and the row sums added to pairs and powers.
   void (*statistics)(const Work&, Scratch&, int64_t start, int64_t n, float* delta, double* pairs,
                      double* powers);
-  // out = base + factor * delta from a delta kept by `statistics`; factor 1 copies `merged` where there is one.
+  // out = base + factor * delta from a delta kept by `statistics`; factor 1 copies `merged` where
+  // there is one.
   void (*apply)(const Work&, Scratch&, int64_t start, int64_t n, const float* delta, float factor);
   // Sum of the elected signs, zeros as 0.
   int64_t (*votes)(const Work&, Scratch&, int64_t start, int64_t n);
-  // Norm sums of every expert (l1, sum of squares or largest, by job.rescale) before and after the trim.
+  // Norm sums of every expert (l1, sum of squares or largest, by job.rescale) before and after the
+  // trim.
   void (*norms)(const Work&, Scratch&, int64_t start, int64_t n, double* before, double* after);
   // |tau| bit patterns of one expert.
   void (*magnitudes)(const Work&, Scratch&, int expert, int64_t start, int64_t n, uint32_t* bits);
@@ -93,9 +98,17 @@ struct Kernels {
   void (*words)(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint32_t* out);
 };
 
-namespace baseline { const Kernels* kernels(); }
-namespace avx2 { const Kernels* kernels(); }
-namespace avx512 { const Kernels* kernels(); }
-namespace neon { const Kernels* kernels(); }
+namespace baseline {
+const Kernels* kernels();
+}
+namespace avx2 {
+const Kernels* kernels();
+}
+namespace avx512 {
+const Kernels* kernels();
+}
+namespace neon {
+const Kernels* kernels();
+}
 
 }  // namespace mf

@@ -1,7 +1,9 @@
-// The flat C surface of the native core: plain structs, fixed-width integers, status codes. No Python, no torch.
+// The flat C surface of the native core: plain structs, fixed-width integers, status codes. No
+// Python, no torch.
 //
-// Memory is the caller's: every pointer stays valid until the call returns, inputs are only read, `out` overlaps
-// no input. Nothing here keeps a pointer after it returned, except a search between its begin and end.
+// Memory is the caller's: every pointer stays valid until the call returns, inputs are only read,
+// `out` overlaps no input. Nothing here keeps a pointer after it returned, except a search between
+// its begin and end.
 #ifndef MAGIC_FAST_H_
 #define MAGIC_FAST_H_
 
@@ -29,8 +31,17 @@ typedef enum mf_trim {
   MF_TRIM_GIVEN = 4    // mask[i] != 0
 } mf_trim;
 
-typedef enum mf_tie_rule { MF_TIES_EXACT = 0, MF_TIES_KEEP_ALL = 1, MF_TIES_DROP_ALL = 2 } mf_tie_rule;
-typedef enum mf_rescale { MF_RESCALE_NONE = 0, MF_RESCALE_L1 = 1, MF_RESCALE_L2 = 2, MF_RESCALE_LINF = 3 } mf_rescale;
+typedef enum mf_tie_rule {
+  MF_TIES_EXACT = 0,
+  MF_TIES_KEEP_ALL = 1,
+  MF_TIES_DROP_ALL = 2
+} mf_tie_rule;
+typedef enum mf_rescale {
+  MF_RESCALE_NONE = 0,
+  MF_RESCALE_L1 = 1,
+  MF_RESCALE_L2 = 2,
+  MF_RESCALE_LINF = 3
+} mf_rescale;
 typedef enum mf_vote { MF_VOTE_NONE = 0, MF_VOTE_MASS = 1, MF_VOTE_COUNT = 2 } mf_vote;
 typedef enum mf_vote_on { MF_VOTE_WEIGHTED = 0, MF_VOTE_UNWEIGHTED = 1 } mf_vote_on;
 typedef enum mf_zero_vote {
@@ -41,34 +52,40 @@ typedef enum mf_zero_vote {
 } mf_zero_vote;
 typedef enum mf_contributors { MF_AGREEING = 0, MF_NONZERO = 1, MF_ALL = 2 } mf_contributors;
 typedef enum mf_reduce { MF_SUM = 0, MF_MEAN = 1, MF_WEIGHTED_MEAN = 2, MF_MAX = 3 } mf_reduce;
-typedef enum mf_consensus { MF_CONSENSUS_NONE = 0, MF_CONSENSUS_LAMBDA = 1, MF_CONSENSUS_GIVEN = 2 } mf_consensus;
+typedef enum mf_consensus {
+  MF_CONSENSUS_NONE = 0,
+  MF_CONSENSUS_LAMBDA = 1,
+  MF_CONSENSUS_GIVEN = 2
+} mf_consensus;
 typedef enum mf_variant { MF_MANIFOLD = 0, MF_MANIFOLD_EXACT = 1, MF_SPHERE = 2 } mf_variant;
 typedef enum mf_eps_mode { MF_EPS_ABSOLUTE = 0, MF_EPS_RELATIVE = 1, MF_EPS_NONE = 2 } mf_eps_mode;
 typedef enum mf_direction { MF_FREE = 0, MF_GROW = 1, MF_SHRINK = 2 } mf_direction;
 
-// One expert of one job. `in` is read, `out` is written, `in/out` is given when job.selected, else found.
+// One expert of one job. `in` is read, `out` is written, `in/out` is given when job.selected, else
+// found.
 typedef struct mf_expert {
-  const void* data;           // in: [numel] of `dtype`
-  const uint8_t* mask;        // in: [numel], MF_TRIM_GIVEN; null otherwise
-  const uint8_t* task_mask;   // in: [numel], MF_CONSENSUS_GIVEN; null otherwise
-  int64_t count;              // in: MF_TRIM_BAND: how many of the largest lie at or above the threshold
-  int64_t top_count;          // in: MF_TRIM_BAND: how many of the very largest are dropped; -1: it is no band
-  uint64_t stream;            // in: high half of the Philox counter of this expert
-  double density, epsilon;    // in: MF_TRIM_RANKED
-  uint32_t random_bound;      // in: MF_TRIM_RANDOM: floor(p * 2^32)
-  float weight;               // in
-  float lambda;               // in: MF_CONSENSUS_LAMBDA
-  int32_t dtype;              // in: mf_dtype
-  int32_t trim;               // in: mf_trim
-  int32_t included;           // in: counts in the row statistics
-  float threshold;            // in/out
-  float top_threshold;        // in/out
-  int64_t tie_cut;            // in/out
-  int64_t top_tie_cut;        // in/out
-  float factor;               // in/out: in where job.rescale is MF_RESCALE_NONE or job.selected
-  int32_t unused;             // keeps the struct free of padding that differs by compiler
-  int64_t kept;               // out: entries that survived the trim
-  int64_t first_nonfinite;    // out: flat index of the first NaN or infinity, -1: none
+  const void* data;          // in: [numel] of `dtype`
+  const uint8_t* mask;       // in: [numel], MF_TRIM_GIVEN; null otherwise
+  const uint8_t* task_mask;  // in: [numel], MF_CONSENSUS_GIVEN; null otherwise
+  int64_t count;  // in: MF_TRIM_BAND: how many of the largest lie at or above the threshold
+  int64_t
+      top_count;    // in: MF_TRIM_BAND: how many of the very largest are dropped; -1: it is no band
+  uint64_t stream;  // in: high half of the Philox counter of this expert
+  double density, epsilon;  // in: MF_TRIM_RANKED
+  uint32_t random_bound;    // in: MF_TRIM_RANDOM: floor(p * 2^32)
+  float weight;             // in
+  float lambda;             // in: MF_CONSENSUS_LAMBDA
+  int32_t dtype;            // in: mf_dtype
+  int32_t trim;             // in: mf_trim
+  int32_t included;         // in: counts in the row statistics
+  float threshold;          // in/out
+  float top_threshold;      // in/out
+  int64_t tie_cut;          // in/out
+  int64_t top_tie_cut;      // in/out
+  float factor;             // in/out: in where job.rescale is MF_RESCALE_NONE or job.selected
+  int32_t unused;           // keeps the struct free of padding that differs by compiler
+  int64_t kept;             // out: entries that survived the trim
+  int64_t first_nonfinite;  // out: flat index of the first NaN or infinity, -1: none
 } mf_expert;
 
 // WSC of one job: rows x cols is the row view of the contiguous arrays.
@@ -85,22 +102,23 @@ typedef struct mf_calibration {
   int32_t per_tensor;  // bool: the whole tensor is one row
 } mf_calibration;
 
-// One tensor. With `merged` null the recipe makes the merged task vector; else it is merged - base and the
-// recipe fields are not read (WSC of a model merged elsewhere).
+// One tensor. With `merged` null the recipe makes the merged task vector; else it is merged - base
+// and the recipe fields are not read (WSC of a model merged elsewhere).
 typedef struct mf_job {
   const void* base;    // [numel] of base_dtype, or null: the experts are task vectors
   const void* merged;  // [numel] of merged_dtype, or null
   void* out;           // [numel] of out_dtype, or null (select, row statistics)
   mf_expert* experts;  // [num_experts]
   const mf_calibration* calibration;  // or null
-  float* coefficient;  // [rows] raw xi, or null
-  float* factor;       // [rows] what the row was multiplied by (1: left alone), or null
-  uint8_t* repaired;   // [rows] 1 where the guards left the row alone, or null
-  double* norms2;      // [num_experts + 2] squared norms of the task vectors, of d, of d after the factors, or null
+  float* coefficient;                 // [rows] raw xi, or null
+  float* factor;      // [rows] what the row was multiplied by (1: left alone), or null
+  uint8_t* repaired;  // [rows] 1 where the guards left the row alone, or null
+  double* norms2;     // [num_experts + 2] squared norms of the task vectors, of d, of d after the
+                      // factors, or null
   int64_t numel;
-  int64_t offset;      // flat index of element 0 in the whole tensor
-  int64_t total;       // elements of the whole tensor
-  int64_t rank_cols;   // MF_TRIM_RANKED: elements per ranked row
+  int64_t offset;     // flat index of element 0 in the whole tensor
+  int64_t total;      // elements of the whole tensor
+  int64_t rank_cols;  // MF_TRIM_RANKED: elements per ranked row
   uint64_t seed;
   float scale;
   int32_t num_experts;
@@ -115,16 +133,24 @@ typedef struct mf_job {
 } mf_job;
 
 typedef struct mf_options {
-  int32_t threads;  // 0: MAGIC_FAST_NUM_THREADS, else what the machine, the affinity and the cgroup allow
-  int32_t isa;      // -1: MAGIC_FAST_CPU_ISA, else the best the CPU and the OS support; else an mf_isa
+  int32_t threads;  // 0: MAGIC_FAST_NUM_THREADS, else what the machine, the affinity and the cgroup
+                    // allow
+  int32_t isa;  // -1: MAGIC_FAST_CPU_ISA, else the best the CPU and the OS support; else an mf_isa
 } mf_options;
 
-typedef enum mf_isa { MF_ISA_BASELINE = 0, MF_ISA_AVX2 = 1, MF_ISA_AVX512 = 2, MF_ISA_NEON = 3, MF_ISA_COUNT = 4 } mf_isa;
+typedef enum mf_isa {
+  MF_ISA_BASELINE = 0,
+  MF_ISA_AVX2 = 1,
+  MF_ISA_AVX512 = 2,
+  MF_ISA_NEON = 3,
+  MF_ISA_COUNT = 4
+} mf_isa;
 
 // What went wrong in the last call of this thread, in words.
 const char* mf_last_error(void);
 
-// Names of instruction sets: "baseline", "avx2", "avx512", "neon". Compiled into this build? Supported here?
+// Names of instruction sets: "baseline", "avx2", "avx512", "neon". Compiled into this build?
+// Supported here?
 const char* mf_isa_name(int32_t isa);
 int32_t mf_isa_compiled(int32_t isa);
 int32_t mf_isa_supported(int32_t isa);
@@ -145,21 +171,26 @@ mf_status mf_cpu_scale(mf_job* job, const float* coefficient, const mf_options* 
 mf_status mf_cpu_row_norms(const mf_job* job, double* l1, double* l2, double* linf,
                            const mf_options* options);
 
-// Random words (Philox 4x32-10) of elements [flat, flat + n): what random and ranked trims compare with.
-mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint32_t* words,
-                              const mf_options* options);
+// Random words (Philox 4x32-10) of elements [flat, flat + n): what random and ranked trims compare
+// with.
+mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed,
+                              uint32_t* words, const mf_options* options);
 
-// For a selection of pieces, with job.selected: norm sums (job.rescale) before and after the trim of every fixed
-// 65536-element block of the piece, [blocks, num_experts] each (largest magnitudes for MF_RESCALE_LINF) ...
+// For a selection of pieces, with job.selected: norm sums (job.rescale) before and after the trim
+// of every fixed 65536-element block of the piece, [blocks, num_experts] each (largest magnitudes
+// for MF_RESCALE_LINF) ...
 mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after, const mf_options* options);
 // ... and the sum of the elected signs, zeros as 0.
 mf_status mf_cpu_vote_sum(mf_job* piece, int64_t* sum, const mf_options* options);
 
-// A selection over data that arrives in pieces: begin, then feed whatever `wants` lists until it lists nothing.
+// A selection over data that arrives in pieces: begin, then feed whatever `wants` lists until it
+// lists nothing.
 typedef struct mf_search mf_search;
-// `prototype`: recipe fields, num_experts, counts and tie rule; data pointers are not read. total: all elements.
+// `prototype`: recipe fields, num_experts, counts and tie rule; data pointers are not read. total:
+// all elements.
 mf_status mf_search_begin(const mf_job* prototype, mf_search** search);
-// A sample of the data from anywhere, before the first pass: makes one pass enough as a rule. Optional.
+// A sample of the data from anywhere, before the first pass: makes one pass enough as a rule.
+// Optional.
 mf_status mf_search_sample(mf_search* search, const mf_job* piece);
 // Ranges [start, stop) of flat indices to feed now, in any order and any cut; count 0: finished.
 mf_status mf_search_wants(mf_search* search, const int64_t** ranges, int64_t* count);
