@@ -17,7 +17,7 @@ PEERS ?= .peers
 PEER_PYTHON = $(wildcard $(PEERS)/bin/python)
 RESULTS ?= benchmarks/results
 
-.PHONY: help venv build test test-full lint format demo peers bench-cpu bench-spectral clean
+.PHONY: help venv build test test-full lint format demo peers bench-cpu bench-engine bench-spectral bench-sweep clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,14 @@ bench-cpu: venv ## the native backend against the memory's speed, and against th
 	$(BIN)/python benchmarks/cpu/bench.py --json $(RESULTS)/cpu.json
 	$(BIN)/python benchmarks/cpu/against.py --json $(RESULTS)/peers.json \
 	  $(if $(PEER_PYTHON),--peers $(PEER_PYTHON))
+
+bench-engine: venv ## whole merges on disk against reading and writing the same bytes
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/engine/bench.py --make .bench --json $(RESULTS)/engine.json \
+	  --markdown $(RESULTS)/engine.md $(if $(PEER_PYTHON),--peers $(PEER_PYTHON))
+
+bench-sweep: venv ## twelve merges from one read against three merges
+	$(BIN)/python benchmarks/sweep/bench.py
 
 bench-spectral: venv ## the spectral methods against torch.linalg.svd
 	$(BIN)/python benchmarks/spectral/bench.py
