@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from magic_fast.checkpoint import Checkpoint, ShardPlan, TensorInfo, TensorSpec, plan_shards
@@ -15,6 +16,7 @@ from magic_fast.recipe import Recipe, RowCalibration
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+_MERGED = frozenset(FLOATS + _INTEGERS)
 # Rounding an input to a narrower type is only done where the configuration says so.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -70,7 +72,7 @@ class Step:
     cast: str | None = None
     copy: bool = False
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """Everything this step reads, base first, merged last."""
         parts = ([self.base] if self.base else []) + list(self.experts)
@@ -80,7 +82,7 @@ class Step:
     def spec(self) -> TensorSpec:
         return TensorSpec(self.name, self.dtype, self.shape)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         n = 1
         for extent in self.shape:
@@ -220,7 +222,7 @@ def common_shape(
     """
     first = inputs[0]
     for other in inputs:
-        if other.info.dtype not in FLOATS + _INTEGERS:
+        if other.info.dtype not in _MERGED:
             raise InputError(
                 f"dtype of '{name}' in {other.model}: expected F64, F32, F16, BF16 or an "
                 "integer type, got "

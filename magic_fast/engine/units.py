@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from magic_fast.checkpoint import DTYPE_BITS
@@ -12,12 +13,13 @@ from magic_fast.engine.memory import aligned
 from magic_fast.engine.plan import Input, Step
 from magic_fast.recipe import Granularity, TrimRule, Variant
 
+_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items()}
 SUM_BLOCK = 1 << 16  # elements; sums over a tensor are partials of so many, added in order
 
 
 def element_size(dtype: str) -> int:
     """Bytes of one element."""
-    return DTYPE_BITS[dtype] // 8
+    return _BYTES[dtype]
 
 
 def grain(step: Step) -> int:
@@ -70,20 +72,23 @@ class Piece:
     def input_bytes(self, source: Input) -> int:
         return self.byte_range(source.info.dtype)[1]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """What this piece takes in a slot: every input, the output, and the inputs once more where
         they are rounded first."""
         return piece_bytes(self.step, self.count)
 
 
-def piece_bytes(step: Step, count: int, *, with_output: bool = True) -> int:
+def piece_bytes(step: Step, count: int) -> int:
     """Bytes in a slot of ``count`` elements of a step."""
-    total = sum(aligned(count * element_size(i.info.dtype)) for i in step.inputs)
-    if step.cast is not None and not step.copy:
-        changed = [i for i in step.inputs if i.info.dtype != step.cast]
-        total += len(changed) * aligned(count * element_size(step.cast))
-    return total + (aligned(count * element_size(step.dtype)) if with_output else 0)
+    total = aligned(count * _BYTES[step.dtype])
+    cast = None if step.copy else step.cast
+    for source in step.inputs:
+        dtype = source.info.dtype
+        total += aligned(count * _BYTES[dtype])
+        if cast is not None and dtype != cast:
+            total += aligned(count * _BYTES[cast])
+    return total
 
 
 @dataclass
