@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from magic_fast.api import MergeReport, TensorReport
 from magic_fast.report.card import model_card
 from magic_fast.report.summary import deviation_table, inspect_table, report_lines
 from magic_fast.report.table import Table, show
@@ -18,23 +19,25 @@ class Terminal(io.StringIO):
         return True
 
 
-def tensor(name: str, before: float | None, after: float | None, **more: Any) -> Any:
-    fields: dict[str, Any] = {
-        "name": name,
-        "rows": 4,
-        "rows_repaired": 0,
-        "calibrated": after is not None,
-        "coefficient_min": 0.5,
-        "coefficient_mean": 0.75,
-        "coefficient_max": 1.0,
-        "magnitude_before": before,
-        "magnitude_after": after,
-    }
-    return SimpleNamespace(**fields | more)
+def tensor(
+    name: str, before: float | None, after: float | None, rows_repaired: int = 0
+) -> TensorReport:
+    return TensorReport(
+        name=name,
+        shape=(4, 2),
+        rows=4,
+        calibrated=after is not None,
+        coefficient_min=0.5,
+        coefficient_mean=0.75,
+        coefficient_max=1.0,
+        magnitude_before=before,
+        magnitude_after=after,
+        rows_repaired=rows_repaired,
+    )
 
 
-def report(*tensors: Any, warnings: tuple[str, ...] = ()) -> Any:
-    return SimpleNamespace(
+def report(*tensors: TensorReport, warnings: tuple[str, ...] = ()) -> MergeReport:
+    return MergeReport(
         out="/somewhere/merged",
         method="ties",
         backend="native",
