@@ -14,9 +14,9 @@ from magic_fast.api.checkpoints import (
     check_out,
     open_models,
     read_config,
-    write_small_files,
 )
 from magic_fast.api.combinations import Combination, check_settings, combinations, configure
+from magic_fast.api.records import write_small_files
 from magic_fast.api.steps import calibration_of, steps_of
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.config import MergeConfig

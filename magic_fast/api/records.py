@@ -1,0 +1,127 @@
+"""What lies beside the weights of an output: its record, and what that record is good for."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from magic_fast._version import __version__
+from magic_fast.checkpoint import OutputFolder, copy_sidecars, sidecar_source
+from magic_fast.engine import MergePlan, MergeReport, TensorReport
+from magic_fast.engine.plan import FLOATS
+from magic_fast.engine.verify import read_record, verify_checkpoint
+from magic_fast.errors import CheckpointError, InputError
+
+
+def verified(plan: MergePlan) -> MergeReport:
+    """The report of a finished result that ``resume`` found, verified against its own record and
+    the plan.
+
+    Raises:
+        InputError: it is the result of another configuration or of other inputs.
+        CheckpointError: it is damaged.
+    """
+    record = read_record(plan.out if Path(plan.out).is_dir() else None)
+    differs = [
+        what
+        for what, then, now in (
+            ("the configuration", record.get("recipe"), plan.recipe_text),
+            ("an input", record.get("inputs"), _input_records(plan)),
+        )
+        if record and then != now
+    ]
+    if differs:
+        raise InputError(
+            f"resume for {plan.out!r}: expected the result of this run, got a finished one "
+            "that differs in "
+            f"{' and '.join(differs)}. Name another output, or remove it."
+        )
+    found = verify_checkpoint(plan.out)
+    expected, stored = {s.name for s in plan.steps}, set(found.names)
+    if expected != stored:
+        odd = sorted(expected ^ stored)[0]
+        found.problems.append(f"tensor '{odd}': expected the tensors of the plan")
+    if not found.ok:
+        raise CheckpointError(
+            f"output for {plan.out!r}: expected a sound result of this run, got: "
+            f"{'; '.join(found.problems[:3])}. Remove it and merge again."
+        )
+    warnings = [*plan.warnings, "it was finished already, and is verified"]
+    report = MergeReport(plan.out, plan.method, str(record.get("backend", "")), warnings=warnings)
+    report.bytes_read = found.nbytes
+    known = {t["name"]: t for t in record.get("tensors", ())}
+    report.tensors = [
+        TensorReport(**({"name": s.name} | known.get(s.name, {}) | {"shape": s.shape}))
+        for s in plan.steps
+    ]
+    return report
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"magic_fast": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _input_records(plan: MergePlan) -> list[dict[str, Any]]:
+    """What identifies the inputs, wherever they lie."""
+    return [
+        {
+            "model": reference,
+            "file": Path(f.path).name,
+            "size": f.size,
+            "header_sha256": f.header_hash,
+        }
+        for reference, model in plan.models.items()
+        for f in model.files
+    ]
+
+
+def write_small_files(
+    plan: MergePlan, report: MergeReport, output: OutputFolder, checksums: Mapping[str, str]
+) -> None:
+    """Configuration and tokenizer from the donor, the model card, and ``magic_fast.json``."""
+    if output.is_file:
+        return
+    from magic_fast.report.card import model_card
+
+    donor = plan.models[plan.donor]
+    source = sidecar_source(donor, list(plan.models.values()))
+    dtypes = {s.dtype for s in plan.steps if s.dtype in FLOATS}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    if source is not None:
+        copy_sidecars(source, output, dtype=dtype, num_layers=plan.num_layers)
+        if plan.vocab_size is not None and "vocab_size" in source.config:
+            path = Path(output.path_of("config.json"))
+            text = json.loads(path.read_text(encoding="utf-8")) | {"vocab_size": plan.vocab_size}
+            output.write_text("config.json", json.dumps(text, indent=2, ensure_ascii=False) + "\n")
+    versions = _versions()
+    output.write_text(
+        "README.md",
+        model_card(report, models=list(plan.models), recipe=plan.recipe_text, versions=versions),
+    )
+    record = {
+        "format": 1,
+        "versions": versions,
+        "method": plan.method,
+        "backend": report.backend,
+        "recipe": plan.recipe_text,
+        "inputs": _input_records(plan),
+        "tensors": [
+            {k: v for k, v in vars(t).items() if k != "shape"}
+            for t in report.tensors
+            if t.calibrated
+        ],
+        "checksums": {"algorithm": "xxh3_64", "tensors": dict(checksums)},
+        "warnings": report.warnings,
+    }
+    output.write_text("magic_fast.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
