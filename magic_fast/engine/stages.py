@@ -277,4 +277,5 @@ def magnitudes(records: Sequence[Record]) -> tuple[float | None, float | None]:
     mean = sum(math.sqrt(x) for x in own) / len(own)
     if not mean > 0:
         return None, None
-    return math.sqrt(before) / mean, math.sqrt(after) / mean
+    # six digits: in what pieces the sums were taken must not show
+    return float(f"{math.sqrt(before) / mean:.6g}"), float(f"{math.sqrt(after) / mean:.6g}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import magic_fast as mf
-from engine.engine_models import MIB, Models
+from engine.engine_models import MIB, Models, environment
 from engine.hashing import hashes, stamps
 from magic_fast.checkpoint import OutputFolder
 from magic_fast.engine import journal
@@ -252,25 +253,26 @@ def test_another_input_is_refused(
     assert f"got another: {path}: {expected}" in refusal(job)
 
 
-def _hold(out: Path, ready: Any, done: Any) -> None:
-    with OutputFolder(out, resumable=True):
-        ready.set()
-        done.wait(60)
+# Holds an output until its standard input closes.
+HOLD = """
+import sys
+from magic_fast.checkpoint import OutputFolder
+with OutputFolder(sys.argv[1], resumable=True):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_run_into_the_same_output(job: Job, resume: bool) -> None:
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(job.out, ready, done))
-    other.start()
-    try:
-        assert ready.wait(60)
+    command = [sys.executable, "-c", HOLD, str(job.out)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
         with pytest.raises(mf.OutputError, match=rf"held by process {other.pid} on "):
             mf.merge_checkpoints(job.config, job.out, resume=resume, **OPTIONS)
-    finally:
-        done.set()
-        other.join()
 
 
 def test_a_finished_output_is_in_the_way(job: Job) -> None:
