@@ -117,11 +117,12 @@ def plan_checkpoints(
     models = open_models({r: settings.resolve_path(r) for r in settings.model_references})
     try:
         calibration = as_calibration(calibrate) or calibration_of(settings)
+        chosen_seed = seed if seed is not None else (settings.seed or 0)
         steps, vocab_size = steps_of(
             settings,
             models,
             calibration,
-            seed=seed if seed is not None else (settings.seed or 0),
+            seed=chosen_seed,
             compat=compat,
             allow_truncation=allow_embedding_truncation,
         )
@@ -144,6 +145,15 @@ def plan_checkpoints(
             warnings,
             memory,
             place_of_work,
+            {
+                "seed": chosen_seed,
+                "calibrate": calibration,
+                "preset": settings.preset,
+                "dtype": settings.dtype,
+                "out_dtype": settings.out_dtype,
+                "compat": compat,
+                "allow_embedding_truncation": allow_embedding_truncation,
+            },
         )
         if not _is_whole(Path(target)):
             _check_disk(plan)
@@ -221,7 +231,7 @@ def _run(
 ) -> MergeReport:
     try:
         if resume and _is_whole(Path(plan.out)):
-            return verified(plan)
+            return verified(plan, nonfinite)
         return run_plan(
             plan, nonfinite=nonfinite, resume=resume, progress=progress, finish=write_small_files
         )
@@ -277,6 +287,7 @@ def calibrate_checkpoints(
             recipe_text=_calibration_text(names, settings),
             memory=memory,
             device=place_of_work,
+            settings={"calibrate": settings},
         )
         if not _is_whole(Path(target)):
             _check_disk(plan)

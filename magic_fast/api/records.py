@@ -5,39 +5,40 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from magic_fast._version import __version__
-from magic_fast.checkpoint import OutputFolder, copy_sidecars, sidecar_source
-from magic_fast.engine import MergePlan, MergeReport, TensorReport
+from magic_fast.checkpoint import OutputFolder, copy_sidecars, open_checkpoint, sidecar_source
+from magic_fast.engine import MergePlan, MergeReport, TensorReport, Written
+from magic_fast.engine.identity import Identity, identity_of, label_of, name_of
 from magic_fast.engine.plan import FLOATS
-from magic_fast.engine.verify import read_record, verify_checkpoint
+from magic_fast.engine.verify import RECORD_NAME, read_record, verify_checkpoint
 from magic_fast.errors import CheckpointError, InputError
 
 
-def verified(plan: MergePlan) -> MergeReport:
+def verified(plan: MergePlan, nonfinite: str) -> MergeReport:
     """The report of a finished result that ``resume`` found, verified against its own record and
     the plan.
 
     Raises:
-        InputError: it is the result of another configuration or of other inputs.
+        InputError: it is the result of another configuration, seed, calibration or backend, or of
+            other inputs; the message names which.
         CheckpointError: it is damaged.
     """
     record = read_record(plan.out if Path(plan.out).is_dir() else None)
-    differs = [
-        what
-        for what, then, now in (
-            ("the configuration", record.get("recipe"), plan.recipe_text),
-            ("an input", record.get("inputs"), _input_records(plan)),
-        )
-        if record and then != now
-    ]
+    now = identity_of(plan, nonfinite)
+    before = _recorded_identity(plan.out, record)
+    if before is None:
+        differs = ["it does not say what run made it"]
+    else:  # a newer version may verify what an older one made
+        before = replace(before, version=now.version)
+        differs = [*before.differences(now.timeless()), *_written_since(plan)]
     if differs:
         raise InputError(
-            f"resume for {plan.out!r}: expected the result of this run, got a finished one "
-            "that differs in "
-            f"{' and '.join(differs)}. Name another output, or remove it."
+            f"resume for {plan.out!r}: expected the result of this run, got a finished one of "
+            f"another: {'; '.join(differs)}. Name another output, or remove it."
         )
     found = verify_checkpoint(plan.out)
     expected, stored = {s.name for s in plan.steps}, set(found.names)
@@ -60,6 +61,39 @@ def verified(plan: MergePlan) -> MergeReport:
     return report
 
 
+def _recorded_identity(out: str, record: Mapping[str, Any]) -> Identity | None:
+    """What run made a finished output, as its record or its one file says."""
+    if Path(out).is_file():
+        with open_checkpoint(out) as model:
+            return label_of(model)
+    try:
+        files = [
+            {
+                "path": name_of(f["model"], f["file"], f["file"] == f["model"]),
+                "size": f["size"],
+                "mtime_ns": 0,
+                "header_hash": f["header_sha256"],
+            }
+            for f in record["inputs"]
+        ]
+        own = {"recipe": record["recipe"], "settings": record["settings"], "inputs": files}
+        return Identity.from_dict({**record["identity"], **own})
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _written_since(plan: MergePlan) -> list[str]:
+    """Inputs that changed after the output was finished; it holds no times of them."""
+    path = Path(plan.out)
+    made = (path / RECORD_NAME if path.is_dir() else path).stat().st_mtime_ns
+    files = (f for model in plan.models.values() for f in model.files)
+    return [
+        f"{f.path}: it was written to since (its modification time is later than the output's)"
+        for f in files
+        if f.mtime_ns > made
+    ]
+
+
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -77,7 +111,7 @@ def _input_records(plan: MergePlan) -> list[dict[str, Any]]:
     return [
         {
             "model": reference,
-            "file": Path(f.path).name,
+            "file": reference if model.folder is None else Path(f.path).name,
             "size": f.size,
             "header_sha256": f.header_hash,
         }
@@ -87,7 +121,7 @@ def _input_records(plan: MergePlan) -> list[dict[str, Any]]:
 
 
 def write_small_files(
-    plan: MergePlan, report: MergeReport, output: OutputFolder, checksums: Mapping[str, str]
+    plan: MergePlan, report: MergeReport, output: OutputFolder, written: Written
 ) -> None:
     """Configuration and tokenizer from the donor, the model card, and ``magic_fast.json``."""
     if output.is_file:
@@ -115,13 +149,21 @@ def write_small_files(
         "method": plan.method,
         "backend": report.backend,
         "recipe": plan.recipe_text,
+        "settings": written.identity.settings,
+        "identity": {
+            k: v
+            for k, v in written.identity.as_dict().items()
+            if k not in ("recipe", "settings", "inputs")
+        },
         "inputs": _input_records(plan),
         "tensors": [
             {k: v for k, v in vars(t).items() if k != "shape"}
             for t in report.tensors
             if t.calibrated
         ],
-        "checksums": {"algorithm": "xxh3_64", "tensors": dict(checksums)},
+        "checksums": {"algorithm": "xxh3_64", "tensors": dict(written.checksums)},
         "warnings": report.warnings,
     }
-    output.write_text("magic_fast.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    if written.nonfinite is not None:
+        record["nonfinite"] = {name: n for name, n in written.nonfinite.items() if n}
+    output.write_text(RECORD_NAME, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -118,6 +118,11 @@ def sweep_checkpoints(
                     each.merge_method, steps, place(steps, folder, max_shard_size), models,
                     each.donor, folder, backend, each.num_layers, vocab_size, each.to_yaml(),
                     list(each.warnings), memory, place_of_work,
+                    {
+                        "seed": each.seed or 0, "calibrate": calibration, "preset": each.preset,
+                        "dtype": each.dtype, "out_dtype": each.out_dtype, "compat": compat,
+                        "allow_embedding_truncation": allow_embedding_truncation,
+                    },
                 )
             )  # fmt: skip
         warnings = _warnings(plans, settings)

@@ -1,7 +1,7 @@
 """Merging checkpoints on disk: plan, run, report."""
 
 from magic_fast.engine.plan import Input, MergePlan, Step, common_shape, place
-from magic_fast.engine.report import MergeReport, Progress, TensorReport
+from magic_fast.engine.report import MergeReport, Progress, TensorReport, Written
 from magic_fast.engine.run import run
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Progress",
     "Step",
     "TensorReport",
+    "Written",
     "common_shape",
     "place",
     "run",

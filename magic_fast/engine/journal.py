@@ -14,59 +14,16 @@ import os
 from array import array
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from magic_fast.checkpoint import REAL, FileSystem, InputFile, OutputFolder, changed_inputs
+from magic_fast.checkpoint import REAL, FileSystem, OutputFolder
 from magic_fast.checkpoint.io_errors import writing
+from magic_fast.engine.identity import Identity
 from magic_fast.errors import InputError
 
 NAME = "journal.jsonl"
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must be the same for a run to be continued.
-
-    Attributes:
-        config: the configuration, its seed and everything else that decides values, as text.
-        output: hash of the output's headers.
-        inputs: every input file as it was when its header was read.
-        backend, device: what computes; their float32 sums differ in the last bits.
-    """
-
-    config: str
-    output: str
-    inputs: tuple[InputFile, ...]
-    backend: str
-    device: str
-
-    def differences(self, other: Identity) -> list[str]:
-        """In words, what ``other`` (now) has that this one (before) had not."""
-        found = changed_inputs(self.inputs, other.inputs)
-        if self.config != other.config:
-            found.append("the configuration")
-        elif self.output != other.output:
-            found.append("the layout of the output (shard size or version)")
-        for what in ("backend", "device"):
-            was, now = getattr(self, what), getattr(other, what)
-            if was != now:
-                found.append(f"the {what}: was {was}, is {now}")
-        return found
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Identity:
-        return cls(
-            str(value["config"]),
-            str(value["output"]),
-            tuple(InputFile.from_dict(f) for f in value["inputs"]),
-            str(value["backend"]),
-            str(value["device"]),
-        )
+_FORMAT = 2
 
 
 @dataclass
@@ -154,12 +111,12 @@ class Journal:
             with open(self._path, encoding="utf-8") as file:
                 lines = file.read().split("\n")
             head = json.loads(lines[0])
-            before = Identity.from_dict(head["identity"])
+            if head["format"] != _FORMAT:
+                differences = ["the version of the journal"]
+            else:
+                differences = Identity.from_dict(head["identity"]).differences(identity)
         except (OSError, ValueError, KeyError, TypeError):
             return 0  # killed before the first line was whole: nothing to take over
-        differences = before.differences(identity)
-        if head.get("format") != _FORMAT:
-            differences.append("the version of the journal")
         if differences:
             raise InputError(
                 f"resume for {self._path!r}: expected the run that was interrupted, got another: "

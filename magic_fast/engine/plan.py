@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from os.path import basename
 from typing import Any
 
 from magic_fast.checkpoint import Checkpoint, ShardPlan, TensorInfo, TensorSpec, plan_shards
@@ -108,6 +109,7 @@ class MergePlan:
         warnings: what the user should know.
         memory: bytes of buffers for tensors that are streamed.
         device: where it is merged.
+        settings: what decides values beside ``recipe_text``, by the names users know.
     """
 
     method: str
@@ -123,9 +125,11 @@ class MergePlan:
     warnings: list[str] = field(default_factory=list)
     memory: int = DEFAULT_MEMORY
     device: str = "cpu"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def decisions(self) -> str:
-        """Everything that decides values, as text: the same for the same merge."""
+        """What is done to each tensor, as text: the same for the same merge, wherever its files
+        lie."""
         words: dict[int, str] = {}  # recipes and arguments are shared by many steps
 
         def word(value: object) -> str:
@@ -134,10 +138,13 @@ class MergePlan:
                 found = words[id(value)] = repr(value)
             return found
 
-        lines = [self.method, self.recipe_text]
+        models = {model: number for number, model in enumerate(self.models)}
+        files = {f.path: basename(f.path) for m in self.models.values() for f in m.files}
+        lines = [self.method]
         for s in self.steps:
             sources = [
-                (i.model, i.info.path, i.info.offset, i.info.dtype, i.shape) for i in s.inputs
+                (models[i.model], files[i.info.path], i.info.offset, i.info.dtype, i.shape)
+                for i in s.inputs
             ]
             roles = (s.base is not None, s.merged is not None, s.whole, s.copy)
             head = (s.name, s.shape, s.dtype, s.cast, s.method, s.preset, roles)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from magic_fast.engine.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class TensorReport:
         coefficient_mean, coefficient_min, coefficient_max: of the raw ξ over the rows.
         magnitude_before, magnitude_after: ‖Δ‖_F ÷ mean_k ‖τ_k‖_F; None where not computed.
         rows_repaired: rows that the guards left as merged.
+        nonfinite: values of the result that are NaN or infinite; counted where they are allowed.
     """
 
     name: str
@@ -36,6 +41,23 @@ class TensorReport:
     magnitude_before: float | None = None
     magnitude_after: float | None = None
     rows_repaired: int = 0
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an output's record tells of its tensors.
+
+    Attributes:
+        identity: of the run.
+        checksums: tensor → XXH3-64, hexadecimal.
+        nonfinite: tensor → values that are NaN or infinite, where there are any; None where they
+            are an error.
+    """
+
+    identity: Identity
+    checksums: Mapping[str, str]
+    nonfinite: Mapping[str, int] | None
 
 
 @dataclass

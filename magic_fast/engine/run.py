@@ -3,7 +3,6 @@ whole."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import resource
 import sys
@@ -14,18 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from magic_fast.checkpoint import OutputFolder
-from magic_fast.engine.journal import Identity, Journal, Record
+from magic_fast.engine.identity import Identity, identity_of, labelled
+from magic_fast.engine.journal import Journal, Record
 from magic_fast.engine.memory import SLOTS, Slot, slot_bytes
-from magic_fast.engine.native import Mode, backend_name, modes, over_model
+from magic_fast.engine.native import Mode, modes, over_model
 from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
 from magic_fast.engine.recheck import drop_damaged
-from magic_fast.engine.report import MergeReport, Progress, TensorReport
+from magic_fast.engine.report import MergeReport, Progress, TensorReport, Written
 from magic_fast.engine.stages import BadRecord, Loader, Streamed, Writer, magnitudes
 from magic_fast.engine.units import Piece, Unit, cut, fits, group
 from magic_fast.errors import NonFiniteError
 
-Finish = Callable[[MergePlan, MergeReport, OutputFolder, dict[str, str]], None]
+Finish = Callable[[MergePlan, MergeReport, OutputFolder, Written], None]
 
 
 class Run:
@@ -61,7 +61,7 @@ class Run:
             self._worker = Worker(self._plan, self._nonfinite)
         used = SLOTS if Mode.STREAM in self._modes.values() else 0
         slots = [Slot(self._slot_bytes) for _ in range(used)]
-        writer = Writer(output, journal)
+        writer = Writer(output, journal, self._nonfinite)
         loader = Loader(self._plan.models, output, journal)
         self._total = self._expected_bytes()
         pipeline = Pipeline(loader, self._run, writer, slots)
@@ -222,9 +222,10 @@ def run(
     report = MergeReport(plan.out, plan.method, "", warnings=list(plan.warnings))
     with OutputFolder(plan.out, resume=resume, resumable=True) as output:
         try:
-            journal = Journal(output, identity_of(plan))  # first: it may refuse to resume
+            identity = identity_of(plan, nonfinite)
+            journal = Journal(output, identity)  # first: it may refuse to resume
             try:
-                output.create_shards(plan.shards)
+                output.create_shards(labelled(plan, identity))
                 while True:
                     job = Run(plan, nonfinite, progress)
                     try:
@@ -238,7 +239,7 @@ def run(
             report.bytes_read, report.bytes_written = job.bytes_read, writer.written
             report.stages = vars(pipeline.times)
             if finish is not None:
-                finish(plan, report, output, writer.checksums)
+                finish(plan, report, output, evidence(writer, identity))
             output.finalise()
         except NonFiniteError:
             output.abort()
@@ -248,18 +249,9 @@ def run(
     return report
 
 
-def identity_of(plan: MergePlan) -> Identity:
-    """What must be the same for a run to be continued."""
-    headers = hashlib.sha256()
-    for shard in plan.shards:
-        headers.update(shard.file.encode() + b"\0" + shard.header)
-    return Identity(
-        hashlib.sha256(plan.decisions().encode()).hexdigest(),
-        headers.hexdigest(),
-        tuple(f for model in plan.models.values() for f in model.files),
-        backend_name(plan),
-        plan.device,
-    )
+def evidence(writer: Writer, identity: Identity) -> Written:
+    """What the record of a finished output tells of its tensors."""
+    return Written(identity, writer.checksums, writer.nonfinite)
 
 
 def fill_report(report: MergeReport, plan: MergePlan, writer: Writer) -> None:
@@ -269,7 +261,9 @@ def fill_report(report: MergeReport, plan: MergePlan, writer: Writer) -> None:
         records = writer.records[step.name]
         for r in records:
             used[r.backend] += r.stop - r.start
-        report.tensors.append(_tensor_report(step, records))
+        found = _tensor_report(step, records)
+        found.nonfinite = writer.nonfinite[step.name] if writer.nonfinite is not None else 0
+        report.tensors.append(found)
     del used["copy"]
     report.backend = used.most_common(1)[0][0] if used else "copy"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import xxhash
 
 from magic_fast import ops
 from magic_fast.checkpoint import Checkpoint, OutputFolder
+from magic_fast.engine.finite import nonfinite
 from magic_fast.engine.journal import Journal, Record
 from magic_fast.engine.memory import Slot
 from magic_fast.engine.plan import FLOATS, Input
@@ -213,11 +215,15 @@ def convert(source: View, target: View, nonfinite: str) -> None:
 
 
 class Writer:
-    """Third stage: bytes to the output, a checksum and a line in the journal for each piece."""
+    """Third stage: bytes to the output, a checksum and a line in the journal for each piece.
 
-    def __init__(self, output: OutputFolder, journal: Journal) -> None:
+    Where values that are not finite may pass, they are counted.
+    """
+
+    def __init__(self, output: OutputFolder, journal: Journal, policy: str) -> None:
         self._output = output
         self._journal = journal
+        self.nonfinite: Counter[str] | None = Counter() if policy == "propagate" else None
         self._hashers: dict[str, Any] = {}
         self.checksums: dict[str, str] = {}
         self.records: dict[str, list[Record]] = {}
@@ -242,6 +248,10 @@ class Writer:
                 start, nbytes = piece.byte_range(piece.step.dtype)
                 self._output.mark_written(name, start, nbytes)
             self.records.setdefault(name, []).append(record)
+            if self.nonfinite is not None and (
+                count := nonfinite(one.out_bytes, piece.step.dtype)[0]
+            ):
+                self.nonfinite[name] += count
             self._update(name, one.out_bytes, last=piece.stop == piece.step.numel)
 
     def _update(self, name: str, data: Any, *, last: bool) -> None:

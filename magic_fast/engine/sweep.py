@@ -13,13 +13,14 @@ from magic_fast.checkpoint import OutputFolder
 from magic_fast.checkpoint.fs import REAL
 from magic_fast.checkpoint.io_errors import writing
 from magic_fast.checkpoint.staging import Staging
+from magic_fast.engine.identity import identity_of
 from magic_fast.engine.memory import SLOTS, Slot, aligned, slot_bytes
 from magic_fast.engine.native import Mode, modes, over_model
 from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
 from magic_fast.engine.recheck import refuse_changed
 from magic_fast.engine.report import MergeReport, Progress
-from magic_fast.engine.run import Finish, Syncer, fill_report, peak_rss
+from magic_fast.engine.run import Finish, Syncer, evidence, fill_report, peak_rss
 from magic_fast.engine.scales import (
     LEAST,
     merge_scales,
@@ -94,7 +95,7 @@ class Sweep:
             torch_plans = {v.plan for v in every if v.mode is Mode.TORCH}
             self._workers = {c: Worker(self._plans[c], self._nonfinite) for c in torch_plans}
         journal = NoJournal()
-        self._writers = [Writer(output, journal) for output in outputs]
+        self._writers = [Writer(output, journal, self._nonfinite) for output in outputs]
         dirty = threading.Event()
         for writer in self._writers:
             writer.dirty = dirty
@@ -332,7 +333,7 @@ def run_sweep(
                 report.bytes_read, report.bytes_written = job.bytes_read, writer.written
                 report.stages = vars(pipeline.times)
                 if finish is not None:
-                    finish(plan, report, output, writer.checksums)
+                    finish(plan, report, output, evidence(writer, identity_of(plan, nonfinite)))
                 output.finalise()
                 reports.append(report)
         for report in reports:

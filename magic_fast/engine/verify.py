@@ -11,19 +11,14 @@ from typing import Any
 
 import xxhash
 
-from magic_fast.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from magic_fast.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, open_checkpoint
+from magic_fast.engine.finite import nonfinite
+from magic_fast.engine.identity import label_of
 from magic_fast.engine.report import Progress
 from magic_fast.errors import CheckpointError
 
 RECORD_NAME = "magic_fast.json"
 _BLOCK_BYTES = 8 << 20
-# dtype → (numpy word of the same width, bits that are all set in infinities and NaNs)
-_EXPONENTS = {
-    "BF16": ("<u2", 0x7F80),
-    "F16": ("<u2", 0x7C00),
-    "F32": ("<u4", 0x7F800000),
-    "F64": ("<u8", 0x7FF0000000000000),
-}
 
 
 @dataclass
@@ -33,6 +28,7 @@ class VerifyReport:
     Attributes:
         tensors, nbytes: how much was read.
         checksums: tensors whose checksum the run recorded; 0 where another tool made the model.
+        nonfinite: values that are NaN or infinite.
         problems: one sentence each; empty: all is well.
         names: of the tensors.
     """
@@ -41,6 +37,7 @@ class VerifyReport:
     tensors: int = 0
     nbytes: int = 0
     checksums: int = 0
+    nonfinite: int = 0
     problems: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
@@ -83,8 +80,9 @@ def verify_checkpoint(
 ) -> VerifyReport:
     """Reads a checkpoint whole and says whether it is sound.
 
-    Headers are parsed strictly and must agree with the index; every floating value must be finite;
-    and where ``magic_fast.json`` holds checksums, every tensor must have its own.
+    Headers are parsed strictly and must agree with the index; every floating value must be finite
+    (where the merge let others through: as many must not be as it recorded); and where
+    ``magic_fast.json`` holds checksums, every tensor must have its own.
 
     Args:
         out: folder or ``.safetensors`` file.
@@ -98,14 +96,17 @@ def verify_checkpoint(
     """
     report = VerifyReport(os.fspath(out))
     with open_checkpoint(out) as model:
-        checksums = read_record(model.folder).get("checksums", {}).get("tensors", {})
+        record = read_record(model.folder)
+        checksums = record.get("checksums", {}).get("tensors", {})
+        allowed = _allowed(model, record)
         for name in sorted(checksums.keys() - set(model)):
             report.problems.append(
                 f"tensor '{name}': recorded by the merge, missing from the files"
             )
         done = 0
         for info in model.tensors.values():
-            _check_tensor(model, info, checksums, report)
+            count = allowed.get(info.name, 0) if allowed is not None else None
+            _check_tensor(model, info, checksums, count, report)
             done += info.nbytes
             if progress is not None:
                 progress(Progress(done, model.nbytes, info.name))
@@ -113,24 +114,34 @@ def verify_checkpoint(
 
 
 def _check_tensor(
-    model: Checkpoint, info: TensorInfo, checksums: dict[str, str], report: VerifyReport
+    model: Checkpoint,
+    info: TensorInfo,
+    checksums: dict[str, str],
+    allowed: int | None,
+    report: VerifyReport,
 ) -> None:
+    """``allowed`` values may be NaN or infinite, and must; None: any number may."""
     hasher = xxhash.xxh3_64()
     buffer = bytearray(min(_BLOCK_BYTES, info.nbytes))
-    bad = None
+    count, bad = 0, None
     for start in range(0, info.nbytes, _BLOCK_BYTES):
         view = memoryview(buffer)[: min(_BLOCK_BYTES, info.nbytes - start)]
         model.read_into(info.name, view, start, len(view))
         hasher.update(view)
-        if bad is None:
-            bad = _first_nonfinite(view, info.dtype, start)
+        found, first = nonfinite(view, info.dtype)
+        count += found
+        if bad is None and first is not None:
+            bad = start * 8 // DTYPE_BITS[info.dtype] + first
     report.tensors += 1
     report.names.append(info.name)
     report.nbytes += info.nbytes
-    if bad is not None:
+    report.nonfinite += count
+    if allowed is not None and count != allowed:
+        where = "" if bad is None else f", the first at flat index {bad}"
+        told = f" where the merge wrote {allowed}" if allowed else ""
         report.problems.append(
-            f"tensor '{info.name}' in {os.path.basename(info.path)}: NaN or infinity at flat "
-            f"index {bad}"
+            f"tensor '{info.name}' in {os.path.basename(info.path)}: {count} values are NaN or "
+            f"infinite{told}{where}"
         )
     expected = checksums.get(info.name)
     if expected is not None:
@@ -144,15 +155,11 @@ def _check_tensor(
         report.problems.append(f"tensor '{info.name}': in the files, not recorded by the merge")
 
 
-def _first_nonfinite(data: memoryview, dtype: str, start: int) -> int | None:
-    """Flat index of the first NaN or infinity in a block that starts at byte ``start``."""
-    if dtype not in _EXPONENTS:
-        return None
-    import numpy as np
-
-    word, mask = _EXPONENTS[dtype]
-    bits = np.frombuffer(data, dtype=word)
-    hits = (bits & bits.dtype.type(mask)) == mask
-    if not hits.any():
-        return None
-    return start // bits.itemsize + int(hits.argmax())
+def _allowed(model: Checkpoint, record: dict[str, Any]) -> dict[str, int] | None:
+    """Tensor → values that are NaN or infinite, as the merge recorded; empty where it refused
+    them; None where it let them through and did not count."""
+    counts = record.get("nonfinite", {})
+    if isinstance(counts, dict):
+        label = label_of(model) if model.folder is None else None
+        return None if label and label.settings.get("nonfinite") == "propagate" else counts
+    return {}

@@ -198,9 +198,14 @@ def refusal(job: Job, **options: Any) -> str:
     ("options", "expected"),
     [
         ({"backend": "torch"}, "got another: the backend: was native, is torch."),
-        ({"max_shard_size": 1}, "got another: the layout of the output (shard size or version)."),
-        ({"calibrate": mf.WeightCalibration(strength=0.5)}, "got another: the configuration."),
-        ({"seed": 5}, "got another: the configuration."),
+        (
+            {"max_shard_size": 1},
+            "got another: the layout of the output (names, dtypes, shapes, shard size).",
+        ),
+        ({"calibrate": mf.WeightCalibration(strength=0.5)}, "calibrate: strength was 1.0, is 0.5."),
+        ({"seed": 5}, "got another: seed: was 0, is 5."),
+        ({"compat": "mergekit-0.1.4"}, "got another: compat: was none, is mergekit-0.1.4."),
+        ({"nonfinite": "propagate"}, "nonfinite: was error, is propagate."),
     ],
     ids=lambda value: str(value)[:24],
 )
