@@ -25,7 +25,6 @@ from magic_fast.engine import (
     place,
 )
 from magic_fast.engine import run as run_plan
-from magic_fast.engine.memory import DEFAULT_MEMORY
 from magic_fast.engine.native import device_of
 from magic_fast.engine.plan import FLOATS, free_bytes
 from magic_fast.errors import InputError, OutputError
@@ -102,7 +101,7 @@ def plan_checkpoints(
     device: str = "auto",
     backend: str | None = None,
     max_shard_size: int = 5 * 10**9,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     seed: int | None = None,
     compat: str | None = None,
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
@@ -171,7 +170,7 @@ def merge_checkpoints(
     device: str = "auto",
     backend: str | None = None,
     max_shard_size: int = 5 * 10**9,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     seed: int | None = None,
     compat: str | None = None,
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
@@ -194,9 +193,10 @@ def merge_checkpoints(
         allow_embedding_truncation: cut embeddings of unequal vocabularies to the leading rows all
             have.
         nonfinite: ``error`` or ``propagate``.
-        memory: bytes of buffers. Tensors larger than their share are streamed in pieces, so it
-            bounds what is held whatever the size of the models; methods that need whole tensors
-            say so in the plan.
+        memory: bytes of buffers (32 MiB at least); None: 128 MiB. Tensors larger than their share
+            are streamed in pieces, so it bounds what is held whatever the size of the models. A
+            tensor that must be held whole and needs more is refused; with None, one that needs
+            more than the machine has free.
         resume: continue an interrupted run of the same configuration and inputs; with nothing to
             continue it starts afresh; where ``out`` is whole it is verified.
         progress: called with :class:`Progress` after each batch of tensors.
@@ -250,7 +250,7 @@ def calibrate_checkpoints(
     device: str = "auto",
     backend: str | None = None,
     max_shard_size: int = 5 * 10**9,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     nonfinite: str = "error",
     resume: bool = False,
     progress: ProgressCall | None = None,

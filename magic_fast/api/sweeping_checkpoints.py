@@ -21,7 +21,6 @@ from magic_fast.api.steps import calibration_of, steps_of
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.config import MergeConfig
 from magic_fast.engine import MergePlan, MergeReport, place
-from magic_fast.engine.memory import DEFAULT_MEMORY
 from magic_fast.engine.native import device_of
 from magic_fast.engine.plan import free_bytes
 from magic_fast.engine.sweep import run_sweep
@@ -60,7 +59,7 @@ def sweep_checkpoints(
     device: str = "auto",
     backend: str | None = None,
     max_shard_size: int = 5 * 10**9,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     compat: str | None = None,
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
     allow_embedding_truncation: bool = False,

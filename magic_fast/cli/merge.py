@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         plan = mf.plan_checkpoints(config, arguments.out, **settings)
         output.show_plan(plan, json=arguments.json)
+        plan.budget.refuse_excess()
         return 0
     quiet, style = arguments.quiet, arguments.progress
     with progress(quiet=quiet, title="merge", style=style) as report:

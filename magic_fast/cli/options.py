@@ -60,10 +60,9 @@ def device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         type=size,
-        default="128MiB",
         metavar="SIZE",
-        help="for buffers, whatever the size of the models (128MiB); --dry-run shows what more a "
-        "method that needs whole tensors takes",
+        help="for buffers, whatever the size of the models (128MiB). A tensor that must be held "
+        "whole and needs more is refused; without this option, one that needs more than is free",
     )
 
 

@@ -13,12 +13,12 @@ _HUGE_PAGE = 2 << 20
 
 DEFAULT_MEMORY = 128 << 20
 SLOTS = 4  # one being read, one merged, one written, one to smooth their differences
-_LEAST_SLOT = 1 << 20
+LEAST_SLOT = 1 << 20
 
 
 def slot_bytes(memory: int) -> int:
     """Size of a slot where ``memory`` bytes of buffers are allowed."""
-    return max(memory // SLOTS, _LEAST_SLOT)
+    return max(memory // SLOTS, LEAST_SLOT)
 
 
 def aligned(nbytes: int) -> int:

@@ -152,15 +152,9 @@ def backend_name(plan: MergePlan) -> str:
     return "torch" if native_missing() is not None else "native"
 
 
-def held_bytes(plan: MergePlan, slot_bytes: int, device: str) -> int:
-    """Memory beyond the blocks: the largest tensor that is held whole, with the next one being
-    read; in torch (K + 2) float32 copies more."""
-    most = 0
-    for step in plan.steps:
-        mode, _ = mode_of(plan, step, slot_bytes, device)
-        if mode is Mode.STREAM:
-            continue
-        own = 2 * sum(i.nbytes for i in step.inputs) + step.numel * element_size(step.dtype)
-        copies = 4 * step.numel * (len(step.experts) + 2) if mode is Mode.TORCH else 0
-        most = max(most, own + (0 if step.copy else copies))
-    return most
+def held_bytes(step: Step, mode: Mode) -> int:
+    """Memory beyond the blocks while a tensor is held whole, with the next one being read; in torch
+    (K + 2) float32 copies more."""
+    own = 2 * sum(i.nbytes for i in step.inputs) + step.numel * element_size(step.dtype)
+    copies = 4 * step.numel * (len(step.experts) + 2) if mode is Mode.TORCH else 0
+    return own + (0 if step.copy else copies)

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os.path import basename
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from magic_fast.checkpoint import Checkpoint, ShardPlan, TensorInfo, TensorSpec, plan_shards
 from magic_fast.checkpoint.fs import REAL
-from magic_fast.engine.memory import DEFAULT_MEMORY, SLOTS, slot_bytes
 from magic_fast.errors import InputError
 from magic_fast.recipe import Recipe, RowCalibration
+
+if TYPE_CHECKING:
+    from magic_fast.engine.budget import Budget
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
@@ -107,7 +109,8 @@ class MergePlan:
         vocab_size: where embeddings were cut, else None.
         recipe_text: the configuration as YAML, for the model card.
         warnings: what the user should know.
-        memory: bytes of buffers for tensors that are streamed.
+        memory: bytes that the user allows; None: blocks of the default size, and for what must be
+            held whole as much as the machine has free.
         device: where it is merged.
         settings: what decides values beside ``recipe_text``, by the names users know.
     """
@@ -123,7 +126,7 @@ class MergePlan:
     vocab_size: int | None = None
     recipe_text: str = ""
     warnings: list[str] = field(default_factory=list)
-    memory: int = DEFAULT_MEMORY
+    memory: int | None = None
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -166,13 +169,17 @@ class MergePlan:
     def disk_needed(self) -> int:
         return sum(shard.file_size for shard in self.shards)
 
+    @cached_property
+    def budget(self) -> Budget:
+        """What is held in memory, and what may be."""
+        from magic_fast.engine.budget import budget_of
+
+        return budget_of(self)
+
     @property
     def peak_memory(self) -> int:
         """Bytes of buffers: the blocks that go round, and tensors that must be held whole."""
-        from magic_fast.engine.native import held_bytes
-
-        size = slot_bytes(self.memory)
-        return SLOTS * size + held_bytes(self, size, self.device)
+        return self.budget.total
 
     def describe(self) -> dict[str, Any]:
         """Plain values, for ``--dry-run`` and JSON."""
@@ -188,11 +195,18 @@ class MergePlan:
                 for s in self.shards
             ],
             "peak_memory_bytes": self.peak_memory,
+            "memory_allowed_bytes": self.budget.allowed,
+            "held": self._describe_held(),
             "disk_needed_bytes": self.disk_needed,
             "disk_free_bytes": free_bytes(self.out),
             "warnings": list(self.warnings),
             "steps": [_describe(step) for step in self.steps],
         }
+
+    def _describe_held(self) -> dict[str, Any] | None:
+        """The largest tensor that must be held whole, if any."""
+        own = self.budget
+        return {"tensor": own.tensor, "bytes": own.held, "why": own.why} if own.held else None
 
 
 def _describe(step: Step) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from contextlib import suppress
 from magic_fast.checkpoint import OutputFolder
 from magic_fast.engine.identity import Identity, identity_of, labelled
 from magic_fast.engine.journal import Journal, Record
-from magic_fast.engine.memory import SLOTS, Slot, slot_bytes
-from magic_fast.engine.native import Mode, modes, over_model
+from magic_fast.engine.memory import SLOTS, Slot
+from magic_fast.engine.native import Mode, over_model
 from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
 from magic_fast.engine.recheck import drop_damaged
@@ -45,9 +45,9 @@ class Run:
     ) -> None:
         self._plan = plan
         self._nonfinite = nonfinite
-        self._slot_bytes = slot_bytes(plan.memory)
+        self._slot_bytes = plan.budget.slot_bytes
         self._progress = progress
-        self._modes = {k: m for k, (m, _) in modes(plan, self._slot_bytes, plan.device).items()}
+        self._modes = {name: mode for name, (mode, _) in plan.budget.modes.items()}
         self._bytes_read = 0
         self._done = 0
 
@@ -215,10 +215,13 @@ def run(
         finish: writes the small files, before the result appears.
 
     Raises:
+        InputError: a tensor that must be whole needs more memory than is allowed; nothing is
+            written.
         NonFiniteError, CheckpointError, OutputError: nothing is left under the final name; what was
             written can be resumed (but for NonFiniteError, which would come again).
     """
     started = time.monotonic()
+    plan.budget.refuse_excess()
     report = MergeReport(plan.out, plan.method, "", warnings=list(plan.warnings))
     with OutputFolder(plan.out, resume=resume, resumable=True) as output:
         try:

@@ -14,7 +14,7 @@ from magic_fast.checkpoint.fs import REAL
 from magic_fast.checkpoint.io_errors import writing
 from magic_fast.checkpoint.staging import Staging
 from magic_fast.engine.identity import identity_of
-from magic_fast.engine.memory import SLOTS, Slot, aligned, slot_bytes
+from magic_fast.engine.memory import DEFAULT_MEMORY, SLOTS, Slot, aligned, slot_bytes
 from magic_fast.engine.native import Mode, modes, over_model
 from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
@@ -289,7 +289,7 @@ def slot_for(plans: Sequence[MergePlan]) -> int:
     for steps in zip(*(plan.steps for plan in plans), strict=True):
         outputs = sum(element_size(step.dtype) for step in steps)
         most = max(most, outputs * sample / max(piece_bytes(steps[0], sample), 1))
-    return slot_bytes(int(plans[0].memory / (1 + most)))
+    return slot_bytes(int((plans[0].memory or DEFAULT_MEMORY) / (1 + most)))
 
 
 def run_sweep(
@@ -314,6 +314,8 @@ def run_sweep(
         NonFiniteError, CheckpointError, OutputError: nothing is left.
     """
     started = time.monotonic()
+    for plan in plans:
+        plan.budget.refuse_excess()
     staging = Staging(out, resume=False, fs=REAL)
     try:
         with ExitStack() as stack:

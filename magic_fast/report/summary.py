@@ -16,16 +16,24 @@ if TYPE_CHECKING:
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """What a merge would do, from ``MergePlan.describe()``."""
-    shards = plan["shards"]
+    shards, held = plan["shards"], plan.get("held")
     return [
         f"method    {plan['method']} on backend {plan['backend']}",
         f"tensors   {plan['tensors']} in {len(shards)} shard{'s' * (len(shards) != 1)}",
         f"read      {format_bytes(plan['input_bytes'])} from {len(plan['inputs'])} models",
         f"write     {format_bytes(plan['output_bytes'])}",
         f"memory    {format_bytes(plan['peak_memory_bytes'])} at most, for buffers",
+        *([f"          {_held(held, plan['memory_allowed_bytes'])}"] if held else []),
         f"disk      {format_bytes(plan['disk_needed_bytes'])} needed, "
         f"{format_bytes(plan['disk_free_bytes'])} free",
     ]
+
+
+def _held(held: Mapping[str, Any], allowed: int | None) -> str:
+    """The largest tensor that must be held whole, and what may be."""
+    limit = "" if allowed is None else f"; {format_bytes(allowed)} are allowed in all"
+    size = format_bytes(held["bytes"])
+    return f"{size} of it for {held['tensor']}, held whole: {held['why']}{limit}"
 
 
 def input_table(plan: Mapping[str, Any]) -> Table:
