@@ -11,6 +11,7 @@ from typing import Any
 
 from magic_fast._version import __version__
 from magic_fast.checkpoint import OutputFolder, copy_sidecars, open_checkpoint, sidecar_source
+from magic_fast.checkpoint.staging import Staging
 from magic_fast.engine import MergePlan, MergeReport, TensorReport, Written
 from magic_fast.engine.identity import Identity, identity_of, label_of, name_of
 from magic_fast.engine.plan import FLOATS
@@ -40,6 +41,7 @@ def verified(plan: MergePlan, nonfinite: str) -> MergeReport:
             f"resume for {plan.out!r}: expected the result of this run, got a finished one of "
             f"another: {'; '.join(differs)}. Name another output, or remove it."
         )
+    Staging.clear(plan.out)
     found = verify_checkpoint(plan.out)
     expected, stored = {s.name for s in plan.steps}, set(found.names)
     if expected != stored:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 
 from magic_fast.errors import OutputError
 
-from .fs import FileSystem
+from .fs import REAL, FileSystem
 from .io_errors import writing
 from .lock import OutputLock
 
@@ -71,6 +72,21 @@ class Staging:
         if not keep:
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.release(remove=not os.path.lexists(self.partial))
+
+    @staticmethod
+    def clear(path: str, fs: FileSystem = REAL) -> None:
+        """Removes what a run that was killed right after its last rename left beside a finished
+        OUT: its lock file, and the emptied folder where OUT is a single file. Does nothing where
+        another run holds the lock."""
+        own = os.path.realpath(os.path.expanduser(path))
+        parent, name = os.path.split(own)
+        partial = os.path.join(parent, f".{name}.partial")
+        if not os.path.lexists(partial + ".lock"):
+            return
+        with suppress(OutputError), writing(own, parent, fs):
+            lock = OutputLock(partial + ".lock", own, fs=fs)
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.release(remove=True)
 
     def _prepare(self, ours: bool, resume: bool) -> bool:
         """Make an empty partial folder, or with ``resume`` take over an earlier run's (True)."""

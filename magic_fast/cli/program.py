@@ -10,8 +10,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from magic_fast._version import __version__
 from magic_fast.cli import (
@@ -28,6 +30,7 @@ from magic_fast.errors import MagicFastError
 
 COMMANDS = (merge, sweep, calibrate, inspect, verify, methods, doctor, demo)
 INTERRUPTED = 130
+SECONDS_TO_STOP = 1.5  # then a command that was interrupted is ended
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, format="magic-fast: %(message)s", level=_log_level(arguments), force=True
     )
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    stopping = Stopping()
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -74,7 +77,56 @@ def main(argv: Sequence[str] | None = None) -> int:
             1,
         )
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        stopping.restore()
+
+
+class Stopping:
+    """Ctrl-C and SIGTERM end a command, from now until ``restore``.
+
+    The first one raises KeyboardInterrupt, so that everything is put away; further ones change
+    nothing. Where that takes too long, as inside a library's long calculation (Python runs no
+    handler then, so a thread is told by the system), the process ends as if it had been killed,
+    which every run can be resumed from.
+    """
+
+    def __init__(self) -> None:
+        self._stopped, self._restored = False, threading.Event()
+        self._previous: dict[signal.Signals, Any] = {}
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._watchdog = threading.Thread(target=self._watch, name="magic-fast-signals")
+        self._watchdog.daemon = True
+        self._watchdog.start()
+        self._wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._previous = {
+            number: signal.signal(number, self._stop)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup and & have it
+        }
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._restored.set()
+        os.close(self._write_end)
+        self._watchdog.join()
+        os.close(self._read_end)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self._stopped:
+            self._stopped = True
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        while number := os.read(self._read_end, 1):  # nothing once the other end is closed
+            if number[0] in self._previous and not self._restored.wait(SECONDS_TO_STOP):
+                _leave()
+
+
+def _leave() -> None:
+    print("magic-fast: interrupted; the same command with --resume continues", file=sys.stderr)
+    os._exit(INTERRUPTED)
 
 
 def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
@@ -106,8 +158,3 @@ def _log_level(arguments: argparse.Namespace) -> int:
     if arguments.verbose:
         return logging.INFO
     return logging.ERROR if arguments.quiet else logging.WARNING
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a run the way Ctrl-C does: cleaning up."""
-    raise KeyboardInterrupt

@@ -69,9 +69,9 @@ class Pipeline:
             threading.Thread(target=self._guard, args=(self._read, units), name="magic-fast-read"),
             threading.Thread(target=self._guard, args=(self._write,), name="magic-fast-write"),
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             while (unit := self._take(self._ready)) is not None:
                 with self._timed("compute"):
                     self._compute(unit)
@@ -87,7 +87,8 @@ class Pipeline:
         finally:
             self._stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             try:

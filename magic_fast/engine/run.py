@@ -71,8 +71,13 @@ class Run:
             if self._worker is not None:
                 self._worker.prepare()
             pipeline.run(self._units(journal))
-        finally:
+        except Exception:
             syncer.stop()
+            raise
+        except BaseException:  # interrupted: the disk may take its time, the user does not wait
+            syncer.stop(wait=False)
+            raise
+        syncer.stop()
         return writer, pipeline
 
     def _expected_bytes(self) -> int:
@@ -192,9 +197,10 @@ class Syncer:
             with suppress(Exception):  # the last sync, before the rename, reports errors
                 self._sync()
 
-    def stop(self) -> None:
+    def stop(self, *, wait: bool = True) -> None:
         self._stopped.set()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
 
 def run(

@@ -1,0 +1,35 @@
+"""``magic-fast`` on a disk that takes its time, for a test that interrupts it.
+
+    python interrupted_merge.py [--stuck] ARGUMENT...
+
+With ``--stuck`` the first tensor is merged by something that heeds no signal for a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from typing import Any
+
+from engine.slow_files import slow_down
+from magic_fast.cli import main
+
+
+def get_stuck() -> None:
+    from magic_fast.engine import stages
+
+    def stuck(*arguments: Any) -> None:
+        print("stuck", file=sys.stderr, flush=True)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:  # in C, for as long as a matrix takes to decompose
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)
+
+    stages.Streamed.__call__ = stuck  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    slow_down()
+    if sys.argv[1] == "--stuck":
+        get_stuck()
+    sys.exit(main([a for a in sys.argv[1:] if a != "--stuck"]))
