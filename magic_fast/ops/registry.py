@@ -39,6 +39,13 @@ SPECS: tuple[BackendSpec, ...] = (
         "native", "magic_fast.ops.native", "NativeBackend", ("cpu",), "fused C++ kernels on the CPU"
     ),
     BackendSpec(
+        "triton",
+        "magic_fast.ops.triton_backend",
+        "TritonBackend",
+        ("cuda",),
+        "fused Triton kernels on a GPU",
+    ),
+    BackendSpec(
         "torch", "magic_fast.ops.torch_backend", "TorchBackend", ("cpu", "cuda"), "plain PyTorch"
     ),
 )
@@ -84,7 +91,7 @@ def backends() -> list[BackendStatus]:
         details = getattr(backend, "details", None)
         text = details() if callable(details) and reason is None else ""
         found.append(
-            BackendStatus(spec.name, reason is None, spec.devices, spec.summary, reason, text)
+            BackendStatus(spec.name, reason is None, _devices(spec), spec.summary, reason, text)
         )
     return found
 
@@ -93,12 +100,23 @@ def _device_of(job: Job) -> str:
     return str(getattr(job.experts[0], "device", "cpu")).split(":")[0]
 
 
-def _why_not(spec: BackendSpec, job: Job) -> str | None:
+def _devices(spec: BackendSpec) -> tuple[str, ...]:
+    """Where its arrays may live: what the loaded backend says, else its row of the table."""
+    devices: tuple[str, ...] = getattr(_loaded(spec.name)[0], "devices", spec.devices)
+    return devices
+
+
+def _why_not(spec: BackendSpec, job: Job, *, asked_for: bool) -> str | None:
+    """``asked_for``: by name. A backend may then also run where it does not by itself (Triton's
+    interpreter on the CPU)."""
+    where = _device_of(job)
+    if not asked_for and where not in spec.devices:  # not even loaded
+        return f"the tensors are on {where}, it runs on {', '.join(spec.devices)}"
     backend, reason = _loaded(spec.name)
     if reason is not None:
         return reason
-    if _device_of(job) not in spec.devices:
-        return f"the tensors are on {_device_of(job)}, it runs on {', '.join(spec.devices)}"
+    if where not in _devices(spec):
+        return f"the tensors are on {where}, it runs on {', '.join(_devices(spec))}"
     assert backend is not None
     return backend.supports(job)
 
@@ -124,7 +142,7 @@ def choose(jobs: Sequence[Job], wanted: str | None = None) -> list[Backend]:
         for spec in SPECS:
             if wanted not in (None, spec.name):
                 continue
-            reason = _why_not(spec, job)
+            reason = _why_not(spec, job, asked_for=wanted is not None)
             if reason is None:
                 backend = _loaded(spec.name)[0]
                 assert backend is not None

@@ -1,0 +1,153 @@
+"""From the values of K experts to the merged task vector: vote, contributors, reduction, consensus.
+
+Every sum runs in expert order and no product is contracted into a sum (the kernels are compiled
+with fp fusion off): the signs elected here are those of every other backend, bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .words import (
+    AGREEING,
+    BY_LAMBDA,
+    CONSENSUS,
+    EVERYBODY,
+    HOW,
+    LAMBDA,
+    MAJORITY,
+    MASS,
+    MAX,
+    MEAN,
+    MIN_TASKS,
+    NO_CONSENSUS,
+    NO_VOTE,
+    NONZERO,
+    SCALE,
+    SCALED,
+    UNWEIGHTED,
+    VOTE,
+    WEIGHT,
+    WEIGHTED,
+    WEIGHTED_MEAN,
+    WHO,
+    ZERO,
+    ZERO_MAJORITY,
+    ZERO_NEGATIVE,
+    ZERO_POSITIVE,
+)
+
+
+@triton.jit
+def tally(values, K: tl.constexpr, RULE: tl.constexpr):
+    """Σ_k v_k, or Σ_k sign(v_k): what is voted, float32."""
+    s = tl.zeros(values[0].shape, tl.float32)
+    for k in tl.static_range(K):
+        if RULE[VOTE] == MASS:
+            s = s + values[k]
+        else:
+            s = s + (values[k] > 0).to(tl.float32) - (values[k] < 0).to(tl.float32)
+    return s
+
+
+@triton.jit
+def _elect(values, integers, K: tl.constexpr, RULE: tl.constexpr):
+    """(positive, negative), bool: the elected sign, zero votes resolved; neither: nobody."""
+    s = tally(values, K, RULE)
+    positive = s > 0
+    negative = s < 0
+    undecided = (positive | negative) == 0
+    if RULE[ZERO] == ZERO_POSITIVE:
+        positive = positive | undecided
+    elif RULE[ZERO] == ZERO_NEGATIVE:
+        negative = negative | undecided
+    elif RULE[ZERO] == ZERO_MAJORITY:
+        majority = tl.load(integers + 6 * K + (MAJORITY - 6))
+        positive = positive | (undecided & (majority > 0))
+        # an undecided majority keeps the negatives, but elects no maximum
+        if RULE[HOW] == MAX:
+            negative = negative | (undecided & (majority < 0))
+        else:
+            negative = negative | (undecided & (majority <= 0))
+    return positive, negative
+
+
+@triton.jit
+def _divide(total, count, RULE: tl.constexpr):
+    """total ÷ count with the rule for a count that cannot divide."""
+    if RULE[HOW] == MEAN:
+        divisor = tl.maximum(count, 1.0)
+    elif RULE[VOTE] == NO_VOTE:
+        divisor = tl.where(tl.abs(count) < 1e-8, 1.0, count)
+    else:
+        divisor = tl.where(count == 0, 1.0, count)
+    return tl.div_rn(total, divisor)
+
+
+@triton.jit
+def reduce_values(values, integers, numbers, K: tl.constexpr, RULE: tl.constexpr):
+    """Δ before consensus and scale."""
+    zeros = tl.zeros(values[0].shape, tl.float32)
+    total = zeros
+    count = zeros
+    best = zeros - 1.0
+    if RULE[VOTE] != NO_VOTE:
+        positive, negative = _elect(values, integers, K, RULE)
+    for k in tl.static_range(K):
+        v = values[k]
+        x = v
+        weight = tl.load(numbers + WEIGHT * K + k)
+        if RULE[UNWEIGHTED] and RULE[WEIGHTED]:
+            x = x * weight
+        if RULE[WHO] == AGREEING:
+            contributes = (positive & (v > 0)) | (negative & (v < 0))
+        elif RULE[WHO] == NONZERO:
+            contributes = v != 0
+        else:
+            contributes = tl.full(v.shape, 1, tl.int1)
+        if RULE[HOW] == MAX:
+            magnitude = tl.abs(x)
+            # without a vote the later of two equal ones wins
+            wins = magnitude >= best if RULE[VOTE] == NO_VOTE else magnitude > best
+            wins = wins & contributes
+            best = tl.where(wins, magnitude, best)
+            total = tl.where(wins, x, total)
+        elif RULE[WHO] == EVERYBODY:
+            total = total + x
+        else:
+            total = total + tl.where(contributes, x, 0.0)
+        if RULE[HOW] == MEAN:
+            count = count + tl.where(contributes, 1.0, 0.0)
+        elif RULE[HOW] == WEIGHTED_MEAN:
+            count = count + tl.where(contributes, weight, 0.0)
+    if RULE[HOW] == MEAN or RULE[HOW] == WEIGHTED_MEAN:
+        total = _divide(total, count, RULE)
+    return total
+
+
+@triton.jit
+def _needed(taus, delta, task_masks, numbers, at, inside, K: tl.constexpr, RULE: tl.constexpr):
+    """bool: at least ``min_tasks`` experts need the coordinate, |τ_k| > λ_k·|Δ − τ_k|."""
+    tasks = tl.zeros(delta.shape, tl.float32)
+    for k in tl.static_range(K):
+        if RULE[CONSENSUS] == BY_LAMBDA:
+            bar = tl.load(numbers + LAMBDA * K + k) * tl.abs(delta - taus[k])
+            tasks = tasks + (tl.abs(taus[k]) > bar).to(tl.float32)
+        else:
+            given = tl.load(task_masks[k] + at, mask=inside, other=0)
+            tasks = tasks + (given != 0).to(tl.float32)
+    return tasks >= tl.load(numbers + 3 * K + (MIN_TASKS - 3))
+
+
+@triton.jit
+def finish_delta(
+    total, taus, task_masks, numbers, at, inside, K: tl.constexpr, RULE: tl.constexpr
+):
+    """d = scale·Δ, what consensus drops set to 0."""
+    d = total
+    if RULE[CONSENSUS] != NO_CONSENSUS:
+        d = tl.where(_needed(taus, d, task_masks, numbers, at, inside, K, RULE), d, 0.0)
+    if RULE[SCALED]:
+        d = d * tl.load(numbers + SCALE * K)
+    return d

@@ -1,0 +1,343 @@
+"""The Triton backend: every element-wise recipe in fused kernels on a GPU (magic_fast/kernels).
+
+All work goes to the current stream of the tensors' device. Within one call nothing waits for the
+device until the end, when one copy brings what the host has to know (counts, thresholds, first
+non-finite indices) of all jobs together; ``manifold_exact`` may wait inside torch's eigenvalue
+solver. With ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, in Python, for tests: then
+only where asked for by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magic_fast.errors import BackendError
+from magic_fast.ops.backend import Array, Job, Stats, View
+from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule, Variant
+
+try:
+    import triton
+    from magic_fast.kernels import launch
+    from magic_fast.ops import triton_rows, triton_select
+    from magic_fast.ops.triton_jobs import MERGED_RULE, Device, float_of, to_device
+    from magic_fast.ops.triton_many import groups_of, small
+except ImportError as error:  # remembered: the backend tells it
+    missing: str | None = str(error)
+else:
+    missing = None
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NONE = (1 << 63) - 1  # no bad index so far
+
+
+def interpreted() -> bool:
+    """Whether the kernels were loaded to run in Python."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+class TritonBackend:
+    """f32, f16 and bf16 in any mix; contiguous tensors; up to 64 experts; every recipe that is not
+    reference-only."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.interpreted = interpreted()
+        self.devices = ("cpu",) if self.interpreted else ("cuda",)
+
+    def why_not(self) -> str | None:
+        if missing is not None:
+            return f"Triton cannot be imported ({missing}). Install triton."
+        if not self.interpreted and not torch.cuda.is_available():
+            return "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+        return None
+
+    def details(self) -> str:
+        """Version and device, in words."""
+        where = "interpreted" if self.interpreted else torch.cuda.get_device_name()
+        return f"Triton {triton.__version__}, {where}"
+
+    def supports(self, job: Job) -> str | None:
+        arrays = [a for a in (job.base, job.out, *job.experts) if a is not None]
+        if any(isinstance(a, View) for a in arrays):
+            return "it takes torch tensors only"
+        for a in arrays:
+            if a.dtype not in _DTYPES:
+                return f"it takes float32, float16 and bfloat16, not {a.dtype}"
+            if not a.is_contiguous():
+                return "it takes contiguous tensors only"
+        for masks in (job.masks, job.task_masks):
+            if masks is not None and not all(m is None or m.is_contiguous() for m in masks):
+                return "it takes contiguous masks only"
+        if job.details:
+            return "it does not keep masks and votes"
+        if len(job.experts) > launch.MOST_EXPERTS:
+            return f"it takes up to {launch.MOST_EXPERTS} experts, not {len(job.experts)}"
+        return job.recipe.reference_only or _rows_unsupported(job) or _slab_unsupported(job)
+
+    # ---- the primitives ----
+    def select(self, job: Job) -> Selection:
+        with _on(job):
+            (d,) = to_device([job])
+            triton_select.prepare(d)
+            return _selection(d, d.integers.tolist(), d.floats.tolist())
+
+    def merge(self, job: Job) -> Stats:
+        return self.merge_many([job])[0]
+
+    def merge_many(self, jobs: Sequence[Job]) -> list[Stats]:
+        if not jobs:
+            return []
+        with _on(jobs[0]):
+            devices = to_device(jobs)
+            many = [d for d in devices if small(d)]
+            found = _launch_small(many) if len(many) > 1 else {}
+            pending = [found.get(id(d)) or _launch(d) for d in devices]
+            return _collect(devices, pending)
+
+    def calibrate(self, job: Job, merged: Array) -> Stats:
+        """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""
+        _check_merged(job, merged)
+        if job.calibration is None:
+            raise BackendError(f"calibrate '{job.name}': expected a calibration, got None.")
+        plain = replace(job, selection=_everything(job), masks=None, task_masks=None)
+        with _on(job):
+            (d,) = to_device([plain])
+            _run_merged_rule(d)
+            pending = _launch(d, merged)
+            (stats,) = _collect([d], [pending])
+        stats.selection = _everything(job)
+        stats.first_nonfinite = (*stats.first_nonfinite, stats.extra.pop("merged_nonfinite"))
+        stats.kept = ()
+        return stats
+
+    def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
+        _check_merged(job, merged)
+        view = job.calibration or _default_rows(job.experts[0])
+        k = len(job.experts)
+        if view.rows * view.cols == 0:
+            zeros = torch.zeros(
+                (view.rows, k + 1, k + 1), dtype=torch.float64, device=merged.device
+            )
+            return zeros[:, :k, :k], zeros[:, :k, k], zeros[:, k, k]
+        plain = replace(job, selection=_everything(job), masks=None, task_masks=None)
+        with _on(job):
+            (d,) = to_device([plain])
+            _run_merged_rule(d)
+            sources = triton_rows.Sources(d, merged, merged, _report(d), False)
+            stats = triton_rows.row_sums(sources, view.rows, view.cols, p=2, wide=False)
+        return stats.gram, stats.dots, stats.norm2
+
+    def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
+        _check_merged(job, merged)
+        assert job.out is not None
+        factors = torch.as_tensor(coefficient, dtype=torch.float32, device=merged.device)
+        factors = factors.flatten().contiguous()
+        if merged.numel() == 0:
+            return
+        with _on(job):
+            (d,) = to_device([replace(job, selection=_everything(job))])
+            triton_rows.scaled(d, merged, job.out, factors.numel(), factors)
+
+    def workspace_bytes(self, job: Job) -> int:
+        """Bytes of device memory that a merge of ``job`` takes beside inputs and output."""
+        with _on(job):
+            return _workspace_bytes(to_device([job])[0])
+
+
+# ---- one job ----
+class _Pending:
+    """What a launched job leaves on the device for the end of the call."""
+
+    def __init__(self, report: Tensor, kept: Tensor, rows: triton_rows.Rows | None = None) -> None:
+        self.report, self.kept, self.rows = report, kept, rows
+
+
+def _report(d: Device) -> Tensor:
+    return torch.full((len(d.experts) + 3,), _NONE, dtype=torch.int64, device=d.base.device)
+
+
+def _launch(d: Device, merged: Tensor | None = None) -> _Pending:
+    job, k = d.job, len(d.experts)
+    report = _report(d)
+    kept = torch.zeros(k, dtype=torch.int64, device=d.base.device)
+    if merged is None:
+        triton_select.prepare(d)
+    assert job.out is not None
+    if d.n == 0:
+        return _Pending(report, kept, _no_rows(d) if job.calibration is not None else None)
+    like = d.experts[0] if merged is None else merged
+    sources = triton_rows.Sources(d, like, job.out, report, merged is not None)
+    rows = None
+    if job.calibration is None:
+        counts = triton_rows.merged_blocks(sources, 1, d.n, None)
+    else:
+        rows = triton_rows.calibrated(sources)
+        counts = rows.counts
+    if merged is None and any(d.numbers.kinds):
+        kept = counts.sum(0, dtype=torch.int64)
+    return _Pending(report, kept, rows)
+
+
+def _launch_small(devices: Sequence[Device]) -> dict[int, _Pending]:
+    """Small jobs, one launch for those of one kind."""
+    pending = {}
+    for group in groups_of(devices):
+        group.launch()
+        kept = group.kept() if any(group.devices[0].numbers.kinds) else group.report
+        for i, d in enumerate(group.devices):
+            pending[id(d)] = _Pending(group.report[i], kept[i][: group.k])
+    return pending
+
+
+def _no_rows(d: Device) -> triton_rows.Rows:
+    """A tensor without elements: its rows have no norm, which the guards repair."""
+    c, k = d.job.calibration, len(d.experts)
+    assert c is not None
+    device = d.base.device
+    return triton_rows.Rows(
+        torch.full((c.rows,), float("nan"), device=device),
+        torch.full((c.rows,), c.guards, dtype=torch.bool, device=device),
+        torch.zeros(k + 2, dtype=torch.float64, device=device),
+        torch.zeros((0, k), dtype=torch.int32, device=device),
+    )
+
+
+def _run_merged_rule(d: Device) -> None:
+    """d = merged − base instead of the recipe."""
+    d.numbers.rule = MERGED_RULE
+    d.numbers.kinds = (0,) * len(d.experts)
+
+
+def _collect(devices: Sequence[Device], pending: Sequence[_Pending]) -> list[Stats]:
+    """One copy to the host for all jobs, then plain Python."""
+    parts: list[Tensor] = []
+    for d, p in zip(devices, pending, strict=True):
+        parts += [d.integers, d.floats.double().view(torch.int64), p.report, p.kept]
+        if p.rows is not None:
+            parts.append(p.rows.norms2.view(torch.int64))
+    words = iter(torch.cat(parts).tolist())
+    return [_stats(d, p, words) for d, p in zip(devices, pending, strict=True)]
+
+
+def _stats(d: Device, p: _Pending, words: Iterator[int]) -> Stats:
+    def take(count: int) -> list[int]:
+        return [next(words) for _ in range(count)]
+
+    k = len(d.experts)
+    integers, floats = take(6 * k + 2), _doubles(take(3 * k + 2))
+    *first, merged, base, over = (-1 if i == _NONE else i for i in take(k + 3))
+    kept = take(k)
+    stats = Stats(
+        selection=d.job.selection or _selection(d, integers, floats),
+        kept=tuple(d.n if kind == 0 else n for kind, n in zip(d.numbers.kinds, kept, strict=True)),
+        first_nonfinite=tuple(first),
+        base_nonfinite=base,
+        overflow=over,
+    )
+    if p.rows is not None:
+        norms2 = _doubles(take(k + 2))
+        *own, before, after = (x**0.5 for x in norms2)
+        mean = sum(own) / k
+        stats.coefficient = p.rows.coefficient
+        stats.extra = {
+            "repaired": p.rows.repaired,
+            "norms2": torch.tensor(norms2, dtype=torch.float64),
+            "magnitude_before": before / mean if mean > 0 else None,
+            "magnitude_after": after / mean if mean > 0 else None,
+        }
+    if d.numbers.rule == MERGED_RULE:
+        stats.extra["merged_nonfinite"] = merged
+    return stats
+
+
+def _doubles(words: list[int]) -> list[float]:
+    return torch.tensor(words, dtype=torch.int64).view(torch.float64).tolist()
+
+
+def _selection(d: Device, integers: list[int], floats: list[float]) -> Selection:
+    k = len(d.experts)
+    low, cut, high, top_cut = (tuple(integers[i * k : (i + 1) * k]) for i in range(4))
+    return Selection(
+        tuple(float_of(x) for x in low),
+        cut,
+        tuple(float_of(x) for x in high),
+        top_cut,
+        tuple(floats[:k]),
+        integers[6 * k + 1],
+    )
+
+
+def _everything(job: Job) -> Selection:
+    return Selection.keep_everything(len(job.experts), job.experts[0].numel())
+
+
+def _workspace_bytes(d: Device) -> int:
+    job, k, n = d.job, len(d.experts), d.n
+    shape = launch.block_shape(k, d.widest)
+    total = 4 * k * -(-n // shape.block)  # counts of kept entries
+    if d.numbers.targets:
+        total += triton_select.workspace_bytes(k, len(d.numbers.targets), n, d.base.device)
+    if job.recipe.trim.rule is TrimRule.RANKED:
+        total += sum(d.numbers.kinds[i] == 4 for i in range(k)) * n + (64 << 20)
+    if job.calibration is not None:
+        total += 8 * job.calibration.rows * (k + 1) * (k + 2)
+    return total
+
+
+@contextmanager
+def _on(job: Job) -> Iterator[None]:
+    """The device of the job's tensors is the current one inside; streams are torch's."""
+    device = job.experts[0].device
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield
+
+
+def _default_rows(x: Tensor) -> RowCalibration:
+    """Rows along the first axis; a 1-D tensor is [n, 1]."""
+    n_rows = int(x.shape[0]) if x.dim() else 1
+    return RowCalibration(n_rows, x.numel() // n_rows if n_rows else 0)
+
+
+def _rows_unsupported(job: Job) -> str | None:
+    c, trim, dims = job.calibration, job.recipe.trim, len(job.experts[0].shape)
+    if trim.rank_dim1 and trim.rule is TrimRule.RANKED and dims > 2:
+        return "ranks along dimension 1 alone of three or more are in the reference only"
+    if c is None:
+        return None
+    if c.variant is Variant.SPECTRAL and c.granularity is Granularity.TENSOR:
+        return "the spectral calibration of a tensor needs its singular values"
+    if c.axes != tuple(range(len(c.axes))):
+        return "it calibrates rows along leading axes only"
+    return None
+
+
+def _slab_unsupported(job: Job) -> str | None:
+    n = job.experts[0].numel()
+    if job.total is None or job.total == n:
+        return None
+    if job.selection is None and job.recipe.needs_select:
+        return "a part of a tensor needs a selection found over the whole"
+    if job.recipe.trim.rule is TrimRule.RANKED and job.experts[0].dim() < 2:
+        return "ranks need whole rows"
+    if job.calibration is not None and job.calibration.granularity is Granularity.TENSOR:
+        return "the calibration of a whole tensor needs all of it at once"
+    return None
+
+
+def _check_merged(job: Job, merged: Array) -> None:
+    if isinstance(merged, View) or merged.dtype not in _DTYPES or not merged.is_contiguous():
+        raise BackendError(
+            f"merged tensor for '{job.name}': expected contiguous float32, float16 or bfloat16 for "
+            f"the triton backend, got {merged.dtype}. Use backend='torch'."
+        )
