@@ -282,6 +282,58 @@ def make_sets(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
+def write_headers(folder: Path, tensors: int, shards: int = 12) -> None:
+    """A model of ``tensors`` small tensors whose data are holes in its files."""
+    folder.mkdir()
+    names = [f"model.layers.{i // 600}.mlp.experts.{i % 600}.up.weight" for i in range(tensors)]
+    weight_map = {}
+    for shard in range(shards):
+        mine = names[shard::shards]
+        entries = {
+            name: {"dtype": "BF16", "shape": [16, 8], "data_offsets": [256 * n, 256 * (n + 1)]}
+            for n, name in enumerate(mine)
+        }
+        raw = json.dumps(entries).encode()
+        path = folder / f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        with open(path, "wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + 256 * len(mine))
+        weight_map |= dict.fromkeys(mine, path.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def plan_lines(folder: Path, models: int = 5) -> list[str]:
+    """How long plans of many tensors take, from open to every tensor's place and way, in a process
+    of its own (whose imports are not counted)."""
+    program = (
+        "import sys, time, magic_fast as mf, magic_fast.config\n"
+        "mf.plan_checkpoints\n"
+        "wall, own = time.perf_counter(), time.process_time()\n"
+        "plan = mf.plan_checkpoints(sys.argv[1], sys.argv[2])\n"
+        "assert plan.budget.fits\n"
+        "print(time.perf_counter() - wall, time.process_time() - own)"
+    )
+    lines = []
+    for tensors in (9000, 18_000, 36_000):
+        place = folder / f"headers-{tensors}"
+        place.mkdir()
+        for number in range(models):
+            write_headers(place / str(number), tensors)
+        path = config(folder, [place / str(n) for n in range(models)], "ties", calibrate=True)
+        command = [sys.executable, "-c", program, str(path), str(folder / "none")]
+        found = []
+        for _ in range(3):
+            text = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            found.append([float(word) for word in text.stdout.split()])
+        wall, own = min(found)
+        lines.append(
+            f"planning {tensors} tensors of {models} models: {wall:.2f} s ({own:.2f} s of CPU; "
+            "aim at 36000: 2), best of 3."
+        )
+    return lines
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, equals, folder = text.partition("=")
     if not equals:
@@ -299,6 +351,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--counts", default="small", help="set that also runs with K = 2, 4, 8")
     parser.add_argument("--peers", type=Path, help="Python of an environment with mergekit")
     parser.add_argument("--work", type=Path, help="folder on the disk to measure")
+    parser.add_argument("--plan", action="store_true", help="time the planning of many tensors")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     return parser.parse_args()
@@ -309,8 +362,13 @@ def main() -> None:
     sets = {name: Path(folder) for name, folder in options.set}
     if options.make is not None:
         sets |= make_sets(options.make, [s for s in options.sizes if s not in sets])
-    if not sets:
+    if options.plan:
+        with work_folder(options.work) as folder:
+            print("\n".join(plan_lines(folder)))
+    if not sets and not options.plan:
         raise SystemExit("no set of checkpoints: expected --set NAME=DIR or --make DIR.")
+    if not sets:
+        return
     with work_folder(options.work) as folder:
         plan = Plan(folder, build_raw(folder), options.peers)
         for name, place in sets.items():

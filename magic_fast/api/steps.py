@@ -18,6 +18,7 @@ from magic_fast.methods.parameters import METHODS
 from magic_fast.methods.recipes import RECIPES, build_recipe
 from magic_fast.recipe import Recipe
 
+_FLOATS = frozenset(FLOATS)
 _WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -137,7 +138,7 @@ class _Builder:
             base = None if base is None else cut(base, shape)
             experts = tuple(cut(e, shape) for e in experts)
             inputs = (*([base] if base else []), *experts)
-        if any(i.info.dtype not in FLOATS for i in inputs):
+        if not {i.info.dtype for i in inputs} <= _FLOATS:
             odd = next((i for i in inputs if i.info.dtype != inputs[0].info.dtype), None)
             if odd is not None:
                 raise InputError(

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from magic_fast.errors import InputError
 
@@ -53,6 +54,10 @@ class Header:
     data_start: int
     file_size: int
     header_hash: str
+
+
+#: (hash, size of the file) → header that is in use somewhere.
+_RECENT: WeakValueDictionary[tuple[str, int], Header] = WeakValueDictionary()
 
 
 def header_length(prefix: bytes | bytearray, file_size: int, path: str) -> int:
@@ -102,6 +107,10 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
     >>> parse_header(raw, 8 + len(raw) + 8, "x").tensors["w"].offset
     62
     """
+    digest = hashlib.sha256(raw).hexdigest()
+    twin = _RECENT.get((digest, file_size))
+    if twin is not None:  # models of one architecture often have the same headers
+        return replace(twin, path=path, tensors=_moved(twin.tensors, path))
     entries = _load(raw, path)
     metadata = _metadata(entries.pop(METADATA_KEY, None), path)
     data_start = LENGTH_BYTES + len(raw)
@@ -113,14 +122,24 @@ def parse_header(raw: bytes, file_size: int, path: str) -> Header:
         infos.append(_tensor(name, entry, data_start, path))
     infos.sort(key=_position)
     _check_cover(infos, data_start, file_size, path)
-    return Header(
+    header = Header(
         path=path,
         tensors={info.name: info for info in infos},
         metadata=metadata,
         data_start=data_start,
         file_size=file_size,
-        header_hash=hashlib.sha256(raw).hexdigest(),
+        header_hash=digest,
     )
+    _RECENT[digest, file_size] = header
+    return header
+
+
+def _moved(tensors: Mapping[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
+    """The same places in another file."""
+    return {
+        name: TensorInfo(name, info.dtype, info.shape, path, info.offset, info.nbytes)
+        for name, info in tensors.items()
+    }
 
 
 def serialize_header(

@@ -49,9 +49,11 @@ class Checkpoint:
         self.config = config
         tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
-        for header, _ in headers:
+        self._headers = [header for header, _ in headers]  # others may have the same
+        for header in self._headers:
             _add_disjoint(tensors, header.tensors)
             self.metadata.update(header.metadata)
+        self._stored = tensors
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.aliases: Mapping[str, str] = MappingProxyType(find_aliases(tensors, config))
         self.files: tuple[InputFile, ...] = tuple(file for _, file in headers)
@@ -85,7 +87,9 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none; the message names the nearest ones.
         """
-        info = self.tensors.get(self.aliases.get(name, name))
+        info = self._stored.get(name)
+        if info is None and name in self.aliases:
+            info = self._stored[self.aliases[name]]
         if info is None:
             near = difflib.get_close_matches(name, self.tensors, n=2)
             got = f"only names like {' and '.join(map(shown, near))}" if near else "no such name"

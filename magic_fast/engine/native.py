@@ -46,7 +46,8 @@ class Mode(str, Enum):
 
 def modes(plan: MergePlan, slot_bytes: int, device: str) -> dict[str, tuple[Mode, str]]:
     """Step name → how it runs, and why not in pieces ('' where it does)."""
-    found = {s.name: mode_of(plan, s, slot_bytes, device) for s in plan.steps}
+    known: _Known = {}
+    found = {s.name: mode_of(plan, s, slot_bytes, device, known) for s in plan.steps}
     scoped = [s for s in plan.steps if over_model(s)]
     bad = next((s for s in scoped if found[s.name][0] is Mode.TORCH), None)
     if bad is not None:  # one threshold for all of them comes from one place
@@ -60,9 +61,11 @@ def over_model(step: Step) -> bool:
     return trim is not None and trim.by_magnitude and trim.scope is TrimScope.MODEL
 
 
-def mode_of(plan: MergePlan, step: Step, slot_bytes: int, device: str) -> tuple[Mode, str]:
-    """How one step runs, looked at alone."""
-    reason = _why_torch(plan, step, device)
+def mode_of(
+    plan: MergePlan, step: Step, slot_bytes: int, device: str, known: _Known | None = None
+) -> tuple[Mode, str]:
+    """How one step runs, looked at alone; ``known`` keeps what holds for others like it."""
+    reason = _why_torch(plan, step, device, {} if known is None else known)
     if reason is not None:
         return Mode.TORCH, reason
     if step.copy or fits(step, slot_bytes):
@@ -74,17 +77,20 @@ def mode_of(plan: MergePlan, step: Step, slot_bytes: int, device: str) -> tuple[
     return Mode.STREAM, ""
 
 
-def _why_torch(plan: MergePlan, step: Step, device: str) -> str | None:
+#: What decides whether the native backend takes a step → why it does not, or None.
+_Known = dict[object, "str | None"]
+
+
+def _why_torch(plan: MergePlan, step: Step, device: str, known: _Known) -> str | None:
     if device != "cpu":
         return f"it runs on {device}"
-    if wanted_backend(plan) == "torch":
-        return "backend torch was asked for"
-    reason = native_missing()
-    if reason is not None:
-        return reason
-    if any("F64" in (i.info.dtype, step.dtype) for i in step.inputs) and not (
-        step.copy and step.inputs[0].info.dtype not in FLOATS
-    ):
+    if "every step" not in known:
+        asked = wanted_backend(plan) == "torch"
+        known["every step"] = "backend torch was asked for" if asked else native_missing()
+    if known["every step"] is not None:
+        return known["every step"]
+    dtypes = [i.info.dtype for i in step.inputs]
+    if "F64" in (*dtypes, step.dtype) and not (step.copy and dtypes[0] not in FLOATS):
         return "float64 runs in torch"
     if step.copy:
         return None
@@ -92,7 +98,20 @@ def _why_torch(plan: MergePlan, step: Step, device: str) -> str | None:
         return f"method {step.method} looks at whole tensors"
     if step.whole and step.calibration is not None:
         return "whole weights are calibrated against a base"
-    return _unsupported(step)
+    calibration, shape = step.calibration, step.shape
+    key = (
+        id(step.recipe),  # the plan keeps them; tensors of the same parameters share one
+        step.dtype,
+        step.cast,
+        *dtypes,
+        step.base is None,
+        step.merged is None,
+        shape if len(shape) > 2 else len(shape),
+        calibration and (calibration.variant, calibration.granularity, calibration.axes),
+    )
+    if key not in known:
+        known[key] = _unsupported(step)
+    return known[key]
 
 
 def _unsupported(step: Step) -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from os.path import basename
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ class Step:
         calibration: WSC, or None.
         cast: inputs are rounded to this dtype first, or None.
         copy: an integer tensor, or one that is not touched.
+        inputs: everything this step reads, base first, merged last.
+        numel: elements of the output.
     """
 
     name: str
@@ -75,22 +78,18 @@ class Step:
     cast: str | None = None
     copy: bool = False
 
-    @cached_property
-    def inputs(self) -> tuple[Input, ...]:
-        """Everything this step reads, base first, merged last."""
-        parts = ([self.base] if self.base else []) + list(self.experts)
-        return (*parts, *([self.merged] if self.merged else []))
+    inputs: tuple[Input, ...] = field(init=False, repr=False, compare=False)
+    numel: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        first = () if self.base is None else (self.base,)
+        last = () if self.merged is None else (self.merged,)
+        object.__setattr__(self, "inputs", (*first, *self.experts, *last))
+        object.__setattr__(self, "numel", prod(self.shape))
 
     @property
     def spec(self) -> TensorSpec:
         return TensorSpec(self.name, self.dtype, self.shape)
-
-    @cached_property
-    def numel(self) -> int:
-        n = 1
-        for extent in self.shape:
-            n *= extent
-        return n
 
 
 @dataclass
@@ -242,7 +241,7 @@ def common_shape(
         InputError: shapes differ, or a dtype is not one that can be merged.
     """
     first = inputs[0]
-    for other in inputs:
+    for other in () if {i.info.dtype for i in inputs} <= _MERGED else inputs:
         if other.info.dtype not in _MERGED:
             raise InputError(
                 f"dtype of '{name}' in {other.model}: expected F64, F32, F16, BF16 or an "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 import magic_fast as mf
 from magic_fast.engine import MergePlan
+from magic_fast.engine.identity import identity_of
 
 SHARDS = 12
 
@@ -68,3 +70,39 @@ def test_planning_36000_tensors_of_five_models(tmp_path: Path) -> None:
         f"\nplanned {len(small.steps)} tensors in {short:.2f} s, {len(large.steps)} in {long:.2f}"
     )
     assert len(large.steps) == 36_000
+
+
+def calls_of(folder: Path, count: int) -> int:
+    """Python functions called while a plan is made and its run is identified."""
+    calls = [0]
+
+    def count_call(frame: object, event: str, argument: object) -> None:
+        calls[0] += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count_call)
+    try:
+        found, _ = plan(folder, count, 3)
+        identity_of(found)
+        assert found.budget.fits
+    finally:
+        sys.setprofile(before)
+    return calls[0]
+
+
+def test_the_work_of_planning_is_linear(tmp_path: Path) -> None:
+    """Counted in function calls: as many more for each further tensor, whatever came before."""
+    calls_of(tmp_path / "warm-up", 100)
+    few, some, many = (calls_of(tmp_path / str(n), n) for n in (600, 1200, 2400))
+    assert many - some == pytest.approx(2 * (some - few), rel=0.1)
+    assert (many - some) / 1200 < 150, "calls for each tensor of three models"
+
+
+def test_models_with_the_same_headers(tmp_path: Path) -> None:
+    """Are parsed once; each has its own files all the same."""
+    found, _ = plan(tmp_path / "m", 60, 3)
+    for step in found.steps:
+        places = {(i.info.offset, i.info.nbytes, i.info.shape) for i in step.inputs}
+        assert len(places) == 1
+        for source in step.inputs:
+            assert source.info.path.startswith(f"{source.model}/model-")
