@@ -101,7 +101,7 @@ def acting_factor(
         acts = repaired == 0
         xi = tl.where(repaired, 1.0, raw)
     elif DIRECTION != FREE:
-        xi = tl.where(raw == raw, raw, 1.0)  # noqa: PLR0124
+        xi = tl.where(raw == raw, raw, 1.0)
     if DIRECTION == GROW:
         acts = acts & (xi > 1)
     elif DIRECTION == SHRINK:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 MOST_EXPERTS = 64  # every loop over experts is unrolled
 FUSED_EXPERTS = 8  # up to here all inner products of a row fit the registers beside the row
 FUSED_CHUNKS = 4
+#: of one program; the interpreter's time goes by operations, not by elements
+WARPS = 16 if os.environ.get("TRITON_INTERPRET") == "1" else 4
 GRAM_TILE = 4  # experts on each side of a tile of the Gram matrix where there are more
 
 
@@ -40,7 +42,7 @@ def vector(num_experts: int, widest: int) -> int:
     return 8 if widest == 2 and num_experts <= 8 else 4
 
 
-def block_shape(num_experts: int, widest: int, warps: int = 4) -> Shape:
+def block_shape(num_experts: int, widest: int, warps: int = WARPS) -> Shape:
     """For kernels without row sums. ``widest``: bytes of the widest input element."""
     return Shape(32 * warps, vector(num_experts, widest), warps)
 
@@ -54,7 +56,7 @@ def row_shape(num_experts: int, widest: int, cols: int) -> tuple[Shape, int] | N
     if num_experts > FUSED_EXPERTS:
         return None
     vec = vector(num_experts, widest)
-    for warps in (4, 8, 16):
+    for warps in (WARPS, 2 * WARPS, 4 * WARPS):
         chunks = -(-cols // (32 * warps * vec))
         if chunks <= FUSED_CHUNKS:
             return Shape(32 * warps, vec, warps), chunks

@@ -33,7 +33,7 @@ def norm_sums(
         inside = position < room(n, start, LANES * VEC)
         b = load_base(base, at, inside, HAS_BASE)
         taus = load_taus(experts, at, inside, b, K, HAS_BASE)
-        values, _ = trimmed_values(
+        values, _kept = trimmed_values(
             taus, masks, integers, numbers, at, inside, position, start + offset,
             K, KINDS, RULE, ALIGNED, LANES, VEC,
         )  # fmt: skip
@@ -44,16 +44,16 @@ def norm_sums(
             y = after[k]
             if KINDS[k] != KEEP_ALL:
                 raw = tl.abs(taus[k]).to(tl.float64)
-                kept = tl.abs(values[k]).to(tl.float64)
+                trimmed = tl.abs(values[k]).to(tl.float64)
                 if P == 0:
                     x = tl.maximum(x, tl.max(raw, axis=1))
-                    y = tl.maximum(y, tl.max(kept, axis=1))
+                    y = tl.maximum(y, tl.max(trimmed, axis=1))
                 elif P == 1:
                     x = x + tl.sum(raw, axis=1)
-                    y = y + tl.sum(kept, axis=1)
+                    y = y + tl.sum(trimmed, axis=1)
                 else:
                     x = x + tl.sum(raw * raw, axis=1)
-                    y = y + tl.sum(kept * kept, axis=1)
+                    y = y + tl.sum(trimmed * trimmed, axis=1)
             new_before = new_before + (x,)
             new_after = new_after + (y,)
         before = new_before

@@ -20,7 +20,9 @@ def _words(counter, stream, seed):
 
 
 @triton.jit
-def random_words(first, stream, seed, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def random_words(
+    first, stream, seed, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr
+):
     """uint32 [LANES, VEC]: the words of elements [first, first + LANES·VEC).
 
     ALIGNED: ``first`` is a multiple of 4, so that one call serves four neighbours; else one call

@@ -58,9 +58,9 @@ def merge_rows(
             first + offset, K, HAS_BASE, KINDS, RULE, ALIGNED, LANES, VEC,
         )  # fmt: skip
         if VARIANT == MANIFOLD:
-            sums = add_pairs(sums, taus + (d,), M, VEC, False)  # noqa: RUF005
+            sums = add_pairs(sums, taus + (d,), M, VEC, False)
         else:
-            sums = add_squares(sums, taus + (d,), M, VEC)  # noqa: RUF005
+            sums = add_squares(sums, taus + (d,), M, VEC)
         if not RULE[MERGED]:
             more = ()
             for k in tl.static_range(K):
@@ -140,16 +140,16 @@ def sum_rows(
         at = first + position
         inside = position < room(cols, start, LANES * VEC)
         b = load_base(base, at, inside, HAS_BASE)
-        d, taus, _ = block_delta(
+        d, taus, _kept = block_delta(
             b, experts, merged, masks, task_masks, integers, numbers, at, inside, position,
             first + offset, K, HAS_BASE, KINDS, RULE, ALIGNED, LANES, VEC,
         )  # fmt: skip
         if GRAM:
-            sums = add_pairs(sums, taus + (d,), M, VEC, WIDE)  # noqa: RUF005
+            sums = add_pairs(sums, taus + (d,), M, VEC, WIDE)
         else:
-            sums = add_dots(sums, taus + (d,), d, M, VEC, WIDE)  # noqa: RUF005
+            sums = add_dots(sums, taus + (d,), d, M, VEC, WIDE)
         if P >= 0:
-            raised = add_powers(raised, taus + (d,), M, P)  # noqa: RUF005
+            raised = add_powers(raised, taus + (d,), M, P)
     totals = lane_sums(sums, COUNT)
     for i in tl.static_range(COUNT):
         tl.store(partial + program * COUNT + i, totals[i])

@@ -115,25 +115,30 @@ def add_powers(sums, vectors, M: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+def _eight_sums(sums, i: tl.constexpr):
+    """Sums i … i + 7 by one reduction, so that eight share its barriers."""
+    ab = tl.join(tl.join(sums[i], sums[i + 1]), tl.join(sums[i + 2], sums[i + 3]))
+    cd = tl.join(tl.join(sums[i + 4], sums[i + 5]), tl.join(sums[i + 6], sums[i + 7]))
+    total = tl.sum(tl.join(ab, cd), axis=0)  # [2, 2, 2]
+    left, right = tl.split(total)
+    a, b = tl.split(left)
+    c, d = tl.split(right)
+    return tl.split(a) + tl.split(b) + tl.split(c) + tl.split(d)
 
 
 @triton.jit
 def lane_sums(sums, COUNT: tl.constexpr):
-    """COUNT scalars, float64: the lanes of each accumulator added by a fixed tree.
+    """COUNT scalars, float64: the lanes of each accumulator added in float64 by a fixed tree.
 
-    Eight at a time share the barriers of one reduction.
+    The few terms of a lane are added in float32; over the lanes that would not do (a coefficient is
+    good to one unit in its last place).
     """
+    wide = ()
+    for i in tl.static_range(COUNT):
+        wide = wide + (sums[i].to(tl.float64),)
     found = ()
     for i in tl.static_range(0, COUNT - COUNT % 8, 8):
-        eight = tl.reduce(
-            (sums[i], sums[i + 1], sums[i + 2], sums[i + 3],
-             sums[i + 4], sums[i + 5], sums[i + 6], sums[i + 7]),
-            0, _add8,
-        )  # fmt: skip
-        for j in tl.static_range(8):
-            found = found + (eight[j].to(tl.float64),)
+        found = found + _eight_sums(wide, i)
     for i in tl.static_range(COUNT - COUNT % 8, COUNT):
-        found = found + (tl.sum(sums[i], axis=0).to(tl.float64),)
+        found = found + (tl.sum(wide[i], axis=0),)
     return found

@@ -111,9 +111,9 @@ def scan(
 ):  # fmt: skip
     """One pass over all experts; a program takes one segment of ``chunks`` blocks.
 
-    ``bins``: int32 or int64 [targets, 2^LOG_BINS], zeroed; ``above``: int64 [segments, targets]; ``equals``:
-    int32 [segments, targets, HEAVIES]. ``OWNERS``: expert of every target. Targets that are done
-    keep what they have.
+    ``bins``: int32 or int64 [targets, 2^LOG_BINS], zeroed; ``above``: int64 [segments, targets];
+    ``equals``: int32 [segments, targets, HEAVIES]. ``OWNERS``: expert of every target.
+    Targets that are done keep what they have.
     """
     segment = tl.program_id(0).to(tl.int64)
     position = positions(LANES, VEC)

@@ -141,9 +141,7 @@ def _needed(taus, delta, task_masks, numbers, at, inside, K: tl.constexpr, RULE:
 
 
 @triton.jit
-def finish_delta(
-    total, taus, task_masks, numbers, at, inside, K: tl.constexpr, RULE: tl.constexpr
-):
+def finish_delta(total, taus, task_masks, numbers, at, inside, K: tl.constexpr, RULE: tl.constexpr):
     """d = scale·Δ, what consensus drops set to 0."""
     d = total
     if RULE[CONSENSUS] != NO_CONSENSUS:

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from support import interpreter
+
+if interpreter.switch_on():  # before anything imports Triton
+    interpreter.quicken()
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # The same examples on every run: a failure in CI is a failure here.

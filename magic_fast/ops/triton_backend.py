@@ -24,17 +24,18 @@ from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule, 
 
 try:
     import triton
+
     from magic_fast.kernels import launch
     from magic_fast.ops import triton_rows, triton_select
-    from magic_fast.ops.triton_jobs import MERGED_RULE, Device, float_of, to_device
+    from magic_fast.ops.triton_jobs import MERGED_RULE, Device, to_device
     from magic_fast.ops.triton_many import groups_of, small
+    from magic_fast.ops.triton_results import NO_INDEX, Pending, collect, selection_of
 except ImportError as error:  # remembered: the backend tells it
     missing: str | None = str(error)
 else:
     missing = None
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_NONE = (1 << 63) - 1  # no bad index so far
 
 
 def interpreted() -> bool:
@@ -87,7 +88,7 @@ class TritonBackend:
         with _on(job):
             (d,) = to_device([job])
             triton_select.prepare(d)
-            return _selection(d, d.integers.tolist(), d.floats.tolist())
+            return selection_of(d, d.integers.tolist(), d.floats.tolist())
 
     def merge(self, job: Job) -> Stats:
         return self.merge_many([job])[0]
@@ -100,7 +101,7 @@ class TritonBackend:
             many = [d for d in devices if small(d)]
             found = _launch_small(many) if len(many) > 1 else {}
             pending = [found.get(id(d)) or _launch(d) for d in devices]
-            return _collect(devices, pending)
+            return collect(devices, pending)
 
     def calibrate(self, job: Job, merged: Array) -> Stats:
         """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""
@@ -112,7 +113,7 @@ class TritonBackend:
             (d,) = to_device([plain])
             _run_merged_rule(d)
             pending = _launch(d, merged)
-            (stats,) = _collect([d], [pending])
+            (stats,) = collect([d], [pending])
         stats.selection = _everything(job)
         stats.first_nonfinite = (*stats.first_nonfinite, stats.extra.pop("merged_nonfinite"))
         stats.kept = ()
@@ -153,18 +154,11 @@ class TritonBackend:
 
 
 # ---- one job ----
-class _Pending:
-    """What a launched job leaves on the device for the end of the call."""
-
-    def __init__(self, report: Tensor, kept: Tensor, rows: triton_rows.Rows | None = None) -> None:
-        self.report, self.kept, self.rows = report, kept, rows
-
-
 def _report(d: Device) -> Tensor:
-    return torch.full((len(d.experts) + 3,), _NONE, dtype=torch.int64, device=d.base.device)
+    return torch.full((len(d.experts) + 3,), NO_INDEX, dtype=torch.int64, device=d.base.device)
 
 
-def _launch(d: Device, merged: Tensor | None = None) -> _Pending:
+def _launch(d: Device, merged: Tensor | None = None) -> Pending:
     job, k = d.job, len(d.experts)
     report = _report(d)
     kept = torch.zeros(k, dtype=torch.int64, device=d.base.device)
@@ -172,7 +166,7 @@ def _launch(d: Device, merged: Tensor | None = None) -> _Pending:
         triton_select.prepare(d)
     assert job.out is not None
     if d.n == 0:
-        return _Pending(report, kept, _no_rows(d) if job.calibration is not None else None)
+        return Pending(report, kept, _no_rows(d) if job.calibration is not None else None)
     like = d.experts[0] if merged is None else merged
     sources = triton_rows.Sources(d, like, job.out, report, merged is not None)
     rows = None
@@ -183,17 +177,17 @@ def _launch(d: Device, merged: Tensor | None = None) -> _Pending:
         counts = rows.counts
     if merged is None and any(d.numbers.kinds):
         kept = counts.sum(0, dtype=torch.int64)
-    return _Pending(report, kept, rows)
+    return Pending(report, kept, rows)
 
 
-def _launch_small(devices: Sequence[Device]) -> dict[int, _Pending]:
+def _launch_small(devices: Sequence[Device]) -> dict[int, Pending]:
     """Small jobs, one launch for those of one kind."""
     pending = {}
     for group in groups_of(devices):
         group.launch()
         kept = group.kept() if any(group.devices[0].numbers.kinds) else group.report
         for i, d in enumerate(group.devices):
-            pending[id(d)] = _Pending(group.report[i], kept[i][: group.k])
+            pending[id(d)] = Pending(group.report[i], kept[i][: group.k])
     return pending
 
 
@@ -216,65 +210,6 @@ def _run_merged_rule(d: Device) -> None:
     d.numbers.kinds = (0,) * len(d.experts)
 
 
-def _collect(devices: Sequence[Device], pending: Sequence[_Pending]) -> list[Stats]:
-    """One copy to the host for all jobs, then plain Python."""
-    parts: list[Tensor] = []
-    for d, p in zip(devices, pending, strict=True):
-        parts += [d.integers, d.floats.double().view(torch.int64), p.report, p.kept]
-        if p.rows is not None:
-            parts.append(p.rows.norms2.view(torch.int64))
-    words = iter(torch.cat(parts).tolist())
-    return [_stats(d, p, words) for d, p in zip(devices, pending, strict=True)]
-
-
-def _stats(d: Device, p: _Pending, words: Iterator[int]) -> Stats:
-    def take(count: int) -> list[int]:
-        return [next(words) for _ in range(count)]
-
-    k = len(d.experts)
-    integers, floats = take(6 * k + 2), _doubles(take(3 * k + 2))
-    *first, merged, base, over = (-1 if i == _NONE else i for i in take(k + 3))
-    kept = take(k)
-    stats = Stats(
-        selection=d.job.selection or _selection(d, integers, floats),
-        kept=tuple(d.n if kind == 0 else n for kind, n in zip(d.numbers.kinds, kept, strict=True)),
-        first_nonfinite=tuple(first),
-        base_nonfinite=base,
-        overflow=over,
-    )
-    if p.rows is not None:
-        norms2 = _doubles(take(k + 2))
-        *own, before, after = (x**0.5 for x in norms2)
-        mean = sum(own) / k
-        stats.coefficient = p.rows.coefficient
-        stats.extra = {
-            "repaired": p.rows.repaired,
-            "norms2": torch.tensor(norms2, dtype=torch.float64),
-            "magnitude_before": before / mean if mean > 0 else None,
-            "magnitude_after": after / mean if mean > 0 else None,
-        }
-    if d.numbers.rule == MERGED_RULE:
-        stats.extra["merged_nonfinite"] = merged
-    return stats
-
-
-def _doubles(words: list[int]) -> list[float]:
-    return torch.tensor(words, dtype=torch.int64).view(torch.float64).tolist()
-
-
-def _selection(d: Device, integers: list[int], floats: list[float]) -> Selection:
-    k = len(d.experts)
-    low, cut, high, top_cut = (tuple(integers[i * k : (i + 1) * k]) for i in range(4))
-    return Selection(
-        tuple(float_of(x) for x in low),
-        cut,
-        tuple(float_of(x) for x in high),
-        top_cut,
-        tuple(floats[:k]),
-        integers[6 * k + 1],
-    )
-
-
 def _everything(job: Job) -> Selection:
     return Selection.keep_everything(len(job.experts), job.experts[0].numel())
 
@@ -282,7 +217,7 @@ def _everything(job: Job) -> Selection:
 def _workspace_bytes(d: Device) -> int:
     job, k, n = d.job, len(d.experts), d.n
     shape = launch.block_shape(k, d.widest)
-    total = 4 * k * -(-n // shape.block)  # counts of kept entries
+    total: int = 4 * k * -(-n // shape.block)  # counts of kept entries
     if d.numbers.targets:
         total += triton_select.workspace_bytes(k, len(d.numbers.targets), n, d.base.device)
     if job.recipe.trim.rule is TrimRule.RANKED:

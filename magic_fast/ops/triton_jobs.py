@@ -213,7 +213,8 @@ class Device:
     def widest(self) -> int:
         """Bytes of the widest input element."""
         given = [*self.job.experts, self.base]
-        return max(t.element_size() for t in given)
+        widest: int = max(t.element_size() for t in given)
+        return widest
 
     def aligned(self, cols: int | None = None) -> bool:
         """Whether blocks of rows of ``cols`` elements (None: of the whole) start at multiples

@@ -10,9 +10,9 @@ import triton.language as tl
 
 from magic_fast.kernels import launch, table
 from magic_fast.ops.triton_jobs import BYTES, Device
+from magic_fast.ops.triton_results import NO_INDEX
 
 MOST_ELEMENTS = 1 << 18  # larger tensors fill the device by themselves
-_NONE = (1 << 63) - 1
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -67,7 +67,7 @@ class Group:
         # the jobs' numbers side by side, in the order of the table
         self.integers = torch.cat([d.integers for d in devices])
         self.floats = torch.cat([d.floats for d in devices])
-        self.report = torch.full((len(devices), k + 3), _NONE, dtype=torch.int64, device=device)
+        self.report = torch.full((len(devices), k + 3), NO_INDEX, dtype=torch.int64, device=device)
         self.counts = torch.zeros((self.programs, k), dtype=torch.int32, device=device)
 
     def launch(self) -> None:

@@ -86,8 +86,13 @@ def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.Shape, chu
     return found
 
 
-def row_sums(s: Sources, n_rows: int, cols: int, *, p: float, wide: bool) -> wsc.RowStats:
-    """Sums of rows of any length for any K: splits of rows, added in float64 in a fixed order."""
+def row_sums(
+    s: Sources, n_rows: int, cols: int, *, p: float, wide: bool, norms_only: bool = False
+) -> wsc.RowStats:
+    """Sums of rows of any length for any K: splits of rows, added in float64 in a fixed order.
+
+    norms_only: of the Gram matrix the diagonal is enough.
+    """
     d, k = s.d, len(s.d.experts)
     device = d.base.device
     shape = launch.block_shape(k, d.widest)
@@ -115,7 +120,7 @@ def row_sums(s: Sources, n_rows: int, cols: int, *, p: float, wide: bool) -> wsc
             square[:, :k, :k].contiguous(), square[:, :k, k].contiguous(), square[:, k, k].clone()
         )
     else:
-        tiles = _gram_in_tiles(s, n_rows, cols, wide)
+        tiles = _gram_in_tiles(s, n_rows, cols, wide, norms_only)
         stats = wsc.RowStats(tiles, sums[:, :k].contiguous(), sums[:, k].clone())
     if power >= 0:
         added = powers.amax(1) if power == 0 else powers.sum(1)
@@ -123,15 +128,16 @@ def row_sums(s: Sources, n_rows: int, cols: int, *, p: float, wide: bool) -> wsc
     return stats
 
 
-def _gram_in_tiles(s: Sources, n_rows: int, cols: int, wide: bool) -> Tensor:
-    """gram float64 [rows, K, K], a few experts on each side at a time."""
+def _gram_in_tiles(s: Sources, n_rows: int, cols: int, wide: bool, norms_only: bool) -> Tensor:
+    """gram float64 [rows, K, K], a few experts on each side at a time; norms_only: zeros outside
+    the tiles of the diagonal."""
     d, k, side = s.d, len(s.d.experts), launch.GRAM_TILE
     shape = launch.block_shape(2 * side, d.widest)
     chunks = min(_SPLIT_BLOCKS, -(-cols // shape.block))
     splits = -(-cols // (chunks * shape.block))
-    gram = torch.empty((n_rows, k, k), dtype=torch.float64, device=d.base.device)
+    gram = torch.zeros((n_rows, k, k), dtype=torch.float64, device=d.base.device)
     for i in range(0, k, side):
-        for j in range(i, k, side):
+        for j in range(i, min(k, i + 1) if norms_only else k, side):
             left, right = d.experts[i : i + side], d.experts[j : j + side]
             a, b = len(left), len(right)
             partial = torch.empty((n_rows, splits, a, b), dtype=torch.float64, device=d.base.device)
@@ -151,7 +157,8 @@ def _in_two_passes(s: Sources, c: RowCalibration) -> Rows:
     n_rows, cols = (1, s.d.n) if per_tensor else (c.rows, c.cols)
     exact = c.variant is Variant.MANIFOLD_EXACT
     p = 2.0 if c.variant in (Variant.SPECTRAL, Variant.MANIFOLD) else c.p
-    stats = row_sums(s, n_rows, cols, p=p, wide=exact)
+    norms_only = c.variant in (Variant.SPHERE, Variant.SPECTRAL)
+    stats = row_sums(s, n_rows, cols, p=p, wide=exact, norms_only=norms_only)
     raw = wsc.coefficient(stats, c)
     own = stats.gram.diagonal(dim1=-2, dim2=-1)
     counted = own

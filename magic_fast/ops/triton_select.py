@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 
-
 import torch
 from torch import Tensor
 
@@ -53,6 +52,9 @@ def _places(targets: list[Target], sample: int, total: int) -> list[int]:
     for t in targets:
         q = t.count / total
         rank, margin = q * sample, 4.5 * math.sqrt(sample * q * (1 - q)) + 6
+        if sample == total:  # the sample is all there is
+            places += [total - t.count] * 3
+            continue
         low = sample - int(rank + margin) if rank + margin <= sample else -1
         high = sample - int(rank - margin) if rank - margin >= 1 else sample
         places += [low, min(max(sample - int(rank), 0), sample - 1), high]
@@ -65,7 +67,8 @@ def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.de
     segments = launch.segments_for(-(-total // shape.block), multiprocessors(device))[0]
     bins = 8 if total >= 1 << 31 else 4
     sample = 12 * num_experts * min(_SAMPLE, total)  # the magnitudes, sorted, and their places
-    return targets * ((bins << _log_bins(targets, total)) + 80 + segments * (8 + 16)) + sample
+    size: int = targets * ((bins << _log_bins(targets, total)) + 80 + segments * (8 + 16)) + sample
+    return size
 
 
 def _log_bins(targets: int, n: int) -> int:
@@ -80,14 +83,15 @@ def find_thresholds(d: Device, targets: list[Target]) -> None:
     as a rule."""
     base, experts, n, k = d.base, d.experts, d.n, len(d.experts)
     device, count = base.device, len(targets)
-    runs = max(1, min(_SAMPLE, max(_RUN, n // 32)) // _RUN) if n >= _RUN else n
-    run = _RUN if n >= _RUN else 1
+    run = 1 if n <= _SAMPLE else _RUN
+    runs = min(n, _SAMPLE) // run
     size = runs * run
     sample = torch.empty((k, size), dtype=torch.int32, device=device)
     has_base = d.has_base
-    grid = (-(-runs // 64),)
+    per_program = 1024 // run
+    grid = (-(-runs // per_program),)
     select.sample_magnitudes[grid](
-        base, experts, sample, n, n // runs, runs, k, has_base, 64, run, **_OPTIONS
+        base, experts, sample, n, n // runs, runs, k, has_base, per_program, run, **_OPTIONS
     )
     ordered = torch.sort(sample, dim=1).values
     words = [*_places(targets, size, n), *(t.count for t in targets), *(t.owner for t in targets)]
@@ -107,7 +111,7 @@ def find_thresholds(d: Device, targets: list[Target]) -> None:
     above = torch.zeros((segments, count), dtype=torch.int64, device=device)
     equals = torch.zeros((segments, count, 4), dtype=torch.int32, device=device)
     options = {**_OPTIONS, "num_warps": shape.warps}
-    for _ in range(1 + math.ceil(31 / log_bins)):
+    for _ in range(1 if size == n else 1 + math.ceil(31 / log_bins)):
         select.scan[(segments,)](
             base, experts, state, heavy, bins, above, equals, n, chunks,
             count, owners, has_base, log_bins, shape.lanes, shape.vec, **options,

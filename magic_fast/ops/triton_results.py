@@ -1,0 +1,81 @@
+"""From what the kernels left on the device to ``Stats``: one copy to the host for all jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from magic_fast.ops.backend import Stats
+from magic_fast.ops.triton_jobs import MERGED_RULE, Device, float_of
+from magic_fast.ops.triton_rows import Rows
+from magic_fast.recipe import Selection
+
+NO_INDEX = (1 << 63) - 1  # nothing bad so far
+
+
+class Pending:
+    """What a launched job leaves on the device for the end of the call."""
+
+    def __init__(self, report: Tensor, kept: Tensor, rows: Rows | None = None) -> None:
+        self.report, self.kept, self.rows = report, kept, rows
+
+
+def collect(devices: Sequence[Device], pending: Sequence[Pending]) -> list[Stats]:
+    """One copy to the host for all jobs, then plain Python."""
+    parts: list[Tensor] = []
+    for d, p in zip(devices, pending, strict=True):
+        parts += [d.integers, d.floats.double().view(torch.int64), p.report, p.kept]
+        if p.rows is not None:
+            parts.append(p.rows.norms2.view(torch.int64))
+    words = iter(torch.cat(parts).tolist())
+    return [_stats(d, p, words) for d, p in zip(devices, pending, strict=True)]
+
+
+def _stats(d: Device, p: Pending, words: Iterator[int]) -> Stats:
+    def take(count: int) -> list[int]:
+        return [next(words) for _ in range(count)]
+
+    k = len(d.experts)
+    integers, floats = take(6 * k + 2), _doubles(take(3 * k + 2))
+    *first, merged, base, over = (-1 if i == NO_INDEX else i for i in take(k + 3))
+    kept = take(k)
+    stats = Stats(
+        selection=d.job.selection or selection_of(d, integers, floats),
+        kept=tuple(d.n if kind == 0 else n for kind, n in zip(d.numbers.kinds, kept, strict=True)),
+        first_nonfinite=tuple(first),
+        base_nonfinite=base,
+        overflow=over,
+    )
+    if p.rows is not None:
+        norms2 = _doubles(take(k + 2))
+        *own, before, after = (x**0.5 for x in norms2)
+        mean = sum(own) / k
+        stats.coefficient = p.rows.coefficient
+        stats.extra = {
+            "repaired": p.rows.repaired,
+            "norms2": torch.tensor(norms2, dtype=torch.float64),
+            "magnitude_before": before / mean if mean > 0 else None,
+            "magnitude_after": after / mean if mean > 0 else None,
+        }
+    if d.numbers.rule == MERGED_RULE:
+        stats.extra["merged_nonfinite"] = merged
+    return stats
+
+
+def _doubles(words: list[int]) -> list[float]:
+    return torch.tensor(words, dtype=torch.int64).view(torch.float64).tolist()
+
+
+def selection_of(d: Device, integers: list[int], floats: list[float]) -> Selection:
+    k = len(d.experts)
+    low, cut, high, top_cut = (tuple(integers[i * k : (i + 1) * k]) for i in range(4))
+    return Selection(
+        tuple(float_of(x) for x in low),
+        cut,
+        tuple(float_of(x) for x in high),
+        top_cut,
+        tuple(floats[:k]),
+        integers[6 * k + 1],
+    )
