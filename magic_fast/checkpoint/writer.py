@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
 
 
+_WORTH_STARTING = 1 << 20  # bytes; what is smaller waits for the end
+
+
 class OutputFolder:
     """An output under construction in ``.OUT.partial/``, a sibling of OUT on the same file system.
 
@@ -138,6 +141,8 @@ class OutputFolder:
             self._handles.use(self.path_of(info.path)) as fd,
         ):
             self._fs.write_exactly(fd, view, info.offset + start)
+            if len(view) >= _WORTH_STARTING:  # little is left to do when all is forced to the disk
+                self._fs.start_writing(fd, info.offset + start, len(view))
         with self._done_lock:
             self._done[name].add(start, stop)
 
@@ -197,12 +202,6 @@ class OutputFolder:
             InternalError: the output is a single file, or the name is not one for a small file.
         """
         self._small.declare(name)
-
-    def sync(self) -> None:
-        """Force to the disk all that was written to the shards: a journal may then rely on it."""
-        for plan in self._plans:
-            with self._writing(self.path_of(plan.file)):
-                self._fs.fsync_path(self.path_of(plan.file))
 
     def finalise(self) -> str:
         """Make the output appear, whole: all data to the disk, then the index, then one rename.

@@ -6,11 +6,9 @@ from __future__ import annotations
 import math
 import resource
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 
 from magic_fast.checkpoint import OutputFolder
 from magic_fast.engine.identity import Identity, identity_of, labelled
@@ -22,7 +20,7 @@ from magic_fast.engine.plan import MergePlan, Step
 from magic_fast.engine.recheck import drop_damaged
 from magic_fast.engine.report import MergeReport, Progress, TensorReport, Written
 from magic_fast.engine.stages import BadRecord, Loader, Streamed, Writer, magnitudes
-from magic_fast.engine.units import Piece, Unit, cut, fits, group
+from magic_fast.engine.units import UNIT_BYTES, Piece, Unit, cut, fits, group
 from magic_fast.errors import NonFiniteError
 
 Finish = Callable[[MergePlan, MergeReport, OutputFolder, Written], None]
@@ -66,18 +64,9 @@ class Run:
         self._total = self._expected_bytes()
         pipeline = Pipeline(loader, self._run, writer, slots)
         self._pipeline = pipeline
-        syncer = Syncer(output.sync, writer.dirty)
-        try:
-            if self._worker is not None:
-                self._worker.prepare()
-            pipeline.run(self._units(journal))
-        except Exception:
-            syncer.stop()
-            raise
-        except BaseException:  # interrupted: the disk may take its time, the user does not wait
-            syncer.stop(wait=False)
-            raise
-        syncer.stop()
+        if self._worker is not None:
+            self._worker.prepare()
+        pipeline.run(self._units(journal))
         return writer, pipeline
 
     def _expected_bytes(self) -> int:
@@ -119,14 +108,25 @@ class Run:
                 else:
                     yield from self._flush(pending)
                     yield from self._search([step])
-            pieces = recorded.get(step.name) or cut(step, self._slot_bytes)
+            pieces = recorded.get(step.name) or self._pieces(step)
             pending += pieces
             if len(pieces) > 1:
                 yield from self._flush(pending)
         yield from self._flush(pending)
 
+    def _pieces(self, step: Step) -> list[Piece]:
+        """Whole where a selection is found in the block itself; else no larger than need be, which
+        keeps what is read in the caches until it is merged and written."""
+        recipe = step.recipe
+        selects = recipe is not None and step.merged is None and recipe.needs_select
+        if step.copy or not selects or not fits(step, self._slot_bytes):
+            small = cut(step, min(self._slot_bytes, UNIT_BYTES))
+            if small:
+                return small
+        return cut(step, self._slot_bytes)
+
     def _flush(self, pending: list[Piece]) -> Iterator[Unit]:
-        for pieces in group(pending, self._slot_bytes):
+        for pieces in group(pending, min(self._slot_bytes, UNIT_BYTES)):
             yield Unit(pieces)
         pending.clear()
 
@@ -177,30 +177,6 @@ class Run:
     @property
     def bytes_read(self) -> int:
         return self._bytes_read
-
-
-class Syncer:
-    """Keeps the disk busy: forces written data to it in the background, so that little is left at
-    the end."""
-
-    def __init__(self, sync: Callable[[], None], dirty: threading.Event) -> None:
-        self._sync, self._dirty = sync, dirty
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="magic-fast-sync", daemon=True)
-        self._thread.start()
-
-    def _loop(self) -> None:
-        while not self._stopped.is_set():
-            if not self._dirty.wait(0.1):
-                continue
-            self._dirty.clear()
-            with suppress(Exception):  # the last sync, before the rename, reports errors
-                self._sync()
-
-    def stop(self, *, wait: bool = True) -> None:
-        self._stopped.set()
-        if wait:
-            self._thread.join()
 
 
 def run(

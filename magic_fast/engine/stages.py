@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -228,7 +227,6 @@ class Writer:
         self.checksums: dict[str, str] = {}
         self.records: dict[str, list[Record]] = {}
         self.written = 0
-        self.dirty = threading.Event()
 
     def __call__(self, unit: Unit) -> None:
         for n, one in enumerate(unit.buffers["pieces"]):
@@ -243,7 +241,6 @@ class Writer:
                 record = record_of(piece, unit.buffers["stats"][n], checksum)
                 self._journal.add(record)
                 self.written += nbytes
-                self.dirty.set()
             else:
                 start, nbytes = piece.byte_range(piece.step.dtype)
                 self._output.mark_written(name, start, nbytes)
@@ -252,10 +249,13 @@ class Writer:
                 count := nonfinite(one.out_bytes, piece.step.dtype)[0]
             ):
                 self.nonfinite[name] += count
-            self._update(name, one.out_bytes, last=piece.stop == piece.step.numel)
+            if piece.whole:
+                self.checksums[name] = record.checksum
+            else:
+                self._update(name, one.out_bytes, last=piece.stop == piece.step.numel)
 
     def _update(self, name: str, data: Any, *, last: bool) -> None:
-        """The checksum of the whole tensor, whatever pieces it came in."""
+        """The checksum of the whole tensor that comes in pieces."""
         hasher = self._hashers.setdefault(name, xxhash.xxh3_64())
         hasher.update(data)
         if last:

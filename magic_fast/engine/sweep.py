@@ -20,7 +20,7 @@ from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
 from magic_fast.engine.recheck import refuse_changed
 from magic_fast.engine.report import MergeReport, Progress
-from magic_fast.engine.run import Finish, Syncer, evidence, fill_report, peak_rss
+from magic_fast.engine.run import Finish, evidence, fill_report, peak_rss
 from magic_fast.engine.scales import (
     LEAST,
     merge_scales,
@@ -96,26 +96,14 @@ class Sweep:
             self._workers = {c: Worker(self._plans[c], self._nonfinite) for c in torch_plans}
         journal = NoJournal()
         self._writers = [Writer(output, journal, self._nonfinite) for output in outputs]
-        dirty = threading.Event()
-        for writer in self._writers:
-            writer.dirty = dirty
         used = SLOTS if any(v.mode is Mode.STREAM for v in every) else 0
         self._total = self._expected_bytes()
         loader = Loader(self._plans[0].models, outputs[0], journal)
         slots = [Slot(self._slot_bytes) for _ in range(used)]
         self._pipeline = Pipeline(loader, self._compute, self._store, slots)
-
-        def sync() -> None:
-            for output in outputs:
-                output.sync()
-
-        syncer = Syncer(sync, dirty)
-        try:
-            for worker in self._workers.values():
-                worker.prepare()
-            self._pipeline.run(self._units())
-        finally:
-            syncer.stop()
+        for worker in self._workers.values():
+            worker.prepare()
+        self._pipeline.run(self._units())
         return self._writers, self._pipeline
 
     def _expected_bytes(self) -> int:

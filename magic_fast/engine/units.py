@@ -14,6 +14,7 @@ from magic_fast.engine.plan import Input, Step
 from magic_fast.recipe import Granularity, TrimRule, Variant
 
 _BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items()}
+UNIT_BYTES = 8 << 20  # of a unit, where nothing asks for more; the next ones follow in its caches
 SUM_BLOCK = 1 << 16  # elements; sums over a tensor are partials of so many, added in order
 
 

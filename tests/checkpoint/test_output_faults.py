@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.checkpoint_files import Faults
-from magic_fast.checkpoint import OutputFolder, TensorSpec, open_checkpoint, plan_shards
+from magic_fast.checkpoint import FileSystem, OutputFolder, TensorSpec, open_checkpoint, plan_shards
 from magic_fast.errors import CheckpointError, OutputError
 
 SPECS = [TensorSpec("a", "U8", (100,)), TensorSpec("b", "U8", (50,))]
@@ -209,3 +209,33 @@ def test_the_nth_call_fails(tmp_path_factory, at_most, nth, code):
         assert any(call == "rename" for call, _ in faults.calls)
     else:
         assert os.listdir(folder) == []
+
+
+def test_the_disk_begins_while_more_is_written(tmp_path, monkeypatch):
+    """Of ranges that are worth a call; the bytes are those that were written, as ever."""
+    begun = []
+    real = FileSystem.start_writing
+
+    def start_writing(own, fd, offset, nbytes):
+        begun.append(nbytes)
+        real(own, fd, offset, nbytes)
+
+    monkeypatch.setattr(FileSystem, "start_writing", start_writing)
+    data = os.urandom(3 << 20)
+    with OutputFolder(tmp_path / "o") as output:
+        output.create_shards(plan_shards([TensorSpec("a", "U8", (len(data),))]))
+        output.write("a", data[: 2 << 20])
+        output.write("a", data[2 << 20 : -(1 << 19)], 2 << 20)
+        output.write("a", data[-(1 << 19) :], len(data) - (1 << 19))
+        output.finalise()
+    assert begun == [2 << 20]  # the others are smaller than 1 MiB
+    assert bytes(open_checkpoint(tmp_path / "o").read("a")) == data
+
+
+def test_a_system_that_cannot_be_told_to_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr("magic_fast.checkpoint.fs._sync_file_range", lambda: None)
+    with OutputFolder(tmp_path / "o") as output:
+        output.create_shards(plan_shards([TensorSpec("a", "U8", (1 << 20,))]))
+        output.write("a", bytes(1 << 20))
+        output.finalise()
+    assert (tmp_path / "o").is_dir()

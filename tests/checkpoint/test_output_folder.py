@@ -258,7 +258,6 @@ HOLD = textwrap.dedent(
     output = OutputFolder(sys.argv[1], resumable=True)
     output.create_shards(plan_shards([TensorSpec("a", "U8", (8,)), TensorSpec("b", "U8", (8,))], 8))
     output.write("a", b"ABCDEFGH")
-    output.sync()
     print("ready", flush=True)
     sys.stdin.readline()
     """
