@@ -6,75 +6,99 @@
 #pragma once
 
 #include "../common/calibration.h"
-#include "simd.h"
+#include "lanesum-inl.h"
 #include "work.h"
 
 namespace mf {
 namespace MF_ISA_NAMESPACE {
 namespace {
 
-// Sums of a[r] * b[c], all R x C of them, or r <= c only where the two blocks are the same.
-template <int R, int C, bool SAME>
-static void gram_block(const float* const* rows, int first_row, int first_col, int m, int64_t n,
-                       double* pairs) {
-  vf part[R][C][kParts];
+// Lane sums of all pairs of R vectors to their places in lanes [pairs][16]. Few vectors take two
+// parts at a time: a multiply-add waits four cycles for the one before it, so eight or more must be
+// under way.
+template <int R>
+static void gram_same(const float* const* rows, int row, int m, int64_t n, float* lanes) {
+  constexpr int kPairs = R * (R + 1) / 2;
+  constexpr int kSide = kParts > 1 && R < 4 ? 2 : 1;
+  for (int h = 0; h < kParts; h += kSide) {
+    vf sum[kSide][kPairs];
+    for (int s = 0; s < kSide; ++s)
+      for (int j = 0; j < kPairs; ++j) sum[s][j] = zero();
+    for (int64_t i = h * kLanes; i < n; i += kSumLanes)
+      for (int s = 0; s < kSide; ++s) {
+        vf x[R];
+        for (int r = 0, j = 0; r < R; ++r) {
+          x[r] = load(rows[row + r] + i + s * kLanes);
+          for (int c = 0; c <= r; ++c, ++j) sum[s][j] = fma(x[c], x[r], sum[s][j]);
+        }
+      }
+    for (int s = 0; s < kSide; ++s)
+      for (int r = 0, j = 0; r < R; ++r)
+        for (int c = 0; c <= r; ++c, ++j)
+          store(lanes + pair_index(row + c, row + r, m) * kSumLanes + (h + s) * kLanes, sum[s][j]);
+  }
+}
+
+// The same of all R x C pairs of a vector of one group and one of another.
+template <int R, int C>
+static void gram_cross(const float* const* rows, int row, int col, int m, int64_t n, float* lanes) {
   for (int h = 0; h < kParts; ++h) {
     vf sum[R][C];
     for (int r = 0; r < R; ++r)
-      for (int c = SAME ? r : 0; c < C; ++c) sum[r][c] = zero();
+      for (int c = 0; c < C; ++c) sum[r][c] = zero();
     for (int64_t i = h * kLanes; i < n; i += kSumLanes) {
       vf x[R];
-      for (int r = 0; r < R; ++r) x[r] = load(rows[first_row + r] + i);
+      for (int r = 0; r < R; ++r) x[r] = load(rows[row + r] + i);
       for (int c = 0; c < C; ++c) {
-        const vf y = SAME && c < R ? x[c] : load(rows[first_col + c] + i);
-        for (int r = 0; r < (SAME ? c + 1 : R); ++r) sum[r][c] = fma(x[r], y, sum[r][c]);
+        const vf y = load(rows[col + c] + i);
+        for (int r = 0; r < R; ++r) sum[r][c] = fma(x[r], y, sum[r][c]);
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int c = SAME ? r : 0; c < C; ++c) part[r][c][h] = sum[r][c];
+      for (int c = 0; c < C; ++c)
+        store(lanes + pair_index(row + r, col + c, m) * kSumLanes + h * kLanes, sum[r][c]);
   }
-  for (int r = 0; r < R; ++r)
-    for (int c = SAME ? r : 0; c < C; ++c)
-      pairs[pair_index(first_row + r, first_col + c, m)] += (double)lanes16_sum(part[r][c]);
 }
 
 template <int R>
-static void gram_rows(const float* const* rows, int row, int m, int64_t n, double* pairs) {
-  gram_block<R, R, true>(rows, row, row, m, n, pairs);
+static void gram_rows(const float* const* rows, int row, int m, int64_t n, float* lanes) {
+  gram_same<R>(rows, row, m, n, lanes);
   for (int col = row + R; col < m;) {
     const int left = m - col, width = left == 4 ? 4 : left >= 3 ? 3 : left;
     switch (width) {
       case 1:
-        gram_block<R, 1, false>(rows, row, col, m, n, pairs);
+        gram_cross<R, 1>(rows, row, col, m, n, lanes);
         break;
       case 2:
-        gram_block<R, 2, false>(rows, row, col, m, n, pairs);
+        gram_cross<R, 2>(rows, row, col, m, n, lanes);
         break;
       case 3:
-        gram_block<R, 3, false>(rows, row, col, m, n, pairs);
+        gram_cross<R, 3>(rows, row, col, m, n, lanes);
         break;
       default:
-        gram_block<R, 4, false>(rows, row, col, m, n, pairs);
+        gram_cross<R, 4>(rows, row, col, m, n, lanes);
         break;
     }
     col += width;
   }
 }
 
-// pairs [M (M + 1) / 2] += inner products over n elements (a multiple of 16).
-static void gram_tile(const float* const* rows, int m, int64_t n, double* pairs) {
+// pairs [M (M + 1) / 2] += inner products over n elements (a multiple of 16). lanes: room for the
+// pairs of M vectors, 16 of each.
+static void gram_tile(const float* const* rows, int m, int64_t n, float* lanes, double* pairs) {
   for (int row = 0; row < m;) {
     const int left = m - row;
     if (left == 4) {
-      gram_rows<4>(rows, row, m, n, pairs), row += 4;
+      gram_rows<4>(rows, row, m, n, lanes), row += 4;
     } else if (left >= 3) {
-      gram_rows<3>(rows, row, m, n, pairs), row += 3;
+      gram_rows<3>(rows, row, m, n, lanes), row += 3;
     } else if (left == 2) {
-      gram_rows<2>(rows, row, m, n, pairs), row += 2;
+      gram_rows<2>(rows, row, m, n, lanes), row += 2;
     } else {
-      gram_rows<1>(rows, row, m, n, pairs), row += 1;
+      gram_rows<1>(rows, row, m, n, lanes), row += 1;
     }
   }
+  add_lane_sums(lanes, m * (m + 1) / 2, pairs);
 }
 
 // The same in float64: products of float32 are exact there. For `manifold_exact`, whose inverse of
@@ -86,24 +110,23 @@ static void gram_wide_tile(const float* const* rows, int m, int64_t n, double* p
       for (int64_t i = 0; i < n; i += kSumLanes)
         for (int l = 0; l < kSumLanes; ++l)
           lane[l] += (double)rows[r][i + l] * (double)rows[c][i + l];
-      for (int step = kSumLanes / 2; step > 0; step /= 2)
-        for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
-      pairs[pair_index(r, c, m)] += lane[0];
+      pairs[pair_index(r, c, m)] += lanes16_sum(lane);
     }
 }
 
 // Squared norms only: what `sphere` needs.
 static void norms_tile(const float* const* rows, int m, int64_t n, double* pairs) {
   for (int r = 0; r < m; ++r) {
-    vf part[kParts];
+    float lanes[kSumLanes];
     for (int h = 0; h < kParts; ++h) {
-      part[h] = zero();
+      vf sum = zero();
       for (int64_t i = h * kLanes; i < n; i += kSumLanes) {
         const vf x = load(rows[r] + i);
-        part[h] = fma(x, x, part[h]);
+        sum = fma(x, x, sum);
       }
+      store(lanes + h * kLanes, sum);
     }
-    pairs[pair_index(r, r, m)] += (double)lanes16_sum(part);
+    pairs[pair_index(r, r, m)] += (double)lanes16_sum(lanes);
   }
 }
 
@@ -125,9 +148,7 @@ static void powers_tile(const float* const* rows, int m, int64_t n, double p, do
         for (int e = 1; e < (int)p; ++e) y *= x;
         lane[l] += y;
       }
-    for (int step = kSumLanes / 2; step > 0; step /= 2)
-      for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
-    powers[r] += lane[0];
+    powers[r] += lanes16_sum(lane);
   }
 }
 

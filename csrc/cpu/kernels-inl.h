@@ -15,23 +15,29 @@ template <class T, bool HAS_BASE>
 static bool store_as(const float* base, const float* delta, int64_t n, float factor,
                      typename T::type* out) {
   const vf f = splat(factor);
+  const int64_t full = n & -(int64_t)kSumLanes;
   vi top = splat_i(0);
-  const int64_t full = n & -(int64_t)kLanes;
-  for (int64_t i = 0; i < full; i += kLanes) {
-    vf x = f * load(delta + i);
-    if (HAS_BASE) x = load(base + i) + x;
-    top = max_i(top, abs_bits(x));
-    T::put(out + i, x);
+  for (int64_t i = 0; i < n; i += kSumLanes) {  // base and delta are padded with zeros
+    vf x[kParts];
+    for (int h = 0; h < kParts; ++h) {
+      x[h] = f * load(delta + i + h * kLanes);
+      if (HAS_BASE) x[h] = load(base + i + h * kLanes) + x[h];
+      top = max_i(top, abs_bits(x[h]));
+    }
+    if (i < full) {
+      T::put(out + i, x);
+    } else {
+      typename T::type rest[kSumLanes];
+      T::put(rest, x);
+      __builtin_memcpy(out + full, rest, (size_t)(n - full) * sizeof(typename T::type));
+    }
   }
-  if (full < n) {  // base and delta are padded with zeros
-    typename T::type rest[kLanes];
-    vf x = f * load(delta + full);
-    if (HAS_BASE) x = load(base + full) + x;
-    top = max_i(top, abs_bits(x));
-    T::put(rest, x);
-    for (int64_t i = full; i < n; ++i) out[i] = rest[i - full];
+  if (!any(top >= splat_i((int32_t)T::kOverflow))) return false;
+  for (int64_t i = 0; i < n; ++i) {  // NaN, which the vectors may round to a number
+    const float x = factor * delta[place(i)];
+    out[i] = T::round(HAS_BASE ? base[place(i)] + x : x);
   }
-  return any(top >= splat_i((int32_t)T::kOverflow));
+  return true;
 }
 
 template <class T>
@@ -46,8 +52,9 @@ static bool store_tile(const float* base, const float* delta, int64_t start, int
 static void note_overflow(Scratch& s, const float* base, const float* delta, int64_t start, int n,
                           float factor, uint32_t limit) {
   for (int i = 0; i < n && start + i < s.overflow; ++i) {
-    const float scaled = factor * delta[i];
-    const uint32_t a = bits_of(base ? base[i] + scaled : scaled) & kAbsMask;
+    const int64_t at = place(i);
+    const float scaled = factor * delta[at];
+    const uint32_t a = bits_of(base ? base[at] + scaled : scaled) & kAbsMask;
     if (a >= limit && a < kInfBits) s.overflow = start + i;
   }
 }
@@ -70,7 +77,7 @@ static void write_tile(const Work& w, Scratch& s, const float* base, const float
 static void copy_merged(const Work& w, Scratch& s, int64_t start, int64_t n) {
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
-    load_tile(w.job->merged, w.job->merged_dtype, nullptr, start + done, len, s.base);
+    load_tile<false>(w.job->merged, w.job->merged_dtype, nullptr, start + done, len, s.base);
     write_tile(w, s, nullptr, s.base, start + done, len, 1);
   }
 }
@@ -98,6 +105,16 @@ static void apply(const Work& w, Scratch& s, int64_t start, int64_t n, const flo
 }
 
 // ---- sums ----
+// A norm that is not finite: which tensor, and where? (One that is too large for float32 is traced
+// for nothing.)
+static void trace_norms(const Work& w, Scratch& s, int64_t start, int n, const double* pairs) {
+  for (int v = 0; v < w.m; ++v) {
+    if (pairs[pair_index(v, v, w.m)] <= 1.7976931348623157e308) continue;
+    if (v < w.k) trace_expert(w, s, v, start, n);
+    if (v == w.k && w.job->merged) trace_merged(w, s, start, n);
+  }
+}
+
 static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, float* delta,
                        double* pairs, double* powers) {
   const float* rows[kMaxVectors];
@@ -111,10 +128,11 @@ static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, floa
     if (w.gram && w.wide) {
       gram_wide_tile(rows, w.m, padded(len), pairs);
     } else if (w.gram) {
-      gram_tile(rows, w.m, padded(len), pairs);
+      gram_tile(rows, w.m, padded(len), s.lanes, pairs);
     } else {
       norms_tile(rows, w.m, padded(len), pairs);
     }
+    trace_norms(w, s, start + done, len, pairs);
     if (w.powers) powers_tile(rows, w.m, padded(len), w.job->calibration->p, powers);
   }
 }
@@ -141,24 +159,23 @@ static void norm_sums(const float* x, int n, double sums[3]) {
       square[l] += a * a;
     }
   for (int64_t i = 0; i < padded(n); i += kLanes) top = max_i(top, abs_bits(load(x + i)));
-  for (int step = kSumLanes / 2; step > 0; step /= 2)
-    for (int l = 0; l < step; ++l) absolute[l] += absolute[l + step], square[l] += square[l + step];
   const double m = (double)float_of((uint32_t)largest(top));
-  sums[0] += absolute[0];
-  sums[1] += square[0];
+  sums[0] += lanes16_sum(absolute);
+  sums[1] += lanes16_sum(square);
   if (m > sums[2]) sums[2] = m;
 }
 
 static void norms(const Work& w, Scratch& s, int64_t start, int64_t n, double* before,
                   double* after) {
   const int which = w.job->rescale == MF_RESCALE_L1 ? 0 : w.job->rescale == MF_RESCALE_L2 ? 1 : 2;
+  Work both = w;  // before the trim and after
+  both.keep_tau = true;
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
     const float* base = load_base(w, s, start + done, len);
     for (int k = 0; k < w.k; ++k) {
       if (w.experts[k].trim == MF_TRIM_NONE) continue;
-      load_tau(w, s, k, base, start + done, len, s.tau);
-      trim_tile(w, s, k, start + done, len, s.tau, 1.0f, kStore, s.value);
+      expert_tile(both, s, k, start + done, len, base, 1.0f, kStore, s.tau, s.value);
       double raw[3] = {0, 0, before[k]}, trimmed[3] = {0, 0, after[k]};
       norm_sums(s.tau, len, raw);
       norm_sums(s.value, len, trimmed);
@@ -177,16 +194,16 @@ static void row_norms(const Work& w, Scratch& s, int64_t start, int64_t n, doubl
 }
 
 static void words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint32_t* out) {
-  uint32_t buffer[kTile + 2 * kTilePad + 2 * kLanes], skip;
+  uint32_t buffer[2 * (kTile + 64)];
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
-    draw_words(flat + (uint64_t)done, len, stream, seed, buffer, &skip);
-    __builtin_memcpy(out + done, buffer + skip, 4 * (size_t)len);
+    const uint32_t* drawn = draw_words(flat + (uint64_t)done, len, stream, seed, buffer);
+    in_memory_order((const float*)(const void*)drawn, len, (float*)(void*)(out + done));
   }
 }
 
-constexpr Kernels kTable = {merge,      statistics, apply,     votes, norms,
-                            magnitudes, scan,       row_norms, words};
+constexpr Kernels kTable = {merge,      statistics, apply,       votes,     norms,
+                            magnitudes, scan,       kth_largest, row_norms, words};
 
 }  // namespace
 

@@ -12,6 +12,8 @@ struct ReduceTile {
   const float* value;  // [K][kTile]
   int k, n;
   const mf_expert* experts;         // weights
+  bool ones;                        // all weights are 1
+  const vf* weight;                 // [K] where K <= 8
   vi zero_positive, zero_negative;  // what a vote of exactly zero counts as
 };
 
@@ -41,27 +43,109 @@ static int64_t vote_loop(const ReduceTile& t) {
   return lane_sum(sum);
 }
 
-template <int VOTE, int CONTRIBUTORS, int REDUCE, bool UNWEIGHTED>
-static void reduce_loop(const ReduceTile& t, float* delta) {
+// The signs elected from the sums of a vote, and where nobody is elected.
+struct Elected {
+  vi somebody;
+  vf flip;  // the sign bit where the elected sign is minus
+};
+MF_INLINE Elected elect(const ReduceTile& t, vf s) {
+  vi positive = s > zero(), negative = s < zero();
+  const vi undecided = ~(positive | negative);
+  positive |= undecided & t.zero_positive;
+  negative |= undecided & t.zero_negative;
+  return {positive | negative, (vf)(negative & INT32_MIN)};
+}
+
+MF_INLINE vf divided(int vote, int reduce, vf sum, vf count) {
   const vf one = splat(1.0f);
+  if (reduce == MF_MEAN) return sum / where(count < one, one, count);
+  const vi unusable = vote == MF_VOTE_NONE ? abs_of(count) < splat(1e-8f) : count == zero();
+  return sum / where(unusable, one, count);
+}
+
+// TIES: those that agree with the vote of masses, K <= 8 in registers. True where a vote is not
+// finite: then the comparisons of bits are not those of numbers. COUNTED: the divisor is a number
+// of experts.
+template <int REDUCE, bool COUNTED, int K>
+static bool agreeing_loop(const ReduceTile& t, float* delta) {
+  vi top = splat_i(0);
+  const int64_t end = padded(t.n);
+  const float* const values = t.value;
+  const vi zero_positive = t.zero_positive, zero_negative = t.zero_negative;
+  for (int64_t i = 0; i < end; i += kLanes) {
+    vf v[K], vote = zero();
+    for (int k = 0; k < K; ++k) v[k] = load(values + k * kTile + i), vote += v[k];
+    top = max_i(top, abs_bits(vote));
+    const vi undecided = vote == zero();
+    const vi positive = (vote > zero()) | (undecided & zero_positive);
+    const vi negative = (vote < zero()) | (undecided & zero_negative);
+    const vi flip = negative & INT32_MIN;
+    vf sum = zero(), weights = zero();
+    vi count = splat_i(0);
+    for (int k = 0; k < K; ++k) {
+      const vi agrees = ((vi)v[k] ^ flip) > 0;
+      sum += keep_if(agrees, v[k]);
+      if (REDUCE == MF_SUM) continue;
+      if (COUNTED) {
+        count -= agrees;
+      } else {
+        weights += keep_if(agrees, t.weight[k]);
+      }
+    }
+    if (REDUCE != MF_SUM)
+      sum = divided(MF_VOTE_MASS, REDUCE, sum, COUNTED ? to_float(count) : weights);
+    store(delta + i, keep_if(positive | negative, sum));
+  }
+  return any(top >= (int32_t)kInfBits);
+}
+
+template <int REDUCE, bool COUNTED>
+static bool agreeing(const ReduceTile& t, float* delta) {
+  switch (t.k) {
+    case 1:
+      return agreeing_loop<REDUCE, COUNTED, 1>(t, delta);
+    case 2:
+      return agreeing_loop<REDUCE, COUNTED, 2>(t, delta);
+    case 3:
+      return agreeing_loop<REDUCE, COUNTED, 3>(t, delta);
+    case 4:
+      return agreeing_loop<REDUCE, COUNTED, 4>(t, delta);
+    case 5:
+      return agreeing_loop<REDUCE, COUNTED, 5>(t, delta);
+    case 6:
+      return agreeing_loop<REDUCE, COUNTED, 6>(t, delta);
+    case 7:
+      return agreeing_loop<REDUCE, COUNTED, 7>(t, delta);
+    default:
+      return agreeing_loop<REDUCE, COUNTED, 8>(t, delta);
+  }
+}
+
+static bool agreeing_tile(const ReduceTile& t, int reduce, float* delta) {
+  if (reduce == MF_SUM) return agreeing<MF_SUM, true>(t, delta);
+  if (reduce == MF_MEAN) return agreeing<MF_MEAN, true>(t, delta);
+  return t.ones ? agreeing<MF_WEIGHTED_MEAN, true>(t, delta)
+                : agreeing<MF_WEIGHTED_MEAN, false>(t, delta);
+}
+
+// Every other choice. True where a vote of masses is not finite.
+template <int VOTE, int CONTRIBUTORS, int REDUCE, bool UNWEIGHTED>
+static bool reduce_loop(const ReduceTile& t, float* delta) {
+  const vf one = splat(1.0f);
+  vi top = splat_i(0);
   for (int64_t i = 0; i < padded(t.n); i += kLanes) {
-    vi elected = splat_i(-1);  // where nobody is elected the result is 0
-    vf flip = zero();          // the sign bit where the elected sign is minus
+    Elected e = {splat_i(-1), zero()};  // where nobody is elected the result is 0
     if (VOTE != MF_VOTE_NONE) {
       const vf s = tally<VOTE>(t, i);
-      vi positive = s > zero(), negative = s < zero();
-      const vi undecided = ~(positive | negative);
-      positive |= undecided & t.zero_positive;
-      negative |= undecided & t.zero_negative;
-      elected = positive | negative;
-      flip = (vf)(negative & INT32_MIN);
+      if (VOTE == MF_VOTE_MASS) top = max_i(top, abs_bits(s));
+      e = elect(t, s);
     }
     vf sum = zero(), count = zero(), best = splat(-1.0f);
     for (int k = 0; k < t.k; ++k) {
       const vf v = load(t.value + k * kTile + i);
       const vf x = UNWEIGHTED ? v * splat(t.experts[k].weight) : v;
       vi in = splat_i(-1);
-      if (CONTRIBUTORS == MF_AGREEING) in = (vf)((vi)v ^ (vi)flip) > zero();
+      if (CONTRIBUTORS == MF_AGREEING) in = (vf)((vi)v ^ (vi)e.flip) > zero();
       if (CONTRIBUTORS == MF_NONZERO) in = v != zero();
       if (REDUCE == MF_MAX) {
         const vf a = abs_of(x);
@@ -71,30 +155,25 @@ static void reduce_loop(const ReduceTile& t, float* delta) {
       } else {
         sum += CONTRIBUTORS == MF_ALL ? x : keep_if(in, x);
       }
-      if (REDUCE == MF_MEAN) count += CONTRIBUTORS == MF_ALL ? one : keep_if(in, one);
-      if (REDUCE == MF_WEIGHTED_MEAN) {
-        const vf weight = splat(t.experts[k].weight);
+      const vf weight = REDUCE == MF_MEAN ? one : splat(t.experts[k].weight);
+      if (REDUCE == MF_MEAN || REDUCE == MF_WEIGHTED_MEAN)
         count += CONTRIBUTORS == MF_ALL ? weight : keep_if(in, weight);
-      }
     }
-    if (REDUCE == MF_MEAN) sum /= where(count < one, one, count);
-    if (REDUCE == MF_WEIGHTED_MEAN) {
-      const vi unusable = VOTE == MF_VOTE_NONE ? abs_of(count) < splat(1e-8f) : count == zero();
-      sum /= where(unusable, one, count);
-    }
-    if (CONTRIBUTORS == MF_AGREEING) sum = keep_if(elected, sum);
+    if (REDUCE == MF_MEAN || REDUCE == MF_WEIGHTED_MEAN) sum = divided(VOTE, REDUCE, sum, count);
+    if (CONTRIBUTORS == MF_AGREEING) sum = keep_if(e.somebody, sum);
     store(delta + i, sum);
   }
+  return any(top >= (int32_t)kInfBits);
 }
 
 template <int VOTE, int CONTRIBUTORS, int REDUCE>
-static void reduce_weighted(const ReduceTile& t, bool unweighted, float* delta) {
+static bool reduce_weighted(const ReduceTile& t, bool unweighted, float* delta) {
   if (unweighted) return reduce_loop<VOTE, CONTRIBUTORS, REDUCE, true>(t, delta);
   return reduce_loop<VOTE, CONTRIBUTORS, REDUCE, false>(t, delta);
 }
 
 template <int VOTE, int CONTRIBUTORS>
-static void reduce_by_rule(const ReduceTile& t, int reduce, bool unweighted, float* delta) {
+static bool reduce_by_rule(const ReduceTile& t, int reduce, bool unweighted, float* delta) {
   switch (reduce) {
     case MF_SUM:
       return reduce_weighted<VOTE, CONTRIBUTORS, MF_SUM>(t, unweighted, delta);
@@ -108,7 +187,7 @@ static void reduce_by_rule(const ReduceTile& t, int reduce, bool unweighted, flo
 }
 
 template <int VOTE>
-static void reduce_by_contributors(const ReduceTile& t, const mf_job& job, bool unweighted,
+static bool reduce_by_contributors(const ReduceTile& t, const mf_job& job, bool unweighted,
                                    float* delta) {
   switch (job.contributors) {
     case MF_AGREEING:
@@ -121,7 +200,8 @@ static void reduce_by_contributors(const ReduceTile& t, const mf_job& job, bool 
 }
 
 MF_INLINE ReduceTile reduce_tile_of(const Work& w, const Scratch& s, int n) {
-  ReduceTile t = {s.value, w.k, n, w.experts, splat_i(0), splat_i(0)};
+  ReduceTile t = {s.value, w.k, n, w.experts, true, nullptr, splat_i(0), splat_i(0)};
+  for (int k = 0; k < w.k; ++k) t.ones &= w.experts[k].weight == 1;
   const mf_job& job = *w.job;
   bool positive = job.zero_vote == MF_ZERO_POSITIVE, negative = job.zero_vote == MF_ZERO_NEGATIVE;
   if (job.zero_vote == MF_ZERO_MAJORITY) {
@@ -134,16 +214,26 @@ MF_INLINE ReduceTile reduce_tile_of(const Work& w, const Scratch& s, int n) {
   return t;
 }
 
-static void reduce_tile(const Work& w, const Scratch& s, int n, float* delta) {
-  const ReduceTile t = reduce_tile_of(w, s, n);
-  const bool unweighted = w.job->vote_on == MF_VOTE_UNWEIGHTED;
-  switch (w.job->vote) {
+// True where a vote of masses is not finite.
+static bool reduce_tile(const Work& w, const Scratch& s, int n, float* delta) {
+  const mf_job& job = *w.job;
+  ReduceTile t = reduce_tile_of(w, s, n);
+  const bool unweighted = job.vote_on == MF_VOTE_UNWEIGHTED;
+  constexpr int kInRegisters = 8;
+  if (job.vote == MF_VOTE_MASS && job.contributors == MF_AGREEING && job.reduce != MF_MAX &&
+      !unweighted && w.k <= kInRegisters) {
+    vf weight[kInRegisters];
+    for (int k = 0; k < w.k; ++k) weight[k] = splat(w.experts[k].weight);
+    t.weight = weight;
+    if (!agreeing_tile(t, job.reduce, delta)) return false;
+  }
+  switch (job.vote) {
     case MF_VOTE_MASS:
-      return reduce_by_contributors<MF_VOTE_MASS>(t, *w.job, unweighted, delta);
+      return reduce_by_contributors<MF_VOTE_MASS>(t, job, unweighted, delta);
     case MF_VOTE_COUNT:
-      return reduce_by_contributors<MF_VOTE_COUNT>(t, *w.job, unweighted, delta);
+      return reduce_by_contributors<MF_VOTE_COUNT>(t, job, unweighted, delta);
     default:
-      return reduce_by_contributors<MF_VOTE_NONE>(t, *w.job, unweighted, delta);
+      return reduce_by_contributors<MF_VOTE_NONE>(t, job, unweighted, delta);
   }
 }
 
@@ -155,12 +245,18 @@ static void consensus_tile(const Work& w, int64_t start, int n, const float* tau
   float needed[kTile];
   for (int64_t i = 0; i < padded(n); i += kLanes) store(needed + i, zero());
   for (int k = 0; k < w.k; ++k) {
+    const vf one = splat(1.0f);
     if (given) {
-      const uint8_t* mask = w.experts[k].task_mask + start;
-      for (int i = 0; i < n; ++i) needed[i] += mask[i] != 0 ? 1.0f : 0.0f;
+      each_block(w.experts[k].task_mask + start, n, [&](const uint8_t* p, int64_t i) MF_LAMBDA {
+        each_part([&](auto part) MF_LAMBDA {
+          constexpr int H = decltype(part)::value;
+          float* out = needed + i + H * kLanes;
+          store(out, load(out) + keep_if(part_of_bytes<H>(p) != 0, one));
+        });
+      });
       continue;
     }
-    const vf lambda = splat(w.experts[k].lambda), one = splat(1.0f);
+    const vf lambda = splat(w.experts[k].lambda);
     for (int64_t i = 0; i < padded(n); i += kLanes) {
       const vf t = load(tau + (int64_t)k * stride + i);
       const vi needs = abs_of(t) > lambda * abs_of(load(delta + i) - t);
@@ -189,13 +285,25 @@ static void values_tile(const Work& w, Scratch& s, int64_t start, int n, float* 
                         float* delta) {
   const float* base = load_base(w, s, start, n);
   const bool unweighted = w.job->vote_on == MF_VOTE_UNWEIGHTED && !w.linear;
+  if (w.linear)
+    for (int i = 0; i < padded(n); i += kLanes) store(delta + i, zero());
   for (int k = 0; k < w.k; ++k) {
     float* t = w.keep_tau ? tau + (int64_t)k * stride : tau;
-    load_tau(w, s, k, base, start, n, t);
-    const int sink = !w.linear ? kStore : k == 0 ? kStart : kAdd;
-    s.kept[k] += trim_tile(w, s, k, start, n, t, unweighted ? 1.0f : w.experts[k].weight, sink,
-                           w.linear ? delta : s.value + k * kTile);
+    s.kept[k] += expert_tile(w, s, k, start, n, base, unweighted ? 1.0f : w.experts[k].weight,
+                             w.linear ? kAdd : kStore, t, w.linear ? delta : s.value + k * kTile);
   }
+}
+
+static void trace_merged(const Work& w, Scratch& s, int64_t start, int n) {
+  const mf_job& job = *w.job;
+  note_nonfinite(job.merged, job.merged_dtype, start, n, &s.merged_nonfinite);
+  if (job.base) note_nonfinite(job.base, job.base_dtype, start, n, &s.base_nonfinite);
+}
+
+static bool not_finite(const float* x, int n) {
+  vi top = splat_i(0);
+  for (int i = 0; i < padded(n); i += kLanes) top = max_i(top, abs_bits(load(x + i)));
+  return any(top >= (int32_t)kInfBits);
 }
 
 // d = scale * delta of [start, start + n), n <= kTile; raw task vectors into tau (rows of
@@ -205,16 +313,20 @@ static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* t
   const mf_job& job = *w.job;
   if (job.merged) {
     const float* base = load_base(w, s, start, n);
-    if (load_tile(job.merged, job.merged_dtype, base, start, n, delta)) {
-      note_nonfinite(job.merged, job.merged_dtype, start, n, &s.merged_nonfinite);
-      if (job.base) note_nonfinite(job.base, job.base_dtype, start, n, &s.base_nonfinite);
+    if (w.m) {
+      load_tile<false>(job.merged, job.merged_dtype, base, start, n, delta);
+    } else if (load_tile<true>(job.merged, job.merged_dtype, base, start, n, delta)) {
+      trace_merged(w, s, start, n);
     }
     if (w.keep_tau)
       for (int k = 0; k < w.k; ++k) load_tau(w, s, k, base, start, n, tau + (int64_t)k * stride);
     return;
   }
   values_tile(w, s, start, n, tau, stride, delta);
-  if (!w.linear) reduce_tile(w, s, n, delta);
+  const bool linear_bad = w.linear && !w.m && not_finite(delta, n);
+  const bool bad = w.linear ? linear_bad : reduce_tile(w, s, n, delta);
+  if (bad && w.traced)
+    for (int k = 0; k < w.k; ++k) trace_expert(w, s, k, start, n);
   const bool consensus = job.consensus != MF_CONSENSUS_NONE;
   if (consensus) {
     scale_tile(n, w.divisor, 1, delta);

@@ -8,9 +8,10 @@ namespace mf {
 
 Scratch& ThreadScratch::prepare(const Work& work) {
   const size_t k = (size_t)std::max(work.k, 1), tile = (size_t)work.tile, pad = 64;
-  const size_t words = kTile + 64;
-  const size_t floats =
-      (tile + pad) + k * tile + pad + (work.linear ? 1 : k) * kTile + (tile + pad) + 2 * words;
+  const size_t words = kTile + 64, m = work.gram && !work.wide ? (size_t)work.m : 0;
+  const size_t lanes = (m * (m + 1) / 2 + 7) / 8 * 8 * 16;
+  const size_t floats = (tile + pad) + k * tile + pad + (work.linear ? 1 : k) * kTile +
+                        (tile + pad) + 3 * words + lanes;
   if (floats > float_room_) floats_.resize(float_room_ = floats);
   if (2 * k > count_room_) counts_.resize(count_room_ = 2 * k);
   float* p = floats_.get();
@@ -18,8 +19,9 @@ Scratch& ThreadScratch::prepare(const Work& work) {
   scratch_.tau = p, p += k * tile + pad;
   scratch_.value = p, p += (work.linear ? 1 : k) * kTile;
   scratch_.delta = p, p += tile + pad;
-  scratch_.words = reinterpret_cast<uint32_t*>(p), p += words;
-  scratch_.bits = reinterpret_cast<uint32_t*>(p);
+  scratch_.words = reinterpret_cast<uint32_t*>(p), p += 2 * words;
+  scratch_.bits = reinterpret_cast<uint32_t*>(p), p += words;
+  scratch_.lanes = p;
   scratch_.kept = counts_.get();
   scratch_.nonfinite = counts_.get() + k;
   std::fill(scratch_.kept, scratch_.kept + k, 0);
@@ -90,6 +92,7 @@ Prepared::Prepared(mf_job& j) : job(j) {
   const bool whole_sum =
       job.contributors == MF_ALL && job.vote == MF_VOTE_NONE && job.reduce != MF_MAX;
   work.linear = job.merged || whole_sum;
+  work.traced = work.linear || job.vote == MF_VOTE_MASS;
   work.divisor = work.linear && !job.merged ? linear_divisor(job) : 1;
   if (const mf_calibration* c = job.calibration) {
     for (int k = 0; k < work.k; ++k) work.included += job.experts[k].included != 0;

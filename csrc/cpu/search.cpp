@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "../common/numeric.h"
-#include "radix.h"
 
 namespace mf {
 namespace {
@@ -13,6 +12,7 @@ namespace {
 constexpr int64_t kSampleMost = 32768;   // magnitudes per expert
 constexpr int kSampleRun = 16;           // taken side by side
 constexpr int64_t kListBytes = 4 << 20;  // of one worker's lists
+constexpr int64_t kPiece = 16384;        // elements among which the last tie is looked for
 constexpr int64_t kMostPieces = 4096;
 
 uint64_t mix(uint64_t x) {  // splitmix64: sample places must not share a period with the data
@@ -25,7 +25,7 @@ uint64_t mix(uint64_t x) {  // splitmix64: sample places must not share a period
 }  // namespace
 
 Search::Search(const mf_job& job) : total_(job.total), experts_(job.num_experts) {
-  piece_length_ = kBlock;
+  piece_length_ = kPiece;
   while (total_ / piece_length_ > kMostPieces) piece_length_ *= 2;
   samples_.resize((size_t)experts_);
   for (int k = 0; k < experts_; ++k) {
@@ -59,7 +59,8 @@ void Search::sample(Runner& runner, Prepared& piece) {
   for (const Target& t : targets_)
     if (t.state == Target::kScan) wanted[(size_t)t.expert] = true;
   const int64_t n = piece.job.numel;
-  const int64_t most = std::max<int64_t>(kSampleRun, std::min(kSampleMost, n / 32));
+  const int64_t most =
+      std::clamp((int64_t)(0.5 * std::pow((double)n, 2.0 / 3)), (int64_t)kSampleRun, kSampleMost);
   const int64_t runs = std::max<int64_t>(1, most / kSampleRun), stride = n / runs;
   runner.parallel(experts_, [&](int64_t k, ThreadScratch& t) {
     std::vector<uint32_t>& out = samples_[(size_t)k];
@@ -83,7 +84,8 @@ void Search::set_bracket(size_t i, uint32_t low, uint32_t high,
   b.shift = 0;
   while (((uint64_t)(high - low) >> b.shift) >= kBins) ++b.shift;
   b.heavies = 0;
-  std::memset(b.owner, 255, sizeof b.owner);
+  std::memset(b.owner, kHeavy, sizeof b.owner);
+  std::fill(b.heavy, b.heavy + kHeavy + 1, ~0u);  // no magnitude
   // values that the sample shows four times or more, the most frequent first, one per bin
   std::vector<std::pair<int64_t, uint32_t>> runs;
   for (size_t at = 0; at < sorted.size();) {
@@ -95,24 +97,26 @@ void Search::set_bracket(size_t i, uint32_t low, uint32_t high,
   std::sort(runs.begin(), runs.end());
   for (const auto& run : runs) {
     uint8_t& owner = b.owner[(run.second - low) >> b.shift];
-    if (owner != 255 || b.heavies == kHeavy) continue;
+    if (owner != kHeavy || b.heavies == kHeavy) continue;
     owner = (uint8_t)b.heavies;
     b.heavy[b.heavies++] = run.second;
   }
 }
 
-void Search::bracket_from_sample(size_t i) {
+void Search::bracket_from_sample(size_t i, const Kernels& kernels) {
   const Target& t = targets_[i];
   const std::vector<uint32_t>& sample = samples_[(size_t)t.expert];
   const double n = (double)sample.size(), q = (double)t.count / (double)total_;
   const double rank = q * n, margin = 4.5 * std::sqrt(n * q * (1 - q)) + 6;
   uint32_t low = 0, high = kAbsMask;
-  std::vector<uint32_t> work(sample.size());
+  std::vector<uint32_t> work(sample.size() + 64);
   int64_t above = 0;
   if (n > 0 && rank - margin >= 1)
-    high = kth_largest(sample.data(), (int64_t)n, (int64_t)(rank - margin), work.data(), &above);
+    high = kernels.kth_largest(sample.data(), (int64_t)n, (int64_t)(rank - margin), work.data(),
+                               &above);
   if (n > 0 && rank + margin <= n)
-    low = kth_largest(sample.data(), (int64_t)n, (int64_t)(rank + margin), work.data(), &above);
+    low = kernels.kth_largest(sample.data(), (int64_t)n, (int64_t)(rank + margin), work.data(),
+                              &above);
   std::vector<uint32_t> inside;
   for (const uint32_t x : sample)
     if (x >= low && x <= high) inside.push_back(x);
@@ -145,23 +149,26 @@ void Search::scan_piece(Runner& runner, Prepared& piece, int64_t start, int64_t 
     Piece p;
     p.start = piece.job.offset + start, p.length = n, p.worker = worker;
     p.list_start = list_start[i], p.list_end = ws.counts[i].listed;
-    std::copy(ws.counts[i].equal, ws.counts[i].equal + kHeavy, p.equal);
-    std::fill(ws.counts[i].equal, ws.counts[i].equal + kHeavy, 0);
+    const Bracket& b = active_[i];
+    for (int h = 0; h < kHeavy; ++h) {
+      p.equal[h] = std::exchange(ws.counts[i].bins[kBins + h], 0);
+      if (h < b.heavies) ws.counts[i].bins[(b.heavy[h] - b.low) >> b.shift] += p.equal[h];
+    }
     targets_[scanning_[i]].pieces.push_back(p);
   }
 }
 
-void Search::rescan(Runner& runner, Prepared& piece, Target& target) {
+void Search::rescan(const Kernels& kernels, Prepared& piece, Target& target, ThreadScratch& t) {
   const int64_t first = std::max(target.rescan_start, piece.job.offset);
   const int64_t end = std::min(target.rescan_end, piece.job.offset + piece.job.numel);
-  if (first >= end) return;
-  std::vector<uint32_t> bits((size_t)(end - first));
-  runner.parallel(1, [&](int64_t, ThreadScratch& t) {
-    runner.kernels.magnitudes(piece.work, t.scratch(), target.expert, first - piece.job.offset,
-                              end - first, bits.data());
-  });
-  for (size_t i = 0; i < bits.size(); ++i)
-    if (bits[i] == target.threshold) target.equals.push_back(first + (int64_t)i);
+  constexpr int64_t kStep = 1024;
+  uint32_t bits[kStep];
+  for (int64_t at = first; at < end; at += kStep) {
+    const int64_t n = std::min(kStep, end - at);
+    kernels.magnitudes(piece.work, t.scratch(), target.expert, at - piece.job.offset, n, bits);
+    for (int64_t i = 0; i < n; ++i)
+      if (bits[i] == target.threshold) target.equals.push_back(at + i);
+  }
 }
 
 void Search::feed(Runner& runner, Prepared& piece) {
@@ -176,7 +183,8 @@ void Search::feed(Runner& runner, Prepared& piece) {
       sample(runner, piece);  // it stands for all
     sampled_ = true;
     runner.parallel((int64_t)targets_.size(), [&](int64_t i, ThreadScratch&) {
-      if (targets_[(size_t)i].state == Target::kScan) bracket_from_sample((size_t)i);
+      if (targets_[(size_t)i].state == Target::kScan)
+        bracket_from_sample((size_t)i, runner.kernels);
     });
     samples_.clear();
     begin_pass();
@@ -207,12 +215,14 @@ void Search::feed(Runner& runner, Prepared& piece) {
       scan_piece(runner, piece, start, end - start, t, runner.index_of(t));
     });
   }
-  for (Target& t : targets_)
-    if (t.state == Target::kRescan) rescan(runner, piece, t);
+  runner.parallel((int64_t)targets_.size(), [&](int64_t i, ThreadScratch& t) {
+    if (targets_[(size_t)i].state == Target::kRescan)
+      rescan(runner.kernels, piece, targets_[(size_t)i], t);
+  });
   for (const auto& range : wants_)
     fed_ += std::max<int64_t>(0, std::min(range.second, piece.job.offset + piece.job.numel) -
                                      std::max(range.first, piece.job.offset));
-  if (fed_ >= wanted_) end_pass();
+  if (fed_ >= wanted_) end_pass(runner.kernels);
 }
 
 int64_t Search::listed_equals(const Piece& piece, size_t target, uint32_t value) const {
@@ -260,7 +270,7 @@ void Search::locate(size_t i, uint32_t threshold, int64_t needed) {
 }
 
 // What one pass says about one target: the threshold, or a better bracket.
-void Search::decide(size_t i) {
+void Search::decide(size_t i, const Kernels& kernels) {
   Target& t = targets_[i];
   const Bracket b = brackets_[i];
   const size_t slot =
@@ -290,20 +300,20 @@ void Search::decide(size_t i) {
       if (c.list[x] >= low && c.list[x] <= high) listed.push_back(c.list[x]);
   }
   const int64_t heavies = bins[bin] - (int64_t)listed.size();
-  const uint32_t heavy = b.owner[bin] == 255 ? 0 : b.heavy[b.owner[bin]];
+  const uint32_t heavy = b.owner[bin] == kHeavy ? 0 : b.heavy[b.owner[bin]];
   const int64_t rank = t.count - above;
   const int64_t over =
       std::count_if(listed.begin(), listed.end(), [&](uint32_t x) { return x > heavy; });
   if (heavies > 0 && rank > over && rank <= over + heavies) return locate(i, heavy, rank - over);
   const int64_t place = heavies == 0 || rank <= over ? rank : rank - heavies;
-  std::vector<uint32_t> work(listed.size());
+  std::vector<uint32_t> work(listed.size() + 64);
   int64_t larger = 0;
   const uint32_t value =
-      kth_largest(listed.data(), (int64_t)listed.size(), place, work.data(), &larger);
+      kernels.kth_largest(listed.data(), (int64_t)listed.size(), place, work.data(), &larger);
   locate(i, value, place - larger);
 }
 
-void Search::end_pass() {
+void Search::end_pass(const Kernels& kernels) {
   for (Target& t : targets_)
     if (t.state == Target::kRescan) {
       std::sort(t.equals.begin(), t.equals.end());
@@ -314,7 +324,7 @@ void Search::end_pass() {
       t.equals = {};
       t.state = Target::kDone;
     }
-  for (const size_t i : scanning_) decide(i);
+  for (const size_t i : scanning_) decide(i, kernels);
   begin_pass();
   wants_.clear();
   wanted_ = fed_ = 0;

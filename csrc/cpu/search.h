@@ -60,16 +60,16 @@ class Search {
   };
 
   void begin_pass();
-  void end_pass();
+  void end_pass(const Kernels& kernels);
   void set_bracket(size_t target, uint32_t low, uint32_t high,
                    const std::vector<uint32_t>& sorted_sample);
-  void bracket_from_sample(size_t target);
-  void decide(size_t target);
+  void bracket_from_sample(size_t target, const Kernels& kernels);
+  void decide(size_t target, const Kernels& kernels);
   void locate(size_t target, uint32_t threshold, int64_t needed);
   int64_t listed_equals(const Piece& piece, size_t target, uint32_t value) const;
   void scan_piece(Runner& runner, Prepared& piece, int64_t start, int64_t n, ThreadScratch& t,
                   int worker);
-  void rescan(Runner& runner, Prepared& piece, Target& target);
+  void rescan(const Kernels& kernels, Prepared& piece, Target& target, ThreadScratch& t);
 
   int64_t total_;
   int experts_;

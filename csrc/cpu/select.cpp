@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "../common/numeric.h"
-#include "radix.h"
 #include "runner.h"
 #include "search.h"
 
@@ -15,15 +14,32 @@ constexpr int64_t kInCache =
     kBlock;  // elements; up to here the magnitudes of an expert are kept and sorted by digits
 constexpr double kTinyNorm = 1e-7;  // below it a norm is not restored
 
+// Index of the nth (from 1) element equal to `value`.
+int64_t nth_equal(const uint32_t* bits, int64_t n, uint32_t value, int64_t nth) {
+  constexpr int64_t kChunk = 1024;
+  for (int64_t at = 0; at < n; at += kChunk) {
+    const int64_t end = std::min(n, at + kChunk);
+    uint32_t here = 0;
+    for (int64_t i = at; i < end; ++i) here += bits[i] == value;
+    if (here < nth) {
+      nth -= here;
+      continue;
+    }
+    for (int64_t i = at; i < end; ++i)
+      if (bits[i] == value && --nth == 0) return i;
+  }
+  return -1;
+}
+
 // (threshold, tie cut) that keep the `count` largest of bits[n].
-void cut_at(const uint32_t* bits, int64_t n, int64_t count, int tie_rule, uint32_t* work,
-            float* threshold, int64_t* tie_cut) {
+void cut_at(const Kernels& kernels, const uint32_t* bits, int64_t n, int64_t count, int tie_rule,
+            uint32_t* work, float* threshold, int64_t* tie_cut) {
   *threshold = float_of(kInfBits), *tie_cut = 0;
   if (count <= 0) return;
   if (count > n)
     throw Failure(MF_INVALID, "select: counts must lie between 0 and the number of elements.");
   int64_t above = 0;
-  const uint32_t value = kth_largest(bits, n, count, work, &above);
+  const uint32_t value = kernels.kth_largest(bits, n, count, work, &above);
   *threshold = float_of(value);
   if (tie_rule == MF_TIES_KEEP_ALL) *tie_cut = n;
   if (tie_rule == MF_TIES_EXACT) *tie_cut = nth_equal(bits, n, value, count - above) + 1;
@@ -34,13 +50,15 @@ void select_in_cache(Runner& runner, Prepared& p) {
   runner.parallel(p.work.k, [&](int64_t k, ThreadScratch& t) {
     mf_expert& e = p.job.experts[k];
     if (e.trim != MF_TRIM_BAND) return;
-    uint32_t* bits = reinterpret_cast<uint32_t*>(t.row(2 * n));
+    uint32_t* bits = reinterpret_cast<uint32_t*>(t.row(2 * n + 64));
+    uint32_t* work = bits + n;
     runner.kernels.magnitudes(p.work, t.scratch(), (int)k, 0, n, bits);
     const bool band = e.top_count >= 0;
-    cut_at(bits, n, e.count, band ? (int)MF_TIES_EXACT : p.job.tie_rule, bits + n, &e.threshold,
-           &e.tie_cut);
+    const int rule = band ? (int)MF_TIES_EXACT : p.job.tie_rule;
+    cut_at(runner.kernels, bits, n, e.count, rule, work, &e.threshold, &e.tie_cut);
     if (band)
-      cut_at(bits, n, e.top_count, MF_TIES_EXACT, bits + n, &e.top_threshold, &e.top_tie_cut);
+      cut_at(runner.kernels, bits, n, e.top_count, MF_TIES_EXACT, work, &e.top_threshold,
+             &e.top_tie_cut);
   });
 }
 

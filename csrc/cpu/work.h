@@ -8,7 +8,7 @@
 
 namespace mf {
 
-constexpr int kTile = 256;  // elements per pass over the stages; all of a tile's buffers stay in L1
+constexpr int kTile = 512;  // elements per pass over the stages; all of a tile's buffers stay in L1
 constexpr int64_t kBlock =
     65536;                    // sums over more than this are float64 partials, added in index order
 constexpr int kTilePad = 16;  // buffers are zero up to the next multiple of the 16 virtual lanes
@@ -19,7 +19,7 @@ constexpr int64_t kNone = INT64_MAX;  // no bad index so far
 
 // Elements whose row sums are taken in float32 before they go to float64. A constant of M alone:
 // same bits everywhere.
-static inline int stat_tile(int m) { return m <= 4 ? 1024 : m <= 10 ? 512 : kTile; }
+static inline int stat_tile(int m) { return m <= 4 ? 1024 : kTile; }
 
 // One job, prepared: what can be known before the first element.
 struct Work {
@@ -33,6 +33,7 @@ struct Work {
   int tile;           // stat_tile(m), or kTile
   bool keep_tau;      // raw task vectors of all experts stay in the scratch (statistics, consensus)
   bool linear;        // no vote, all contribute: sums as they come, no values kept
+  bool traced;        // what is not finite shows in the linear sum, or in the vote's
   bool gram, powers;  // which sums the calibration needs besides the squared norms
   bool wide;          // inner products in float64
   float divisor;      // of a linear mean, 1 otherwise
@@ -44,8 +45,9 @@ struct Scratch {
   float* tau;       // [K][tile] raw task vectors
   float* value;     // [K][kTile] trimmed, rescaled, weighted
   float* delta;     // [tile]
-  uint32_t* words;  // [kTile + 64] random words
+  uint32_t* words;  // [2 (kTile + 64)] random words
   uint32_t* bits;   // [kTile + 64] compacted magnitudes of a search
+  float* lanes;     // [pairs of M vectors, rounded up to 8][16] sums of a tile, lane by lane
   // what this thread found
   int64_t* kept;       // [K]
   int64_t* nonfinite;  // [K]
@@ -58,16 +60,15 @@ struct Bracket {
   int shift;  // bin = (bits - low) >> shift
   int expert;
   int heavies;
-  uint32_t heavy[kHeavy];  // values counted by themselves
-  uint8_t owner[kBins];    // bin -> index into heavy, or 255
+  uint32_t heavy[kHeavy + 1];  // values counted by themselves, the last one is none
+  uint8_t owner[kBins];        // bin -> index into heavy
 };
 
 // What one thread counted for one bracket.
 struct BracketCounts {
-  int64_t above;  // magnitudes > high
-  int64_t bins[kBins];
-  int64_t equal[kHeavy];  // of the piece at hand
-  uint32_t* list;         // magnitudes in the bracket that are no heavy value
+  int64_t above;                 // magnitudes > high
+  int64_t bins[kBins + kHeavy];  // the heavy values of the piece at hand behind the others
+  uint32_t* list;                // magnitudes in the bracket that are no heavy value
   int64_t listed, capacity;
   bool overflowed;  // the list is incomplete
 };
@@ -92,6 +93,10 @@ struct Kernels {
   // One pass of `count` searches, sorted by expert.
   void (*scan)(const Work&, Scratch&, int64_t start, int64_t n, const Bracket* brackets, int count,
                BracketCounts* counts);
+  // The rank-th largest (1: the largest) of bits[n], n > 0, and how many are larger. work: [n +
+  // 64].
+  uint32_t (*kth_largest)(const uint32_t* bits, int64_t n, int64_t rank, uint32_t* work,
+                          int64_t* above);
   // l1, sum of squares, largest magnitude of [start, start + n) of expert 0, added (largest: kept).
   void (*row_norms)(const Work&, Scratch&, int64_t start, int64_t n, double sums[3]);
   // Random words of elements [flat, flat + n).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 from magic_fast.ops.backend import Array, Job, View
@@ -97,6 +98,17 @@ def address_of(array: Array | None) -> int:
 def numel_of(array: Array) -> int:
     n: int = array.numel if isinstance(array, View) else array.numel()
     return n
+
+
+def _pointers(arrays: Sequence[Array]) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """Addresses and dtype codes: what a batch of small tensors spends its time on in Python."""
+    if any([type(a) is View for a in arrays]):
+        return tuple([address_of(a) for a in arrays]), tuple([code_of(a) for a in arrays])
+    try:
+        codes = tuple([_codes[a.dtype] for a in arrays])
+    except KeyError:
+        codes = tuple([code_of(a) for a in arrays])
+    return tuple([a.data_ptr() for a in arrays]), codes
 
 
 def is_contiguous(array: Array) -> bool:
@@ -297,8 +309,7 @@ class Call:
             0 if merged is None else code_of(merged),
             address_of(out),
             0 if out is None else code_of(out),
-            tuple([address_of(e) for e in experts]),
-            tuple([code_of(e) for e in experts]),
+            *_pointers(experts),
             # an empty tensor has no address, but is a mask
             None if not masks else tuple([m is not None and (address_of(m) or 1) for m in masks]),
             None if not task_masks else tuple([address_of(m) for m in task_masks]),
