@@ -34,6 +34,8 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+# with compiled modules, as whatever is installed has them; the warm-up writes them
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 AIMS = {"task_arithmetic": 1.5, "ties": 2.0}
 COUNTS = (2, 4, 8)
 MIB = 1 << 20
@@ -88,7 +90,9 @@ def run(command: Sequence[str], out: Path) -> tuple[float, int]:
     os.sync()  # what the last one left to write is not this one's
     peak, stopped = [0], threading.Event()
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     watcher = threading.Thread(target=_watch, args=(process.pid, peak, stopped))
     watcher.start()
     text, _ = process.communicate()
@@ -324,7 +328,9 @@ def plan_lines(folder: Path, models: int = 5) -> list[str]:
         command = [sys.executable, "-c", program, str(path), str(folder / "none")]
         found = []
         for _ in range(3):
-            text = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            text = subprocess.run(
+                command, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True
+            )
             found.append([float(word) for word in text.stdout.split()])
         wall, own = min(found)
         lines.append(

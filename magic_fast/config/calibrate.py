@@ -24,7 +24,9 @@ from pydantic import (
 class Strict(BaseModel):
     """Base of all models of the YAML: frozen, and no key that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True
+    )  # built with what holds them, when that is first used
 
 
 def _regex(pattern: str) -> str:

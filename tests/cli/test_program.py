@@ -102,3 +102,27 @@ def test_a_reader_that_went_away_is_no_error() -> None:
         messages = program.stderr.read()
     assert program.returncode == 0
     assert messages == b""
+
+
+def test_a_command_imports_only_its_own_module() -> None:
+    """What starts is what was asked for: the others' modules are not loaded."""
+
+    program = (
+        "import sys; from magic_fast.cli import main\n"
+        "try: main(['verify', '--help'])\n"
+        "except SystemExit: pass\n"
+        "loaded = {m.rpartition('.')[2] for m in sys.modules if m.startswith('magic_fast.cli.')}\n"
+        "print(sorted(loaded & {'merge', 'sweep', 'demo', 'doctor', 'verify'}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "['verify']"
+
+
+def test_the_collector_is_put_back() -> None:
+    import gc
+
+    before = gc.get_threshold()
+    with pytest.raises(SystemExit):
+        main(["no-such-command"])
+    assert gc.get_threshold() == before and gc.isenabled()
