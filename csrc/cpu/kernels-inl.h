@@ -59,18 +59,18 @@ static void note_overflow(Scratch& s, const float* base, const float* delta, int
   }
 }
 
-static void write_tile(const Work& w, Scratch& s, const float* base, const float* delta,
+// True where some result may overflow the output (or is not finite).
+static bool write_tile(const Work& w, Scratch& s, const float* base, const float* delta,
                        int64_t start, int n, float factor) {
   const mf_job& job = *w.job;
-  if (job.out_dtype == MF_BF16) {
-    if (store_tile<Bf16>(base, delta, start, n, factor, job.out))
-      note_overflow(s, base, delta, start, n, factor, Bf16::kOverflow);
-  } else if (job.out_dtype == MF_F16) {
-    if (store_tile<F16>(base, delta, start, n, factor, job.out))
-      note_overflow(s, base, delta, start, n, factor, F16::kOverflow);
-  } else {
-    store_tile<F32>(base, delta, start, n, factor, job.out);  // a finite float32 stays finite
-  }
+  if (job.out_dtype == MF_F32)  // a finite float32 stays finite
+    return store_tile<F32>(base, delta, start, n, factor, job.out);
+  const bool bf16 = job.out_dtype == MF_BF16;
+  const bool large = bf16 ? store_tile<Bf16>(base, delta, start, n, factor, job.out)
+                          : store_tile<F16>(base, delta, start, n, factor, job.out);
+  if (large)
+    note_overflow(s, base, delta, start, n, factor, bf16 ? Bf16::kOverflow : F16::kOverflow);
+  return large;
 }
 
 // A calibrated row that nothing acts on keeps the bits it came with.
@@ -89,8 +89,10 @@ static void merge(const Work& w, Scratch& s, int64_t start, int64_t n, float fac
   if (keeps_merged(w, factor)) return copy_merged(w, s, start, n);
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
-    delta_tile(w, s, start + done, len, s.tau, w.tile, s.delta);
-    write_tile(w, s, w.job->base ? s.base : nullptr, s.delta, start + done, len, factor);
+    delta_tile(w, s, start + done, len, s.delta);
+    const float* base = w.job->base ? s.base : nullptr;
+    const bool large = write_tile(w, s, base, s.delta, start + done, len, factor);
+    if (large && w.linear && !w.job->merged) trace_experts(w, s, start + done, len);
   }
 }
 
@@ -118,12 +120,11 @@ static void trace_norms(const Work& w, Scratch& s, int64_t start, int n, const d
 static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, float* delta,
                        double* pairs, double* powers) {
   const float* rows[kMaxVectors];
-  for (int64_t done = 0; done < n; done += w.tile) {
-    const int len = imin(w.tile, n - done);
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
     float* d = delta ? delta + done : s.delta;
-    for (int sub = 0; sub < len; sub += kTile)
-      delta_tile(w, s, start + done + sub, imin(kTile, len - sub), s.tau + sub, w.tile, d + sub);
-    for (int k = 0; k < w.k; ++k) rows[k] = s.tau + (int64_t)k * w.tile;
+    delta_tile(w, s, start + done, len, d);
+    for (int k = 0; k < w.k; ++k) rows[k] = s.tau + k * kTile;
     rows[w.m - 1] = d;
     if (w.gram && w.wide) {
       gram_wide_tile(rows, w.m, padded(len), pairs);
@@ -141,7 +142,7 @@ static int64_t votes(const Work& w, Scratch& s, int64_t start, int64_t n) {
   int64_t sum = 0;
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
-    values_tile(w, s, start + done, len, s.tau, w.tile, s.delta);
+    values_tile(w, s, start + done, len, s.delta);
     const ReduceTile t = reduce_tile_of(w, s, len);
     sum += w.job->vote == MF_VOTE_COUNT ? vote_loop<MF_VOTE_COUNT>(t) : vote_loop<MF_VOTE_MASS>(t);
   }

@@ -105,6 +105,10 @@ static void trace_expert(const Work& w, Scratch& s, int k, int64_t start, int n)
   if (w.job->base) note_nonfinite(w.job->base, w.job->base_dtype, start, n, &s.base_nonfinite);
 }
 
+static void trace_experts(const Work& w, Scratch& s, int64_t start, int n) {
+  for (int k = 0; k < w.k; ++k) trace_expert(w, s, k, start, n);
+}
+
 // Raw task vector of expert k. One that is not finite is traced to its source, here or, where row
 // statistics are taken, by its norm.
 MF_INLINE void load_tau(const Work& w, Scratch& s, int k, const float* base, int64_t start, int n,

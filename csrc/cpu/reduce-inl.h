@@ -239,8 +239,7 @@ static bool reduce_tile(const Work& w, const Scratch& s, int n, float* delta) {
 
 // Keeps delta where at least min_tasks experts need the coordinate: |tau_k| > lambda_k * |delta -
 // tau_k|.
-static void consensus_tile(const Work& w, int64_t start, int n, const float* tau, int stride,
-                           float* delta) {
+static void consensus_tile(const Work& w, int64_t start, int n, const float* tau, float* delta) {
   const bool given = w.job->consensus == MF_CONSENSUS_GIVEN;
   float needed[kTile];
   for (int64_t i = 0; i < padded(n); i += kLanes) store(needed + i, zero());
@@ -258,7 +257,7 @@ static void consensus_tile(const Work& w, int64_t start, int n, const float* tau
     }
     const vf lambda = splat(w.experts[k].lambda);
     for (int64_t i = 0; i < padded(n); i += kLanes) {
-      const vf t = load(tau + (int64_t)k * stride + i);
+      const vf t = load(tau + k * kTile + i);
       const vi needs = abs_of(t) > lambda * abs_of(load(delta + i) - t);
       store(needed + i, load(needed + i) + keep_if(needs, one));
     }
@@ -280,17 +279,16 @@ MF_INLINE void scale_tile(int n, float divisor, float scale, float* delta) {
 }
 
 // The trimmed values of all experts into s.value (or their linear sum into delta), raw task vectors
-// into tau.
-static void values_tile(const Work& w, Scratch& s, int64_t start, int n, float* tau, int stride,
-                        float* delta) {
+// into s.tau.
+static void values_tile(const Work& w, Scratch& s, int64_t start, int n, float* delta) {
   const float* base = load_base(w, s, start, n);
   const bool unweighted = w.job->vote_on == MF_VOTE_UNWEIGHTED && !w.linear;
-  if (w.linear)
-    for (int i = 0; i < padded(n); i += kLanes) store(delta + i, zero());
   for (int k = 0; k < w.k; ++k) {
-    float* t = w.keep_tau ? tau + (int64_t)k * stride : tau;
-    s.kept[k] += expert_tile(w, s, k, start, n, base, unweighted ? 1.0f : w.experts[k].weight,
-                             w.linear ? kAdd : kStore, t, w.linear ? delta : s.value + k * kTile);
+    float* tau = w.keep_tau ? s.tau + k * kTile : s.tau;
+    float* out = w.linear ? delta : s.value + k * kTile;
+    const int sink = !w.linear ? kStore : k == 0 ? kStart : kAdd;
+    s.kept[k] += expert_tile(w, s, k, start, n, base, unweighted ? 1.0f : w.experts[k].weight, sink,
+                             tau, out);
   }
 }
 
@@ -306,10 +304,8 @@ static bool not_finite(const float* x, int n) {
   return any(top >= (int32_t)kInfBits);
 }
 
-// d = scale * delta of [start, start + n), n <= kTile; raw task vectors into tau (rows of
-// `stride`).
-static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* tau, int stride,
-                       float* delta) {
+// d = scale * delta of [start, start + n), n <= kTile; raw task vectors into s.tau.
+static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* delta) {
   const mf_job& job = *w.job;
   if (job.merged) {
     const float* base = load_base(w, s, start, n);
@@ -319,18 +315,16 @@ static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* t
       trace_merged(w, s, start, n);
     }
     if (w.keep_tau)
-      for (int k = 0; k < w.k; ++k) load_tau(w, s, k, base, start, n, tau + (int64_t)k * stride);
+      for (int k = 0; k < w.k; ++k) load_tau(w, s, k, base, start, n, s.tau + k * kTile);
     return;
   }
-  values_tile(w, s, start, n, tau, stride, delta);
-  const bool linear_bad = w.linear && !w.m && not_finite(delta, n);
-  const bool bad = w.linear ? linear_bad : reduce_tile(w, s, n, delta);
-  if (bad && w.traced)
-    for (int k = 0; k < w.k; ++k) trace_expert(w, s, k, start, n);
+  values_tile(w, s, start, n, delta);
+  if (!w.linear && reduce_tile(w, s, n, delta)) trace_experts(w, s, start, n);
   const bool consensus = job.consensus != MF_CONSENSUS_NONE;
   if (consensus) {
+    if (w.linear && not_finite(delta, n)) trace_experts(w, s, start, n);
     scale_tile(n, w.divisor, 1, delta);
-    consensus_tile(w, start, n, tau, stride, delta);
+    consensus_tile(w, start, n, s.tau, delta);
   }
   scale_tile(n, consensus ? 1 : w.divisor, job.scale, delta);
 }

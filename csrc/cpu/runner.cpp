@@ -7,17 +7,17 @@
 namespace mf {
 
 Scratch& ThreadScratch::prepare(const Work& work) {
-  const size_t k = (size_t)std::max(work.k, 1), tile = (size_t)work.tile, pad = 64;
+  const size_t k = (size_t)std::max(work.k, 1), tile = (size_t)kTile, pad = 64;
   const size_t words = kTile + 64, m = work.gram && !work.wide ? (size_t)work.m : 0;
   const size_t lanes = (m * (m + 1) / 2 + 7) / 8 * 8 * 16;
-  const size_t floats = (tile + pad) + k * tile + pad + (work.linear ? 1 : k) * kTile +
+  const size_t floats = (tile + pad) + k * tile + pad + (work.linear ? 1 : k) * tile +
                         (tile + pad) + 3 * words + lanes;
   if (floats > float_room_) floats_.resize(float_room_ = floats);
   if (2 * k > count_room_) counts_.resize(count_room_ = 2 * k);
   float* p = floats_.get();
   scratch_.base = p, p += tile + pad;
   scratch_.tau = p, p += k * tile + pad;
-  scratch_.value = p, p += (work.linear ? 1 : k) * kTile;
+  scratch_.value = p, p += (work.linear ? 1 : k) * tile;
   scratch_.delta = p, p += tile + pad;
   scratch_.words = reinterpret_cast<uint32_t*>(p), p += 2 * words;
   scratch_.bits = reinterpret_cast<uint32_t*>(p), p += words;
@@ -102,7 +102,6 @@ Prepared::Prepared(mf_job& j) : job(j) {
     work.wide = c->variant == MF_MANIFOLD_EXACT;
     work.powers = c->variant != MF_MANIFOLD && c->p != 2;
   }
-  work.tile = work.m ? stat_tile(work.m) : kTile;
   work.keep_tau = work.m > 0 || (!job.merged && job.consensus == MF_CONSENSUS_LAMBDA);
   masks.assign((size_t)std::max(work.k, 1), nullptr);
   for (int k = 0; k < work.k; ++k) {

@@ -143,7 +143,7 @@ void norm_sums(Runner& runner, Prepared& p, double* before, double* after) {
 int64_t vote_sum(Runner& runner, Prepared& p) {
   Work voting = p.work;  // values, whatever the reduction; no statistics
   voting.linear = false;
-  voting.m = 0, voting.tile = kTile, voting.keep_tau = false;
+  voting.m = 0, voting.keep_tau = false;
   int64_t sum = 0;
   runner.begin(voting);
   with_ranked_masks(runner, p, 0, p.job.numel, 1, [&](int64_t start, int64_t n) {

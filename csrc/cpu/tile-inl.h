@@ -8,7 +8,7 @@ namespace MF_ISA_NAMESPACE {
 namespace {
 
 enum TrimKind { kKeepAll, kKeepAbove, kKeepBand, kKeepBandSplit, kKeepWords, kKeepBytes };
-enum Sink { kStore, kAdd };            // values kept for the vote; one more term of a linear sum
+enum Sink { kStore, kStart, kAdd };    // values for the vote; first and next term of a linear sum
 enum Scaled { kAsIs, kOnce, kTwice };  // by neither, one, or both of factor and weight
 
 struct TrimTile {
@@ -73,7 +73,8 @@ static int64_t expert_loop(const TrimTile& t, const typename S::type* source, co
       }
       if (SCALED != kAsIs) x *= factor;
       if (SCALED == kTwice) x *= weight;
-      if (SINK == kAdd) x = load(out + at) + x;
+      if (SINK == kStart) x += zero();
+      if (SINK == kAdd) x += load(out + at);
       store(out + at, x);
     });
   });
@@ -114,14 +115,23 @@ static int64_t expert_raw(int kind, const TrimTile& t, const void* data, int64_t
   }
 }
 
-template <int SINK, bool TAU>
-static int64_t expert_of_dtype(int kind, const TrimTile& t, const mf_expert& e, int64_t start,
-                               const float* base, int n, float* tau, float* out, bool* bad) {
+template <class T, int SINK>
+static int64_t expert_keeping(bool keep, int kind, const TrimTile& t, const void* data,
+                              int64_t start, const float* base, int n, float* tau, float* out,
+                              bool* bad) {
+  if (keep) return expert_raw<T, SINK, true>(kind, t, data, start, base, n, tau, out, bad);
+  return expert_raw<T, SINK, false>(kind, t, data, start, base, n, tau, out, bad);
+}
+
+template <int SINK>
+static int64_t expert_of_dtype(bool keep, int kind, const TrimTile& t, const mf_expert& e,
+                               int64_t start, const float* base, int n, float* tau, float* out,
+                               bool* bad) {
   if (e.dtype == MF_BF16)
-    return expert_raw<Bf16, SINK, TAU>(kind, t, e.data, start, base, n, tau, out, bad);
+    return expert_keeping<Bf16, SINK>(keep, kind, t, e.data, start, base, n, tau, out, bad);
   if (e.dtype == MF_F16)
-    return expert_raw<F16, SINK, TAU>(kind, t, e.data, start, base, n, tau, out, bad);
-  return expert_raw<F32, SINK, TAU>(kind, t, e.data, start, base, n, tau, out, bad);
+    return expert_keeping<F16, SINK>(keep, kind, t, e.data, start, base, n, tau, out, bad);
+  return expert_keeping<F32, SINK>(keep, kind, t, e.data, start, base, n, tau, out, bad);
 }
 
 // The same from a task vector that was formed before.
@@ -193,20 +203,17 @@ static int64_t expert_tile(const Work& w, Scratch& s, int k, int64_t start, int 
       (w.traced && (kind == kKeepAll || (kind == kKeepAbove && t.low < (int32_t)kInfBits - 1)));
   if (!base || !seen) {
     load_tau(w, s, k, base, start, n, tau);
-    return sink == kStore ? expert_ready<kStore>(kind, t, tau, n, out)
+    if (sink == kStore) return expert_ready<kStore>(kind, t, tau, n, out);
+    return sink == kStart ? expert_ready<kStart>(kind, t, tau, n, out)
                           : expert_ready<kAdd>(kind, t, tau, n, out);
   }
   bool bad;
-  int64_t kept;
-  if (w.keep_tau) {
-    kept = sink == kStore
-               ? expert_of_dtype<kStore, true>(kind, t, e, start, base, n, tau, out, &bad)
-               : expert_of_dtype<kAdd, true>(kind, t, e, start, base, n, tau, out, &bad);
-  } else {
-    kept = sink == kStore
-               ? expert_of_dtype<kStore, false>(kind, t, e, start, base, n, tau, out, &bad)
-               : expert_of_dtype<kAdd, false>(kind, t, e, start, base, n, tau, out, &bad);
-  }
+  const int64_t kept =
+      sink == kStore
+          ? expert_of_dtype<kStore>(w.keep_tau, kind, t, e, start, base, n, tau, out, &bad)
+      : sink == kStart
+          ? expert_of_dtype<kStart>(w.keep_tau, kind, t, e, start, base, n, tau, out, &bad)
+          : expert_of_dtype<kAdd>(w.keep_tau, kind, t, e, start, base, n, tau, out, &bad);
   if (bad) trace_expert(w, s, k, start, n);
   return kept;
 }

@@ -8,7 +8,8 @@
 
 namespace mf {
 
-constexpr int kTile = 512;  // elements per pass over the stages; all of a tile's buffers stay in L1
+constexpr int kTile = 512;  // elements per pass over the stages; all of a tile's buffers stay in
+                            // L1. Row sums are taken in float32 over a tile, in float64 beyond it
 constexpr int64_t kBlock =
     65536;                    // sums over more than this are float64 partials, added in index order
 constexpr int kTilePad = 16;  // buffers are zero up to the next multiple of the 16 virtual lanes
@@ -16,10 +17,6 @@ constexpr int kBins = 1024;   // of a search bracket
 constexpr int kMaxVectors = 1025;  // experts and d in the row statistics of one job
 constexpr int kHeavy = 8;          // values of a search bracket that are counted instead of listed
 constexpr int64_t kNone = INT64_MAX;  // no bad index so far
-
-// Elements whose row sums are taken in float32 before they go to float64. A constant of M alone:
-// same bits everywhere.
-static inline int stat_tile(int m) { return m <= 4 ? 1024 : kTile; }
 
 // One job, prepared: what can be known before the first element.
 struct Work {
@@ -30,7 +27,6 @@ struct Work {
   int k;
   int m;              // vectors of the row statistics: all experts and d; 0: none
   int included;       // how many of the experts the coefficient is made of
-  int tile;           // stat_tile(m), or kTile
   bool keep_tau;      // raw task vectors of all experts stay in the scratch (statistics, consensus)
   bool linear;        // no vote, all contribute: sums as they come, no values kept
   bool traced;        // what is not finite shows in the linear sum, or in the vote's
@@ -41,10 +37,10 @@ struct Work {
 
 // One thread's buffers. Every pointer is 64-byte aligned and padded to kTilePad.
 struct Scratch {
-  float* base;      // [tile]
-  float* tau;       // [K][tile] raw task vectors
+  float* base;      // [kTile]
+  float* tau;       // [K][kTile] raw task vectors
   float* value;     // [K][kTile] trimmed, rescaled, weighted
-  float* delta;     // [tile]
+  float* delta;     // [kTile]
   uint32_t* words;  // [2 (kTile + 64)] random words
   uint32_t* bits;   // [kTile + 64] compacted magnitudes of a search
   float* lanes;     // [pairs of M vectors, rounded up to 8][16] sums of a tile, lane by lane
