@@ -60,13 +60,12 @@ class Run:
         used = SLOTS if Mode.STREAM in self._modes.values() else 0
         slots = [Slot(self._slot_bytes) for _ in range(used)]
         writer = Writer(output, journal, self._nonfinite)
-        loader = Loader(self._plan.models, output, journal)
         self._total = self._expected_bytes()
-        pipeline = Pipeline(loader, self._run, writer, slots)
-        self._pipeline = pipeline
-        if self._worker is not None:
-            self._worker.prepare()
-        pipeline.run(self._units(journal))
+        with Loader(self._plan.models, output, journal) as loader:
+            pipeline = self._pipeline = Pipeline(loader, self._run, writer, slots)
+            if self._worker is not None:
+                self._worker.prepare()
+            pipeline.run(self._units(journal))
         return writer, pipeline
 
     def _expected_bytes(self) -> int:
@@ -108,13 +107,13 @@ class Run:
                 else:
                     yield from self._flush(pending)
                     yield from self._search([step])
-            pieces = recorded.get(step.name) or self._pieces(step)
+            pieces = recorded.get(step.name) or self.pieces(step)
             pending += pieces
             if len(pieces) > 1:
                 yield from self._flush(pending)
         yield from self._flush(pending)
 
-    def _pieces(self, step: Step) -> list[Piece]:
+    def pieces(self, step: Step) -> list[Piece]:
         """Whole where a selection is found in the block itself; else no larger than need be, which
         keeps what is read in the caches until it is merged and written."""
         recipe = step.recipe

@@ -98,12 +98,12 @@ class Sweep:
         self._writers = [Writer(output, journal, self._nonfinite) for output in outputs]
         used = SLOTS if any(v.mode is Mode.STREAM for v in every) else 0
         self._total = self._expected_bytes()
-        loader = Loader(self._plans[0].models, outputs[0], journal)
         slots = [Slot(self._slot_bytes) for _ in range(used)]
-        self._pipeline = Pipeline(loader, self._compute, self._store, slots)
-        for worker in self._workers.values():
-            worker.prepare()
-        self._pipeline.run(self._units())
+        with Loader(self._plans[0].models, outputs[0], journal) as loader:
+            self._pipeline = Pipeline(loader, self._compute, self._store, slots)
+            for worker in self._workers.values():
+                worker.prepare()
+            self._pipeline.run(self._units())
         return self._writers, self._pipeline
 
     def _expected_bytes(self) -> int:

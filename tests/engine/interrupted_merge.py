@@ -21,10 +21,12 @@ def get_stuck() -> None:
     from magic_fast.engine import stages
 
     def stuck(*arguments: Any) -> None:
-        print("stuck", file=sys.stderr, flush=True)
-        until = time.monotonic() + 60
+        told, until = False, time.monotonic() + 60
         while time.monotonic() < until:
-            with suppress(KeyboardInterrupt):  # it came before the call had begun
+            with suppress(KeyboardInterrupt):  # it may come before the call has begun
+                if not told:
+                    told = True
+                    print("stuck", file=sys.stderr, flush=True)
                 hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # in C, without a break
 
     stages.Streamed.__call__ = stuck  # type: ignore[method-assign]

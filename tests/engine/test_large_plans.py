@@ -13,6 +13,9 @@ import yaml
 import magic_fast as mf
 from magic_fast.engine import MergePlan
 from magic_fast.engine.identity import identity_of
+from magic_fast.engine.run import Run
+from magic_fast.engine.units import UNIT_BYTES
+from support.backends import available_backends
 
 SHARDS = 12
 
@@ -106,3 +109,35 @@ def test_models_with_the_same_headers(tmp_path: Path) -> None:
         assert len(places) == 1
         for source in step.inputs:
             assert source.info.path.startswith(f"{source.model}/model-")
+
+
+@pytest.mark.skipif("native" not in available_backends(), reason="pieces need the native backend")
+@pytest.mark.parametrize(("method", "whole"), [("task_arithmetic", False), ("ties", True)])
+def test_pieces_are_no_larger_than_need_be(method: str, whole: bool, tmp_path: Path) -> None:
+    """8 MiB, all arrays together, but where the threshold of a tensor is found in its block."""
+    rows, cols = 1003, 2048
+    header = {"w": {"dtype": "BF16", "shape": [rows, cols], "data_offsets": [0, rows * cols * 2]}}
+    raw = json.dumps(header).encode()
+    for name in ("base", "a", "b"):
+        path = tmp_path / name / "model.safetensors"
+        path.parent.mkdir()
+        with open(path, "wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + rows * cols * 2)
+    config = {
+        "merge_method": method,
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / n)} for n in ("a", "b")],
+        "parameters": {"weight": 0.5, **({"density": 0.5} if method == "ties" else {})},
+        "calibrate": "wsc",
+    }
+    found = mf.plan_checkpoints(yaml.safe_dump(config), tmp_path / "out")
+    (step,) = found.steps
+    pieces = Run(found, "error", None).pieces(step)
+    assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])]
+    assert pieces[-1].stop == step.numel
+    assert all(p.start % cols == 0 for p in pieces)
+    assert (len(pieces) == 1) is whole
+    if not whole:
+        assert all(p.nbytes <= UNIT_BYTES for p in pieces)
+        assert max(p.nbytes for p in pieces) > UNIT_BYTES // 2
