@@ -7,8 +7,9 @@ by torch on the device, between two kernels.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+import triton
 
 from .words import EPS_ABSOLUTE, EPS_NONE, EPS_RELATIVE, FREE, GROW, SHRINK, SPHERE
 
@@ -115,3 +116,35 @@ def acting_factor(
         xi = tl.where(xi > most, most, xi)
     factor = tl.where(acts, tl.load(policy + 1) * xi, 1.0)
     return factor, repaired
+
+
+@triton.jit
+def finish_row(
+    totals, policy, coefficients, repairs, norms2, row,
+    K: tl.constexpr, CHOSEN: tl.constexpr, VARIANT: tl.constexpr, EPS_MODE: tl.constexpr,
+    GUARDS: tl.constexpr, CLAMPS: tl.constexpr, POWER: tl.constexpr, DIRECTION: tl.constexpr,
+):  # fmt: skip
+    """The factor of a row, float32; what the caller wants to know of it is stored (``merge_rows``
+    lists it)."""
+    raw = row_coefficient(totals, K + 1, CHOSEN, VARIANT, EPS_MODE)
+    norm2 = totals[len(totals) - 1]
+    experts_norm2 = norm2 * 0.0
+    for k in tl.static_range(K):
+        if VARIANT == SPHERE:
+            own = totals[k]
+        else:
+            own = totals[k * (K + 1) - k * (k - 1) // 2]
+        tl.store(norms2 + row * (K + 2) + k, own)
+        for n in tl.static_range(len(CHOSEN)):
+            if CHOSEN[n] == k:
+                experts_norm2 = experts_norm2 + own
+    wide, repaired = acting_factor(
+        raw, experts_norm2, norm2, policy, GUARDS, CLAMPS, POWER, DIRECTION
+    )
+    factor = wide.to(tl.float32)
+    applied = factor.to(tl.float64)
+    tl.store(norms2 + row * (K + 2) + K, norm2)
+    tl.store(norms2 + row * (K + 2) + K + 1, norm2 * applied * applied)
+    tl.store(coefficients + row, raw.to(tl.float32))
+    tl.store(repairs + row, repaired.to(tl.uint8))
+    return factor

@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cut, launch, merge, norms, ranked, rows, select, table
+import triton
+
+from . import cut, launch, merge, norms, ranked, rows, select, sums, table
 
 _SUM = (0, 0, 2, 0, 0, 0, 0, 0, 0, 0)
 _TIES = (1, 0, 0, 2, 0, 0, 1, 0, 1, 0)  # mass on weighted values, weighted mean, a scale
@@ -75,38 +76,41 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
     }  # fmt: skip
     plain = {"K": k, "HAS_BASE": True, "ALIGNED": True, **lanes}
     recipes = {
-        "sum": {"KINDS": (0,) * k, "RULE": _SUM},
-        "ties": {"KINDS": (1,) * k, "RULE": _TIES},
-        "dare_ties": {"KINDS": (3,) * k, "RULE": _DARE},
+        "sum": {"KINDS": (0,) * k, "RULE": _SUM, "WORDS": 0},
+        "ties": {"KINDS": (1,) * k, "RULE": _TIES, "WORDS": (k + 1) // 2},
+        "dare_ties": {"KINDS": (3,) * k, "RULE": _DARE, "WORDS": (k + 1) // 2},
     }
     for word, recipe in recipes.items():
+        block = launch.block_shape(k, size, word != "sum")
         yield Case(
             f"merge_blocks {word}", merge.merge_blocks, {**common, "factors": "*fp32"},
-            {**plain, **recipe, "FACTORS": False, "KEEPS": False}, shape.warps, k,
+            {**plain, **recipe, "FACTORS": False, "KEEPS": False, "VEC": block.vec}, block.warps, k,
         )  # fmt: skip
-    of_row = launch.row_shape(k, size, COLS)
-    if of_row is not None:
-        row, chunks = of_row
+        of_row = launch.row_shape(k, size, COLS, word != "sum")
+        if of_row is None:
+            continue
+        kernel = rows.merge_rows if of_row.kept else rows.merge_rows_again
+        depth = {"CHUNKS": of_row.chunks} if of_row.kept else {"STAGES": launch.STAGES}
         fused = {
-            **plain, "LANES": row.lanes, "VEC": row.vec, "CHUNKS": chunks,
+            **plain, **depth, "LANES": of_row.lanes, "VEC": of_row.vec,
+            "SUMS": (k + 1) * (k + 2) // 2,
             "CHOSEN": tuple(range(k)), "VARIANT": 0, "EPS_MODE": 1, "GUARDS": True,
             "CLAMPS": True, "POWER": False, "DIRECTION": 0, "KEEPS": False,
         }  # fmt: skip
         more = {"policy": "*fp64", "coefficients": "*fp32", "repairs": "*u8", "norms2": "*fp64"}
-        for word, recipe in recipes.items():
-            yield Case(
-                f"merge_rows {word}", rows.merge_rows, {**common, **more}, {**fused, **recipe},
-                row.warps, k,
-            )  # fmt: skip
-    sums = {"partial": "*fp64", "powers": "*fp64"}
+        yield Case(
+            f"{kernel.fn.__name__} {word}", kernel, {**common, **more}, {**fused, **recipe},
+            of_row.warps, k,
+        )  # fmt: skip
+    partials = {"partial": "*fp64", "powers": "*fp64"}
     for word, wide in (("", False), (" wide", True)):
         yield Case(
-            f"sum_rows{word}", rows.sum_rows, {**common, **sums},
+            f"sum_rows{word}", sums.sum_rows, {**common, **partials},
             {**plain, **recipes["sum"], "GRAM": True, "P": -1, "WIDE": wide}, shape.warps, k,
         )  # fmt: skip
     side = min(k, launch.GRAM_TILE)
     yield Case(
-        "sum_gram_tile", rows.sum_gram_tile,
+        "sum_gram_tile", sums.sum_gram_tile,
         {"base": p, "left": (p,) * side, "right": (p,) * side, "partial": "*fp64"},
         {"A": side, "B": side, "HAS_BASE": True, "WIDE": False, **lanes}, shape.warps, k,
     )  # fmt: skip
@@ -117,7 +121,8 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
     yield Case(
         "merge_table sum", table.merge_table,
         {"table": "*i64", "block_job": "*i64", "block_start": "*i64", **_only(common, 4)},
-        {**plain, **recipes["sum"], "DTYPES": (_dtype(dtype),) * (k + 2)}, shape.warps, k,
+        {**plain, **recipes["sum"], "DTYPES": (_dtype(dtype),) * (k + 2), "WIDE": True},
+        shape.warps, k,
     )  # fmt: skip
     yield from _selecting(k, p, shape, many)
     yield Case(
@@ -187,9 +192,9 @@ def compiled(case: Case, arch: int) -> Any:
         else:
             signature[name] = "i32"
             attrs[(i,)] = [["tt.divisibility", 16]]
-    places = {(names.index(name),): value for name, value in case.constexprs.items()}
-    known = {name: t for name, t in signature.items()}
-    source = ASTSource(case.kernel, known, places, attrs)
+    known_words = {n: v for n, v in case.constexprs.items() if n in names}
+    places = {(names.index(name),): value for name, value in known_words.items()}
+    source = ASTSource(case.kernel, signature, places, attrs)
     options = {"num_warps": case.warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 MOST_EXPERTS = 64  # every loop over experts is unrolled
 FUSED_EXPERTS = 8  # up to here all inner products of a row fit the registers beside the row
 FUSED_CHUNKS = 4
+KEPT_EXPERTS = 4  # up to here d and the base of a row stay in registers too
+MOST_COLS = 65535  # of a row in one program: counts of kept entries are 16 bits wide
+STAGES = 2  # chunks in flight where a row is read in a loop
 #: of one program; the interpreter's time goes by operations, not by elements
 WARPS = 16 if os.environ.get("TRITON_INTERPRET") == "1" else 4
 GRAM_TILE = 4  # experts on each side of a tile of the Gram matrix where there are more
@@ -36,31 +39,43 @@ def autotune() -> bool:
     return os.environ.get("MAGIC_FAST_AUTOTUNE", "0") not in ("", "0")
 
 
-def vector(num_experts: int, widest: int) -> int:
-    """Elements a lane owns: 16 bytes of 16-bit inputs; half of it where K or float32 inputs would
-    not leave registers for K vectors of them."""
-    return 8 if widest == 2 and num_experts <= 8 else 4
+def vector(num_experts: int, widest: int, trims: bool = False) -> int:
+    """Elements a lane owns: 16 bytes of 16-bit inputs; half of it where float32 inputs, or K task
+    vectors and K trimmed ones, would not fit the registers."""
+    return 8 if widest == 2 and num_experts <= (4 if trims else 8) else 4
 
 
-def block_shape(num_experts: int, widest: int, warps: int = WARPS) -> Shape:
-    """For kernels without row sums. ``widest``: bytes of the widest input element."""
-    return Shape(32 * warps, vector(num_experts, widest), warps)
+def block_shape(num_experts: int, widest: int, trims: bool = False, warps: int = WARPS) -> Shape:
+    """For kernels without row sums. ``widest``: bytes of the widest input element; ``trims``:
+    whether values are kept beside the task vectors (a trim, a vote)."""
+    return Shape(32 * warps, vector(num_experts, widest, trims), warps)
 
 
-def row_shape(num_experts: int, widest: int, cols: int) -> tuple[Shape, int] | None:
-    """(shape, chunks) of a program that keeps a whole row, or None where the row is too long.
+@dataclass(frozen=True)
+class RowShape(Shape):
+    """One program a row: ``chunks`` blocks; ``kept``: d and base stay in registers."""
 
-    A thread keeps d and the base of ``chunks · vec`` elements, the K task vectors of one chunk and
-    one accumulator a pair of vectors: 45 for K = 8.
+    chunks: int
+    kept: bool
+
+
+def row_shape(num_experts: int, widest: int, cols: int, trims: bool = False) -> RowShape | None:
+    """A program that calibrates a row, or None where the row (or K) is too long for one.
+
+    A thread has one accumulator a pair of vectors (45 for K = 8), the K task vectors of one chunk
+    and, where they are kept, d and the base of all chunks. From K = 5 on, or four chunks, these do
+    not fit 255 registers: the row is formed again, and one program of 8 warps a multiprocessor
+    keeps what all of them re-read (132 rows of 9 × 16 KiB) within the 50 MB of an H200's L2.
     """
-    if num_experts > FUSED_EXPERTS:
+    if num_experts > FUSED_EXPERTS or cols > MOST_COLS:
         return None
-    vec = vector(num_experts, widest)
+    vec = vector(num_experts, widest, trims)
     for warps in (WARPS, 2 * WARPS, 4 * WARPS):
         chunks = -(-cols // (32 * warps * vec))
-        if chunks <= FUSED_CHUNKS:
-            return Shape(32 * warps, vec, warps), chunks
-    return None
+        if chunks <= FUSED_CHUNKS and num_experts <= KEPT_EXPERTS:
+            return RowShape(32 * warps, vec, warps, chunks, True)
+    warps = WARPS if cols <= 32 * WARPS * vec else 2 * WARPS
+    return RowShape(32 * warps, vec, warps, -(-cols // (32 * warps * vec)), False)
 
 
 def segments_for(blocks: int, multiprocessors: int) -> tuple[int, int]:

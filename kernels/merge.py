@@ -6,12 +6,21 @@ row of d is multiplied by its factor.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+import triton
 
 from .delta import block_delta
 from .load import load_base, positions, room
-from .store import count_kept, nonfinite_of, note_block, write_result
+from .store import (
+    anywhere,
+    kept_of_lanes,
+    nonfinite_of,
+    note_inputs,
+    note_overflow,
+    store_kept,
+    write_result,
+)
 
 
 @triton.jit
@@ -19,14 +28,14 @@ def merge_blocks(
     base, experts, merged, out, masks, task_masks, integers, numbers, factors, counts, report,
     cols, blocks_per_row, offset,
     K: tl.constexpr, HAS_BASE: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr,
-    FACTORS: tl.constexpr, KEEPS: tl.constexpr, ALIGNED: tl.constexpr,
+    FACTORS: tl.constexpr, KEEPS: tl.constexpr, ALIGNED: tl.constexpr, WORDS: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """out = base + factor[row]·d over [rows, cols]; grid (rows · blocks_per_row,).
 
     Args:
         factors: float32 [rows] with FACTORS.
-        counts: int32 [programs, K] of kept entries; report: see ``note_block``.
+        counts: int32 [programs, K] of kept entries; report: see ``note_inputs``.
         KEEPS: a row of factor 1 keeps the bits of ``merged``.
         ALIGNED: every block starts at a multiple of 4 of the whole tensor.
     """
@@ -46,12 +55,11 @@ def merge_blocks(
     if FACTORS:
         factor = tl.load(factors + row)
     overflowed = write_result(out, b, d, factor, merged, at, inside, HAS_BASE, FACTORS, KEEPS)
-    count_kept(kept, counts, program, K, KINDS, RULE)
-    z = nonfinite_of(taus, d, K, RULE)
-    note_block(
-        z, overflowed, base, experts, merged, report, at, position, offset, inside,
-        K, HAS_BASE, RULE,
-    )  # fmt: skip
+    store_kept(kept_of_lanes(kept, K, WORDS), counts, program, K, WORDS)
+    bad = nonfinite_of(taus, d, K, RULE) != 0
+    if anywhere(bad | overflowed):
+        note_inputs(base, experts, merged, report, at, offset, inside, K, HAS_BASE, RULE)
+        note_overflow(overflowed, report, at, offset, K)
 
 
 @triton.jit

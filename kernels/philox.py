@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+import triton
 
 
 @triton.jit
@@ -29,10 +30,17 @@ def random_words(
     an element.
     """
     if ALIGNED:
-        lane = tl.arange(0, LANES)[:, None] * (VEC // 4) + tl.arange(0, VEC // 4)[None, :]
-        w0, w1, w2, w3 = _words(first // 4 + lane.to(tl.int64), stream, seed)
-        even_odd = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [LANES, VEC / 4, 2, 2]
-        return tl.reshape(even_odd, [LANES, VEC])
+        # all by lanes and joined last: a lane's words are born where they are compared
+        counter = first // 4 + tl.arange(0, LANES).to(tl.int64) * (VEC // 4)
+        a0, a1, a2, a3 = _words(counter, stream, seed)
+        if VEC == 8:
+            b0, b1, b2, b3 = _words(counter + 1, stream, seed)
+            a0 = tl.join(a0, b0)
+            a1 = tl.join(a1, b1)
+            a2 = tl.join(a2, b2)
+            a3 = tl.join(a3, b3)
+        # [LANES, (counter,) word div 2, word mod 2]
+        return tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [LANES, VEC])
     else:
         index = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
         return words_at(first + index.to(tl.int64), stream, seed)

@@ -16,10 +16,12 @@ result does not depend on the schedule.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+import triton
+
 from .load import load_base, load_tau, magnitude_bits, positions, room
+from .rowstats import columns
 
 # Columns of `state`.
 BRACKET_LOW = tl.constexpr(0)
@@ -31,7 +33,8 @@ EQUAL = tl.constexpr(5)  # how many there are
 HEAVY = tl.constexpr(6)  # which of the heavy values the threshold is, −1: none
 SHIFT = tl.constexpr(7)
 WIDTH = tl.constexpr(8)
-HEAVIES = tl.constexpr(4)
+HEAVIES = tl.constexpr(2)
+FLUSH = tl.constexpr(31)  # blocks whose counts of 8 a lane fit 8 bits
 MOST = tl.constexpr(0x7FFFFFFF)
 
 
@@ -87,20 +90,35 @@ def open_brackets(
     tl.store(row + BRACKET_LOW, low)
     tl.store(row + BRACKET_HIGH, high)
     tl.store(row + SHIFT, _shift_for(low, high, LOG_BINS))
-    # the value expected, and others spread over the bracket; equal ones once (−1 matches nothing)
+    # the value expected, and the bracket's quarters where they differ (−2 matches nothing)
     first = tl.maximum(low_place, 0)
     last = tl.minimum(high_place, size - 1)
     a = tl.load(sample + tl.minimum(tl.maximum(middle, 0), size - 1))
     b = tl.load(sample + first + (last - first) // 4)
-    c = tl.load(sample + first + (last - first) // 2)
-    d = tl.load(sample + first + (last - first) * 3 // 4)
-    b = tl.where(b == a, -1, b)
-    c = tl.where((c == a) | (c == b), -1, c)
-    d = tl.where((d == a) | (d == b) | (d == c), -1, d)
+    c = tl.load(sample + first + (last - first) * 3 // 4)
+    other = tl.where(b != a, b, c)
     tl.store(heavy + target * HEAVIES, a)
-    tl.store(heavy + target * HEAVIES + 1, b)
-    tl.store(heavy + target * HEAVIES + 2, c)
-    tl.store(heavy + target * HEAVIES + 3, d)
+    tl.store(heavy + target * HEAVIES + 1, tl.where(other != a, other, -2))
+
+
+@triton.jit
+def _scan_block(bits, low, high, shift, first_heavy, second_heavy, bins):
+    """One block of one target: int32 [LANES] of counts above the bracket and of the two heavy
+    values, 8 bits each (a lane has at most 8 elements a block); the rest of the bracket goes into
+    its bins."""
+    is_first = bits == first_heavy
+    is_second = bits == second_heavy
+    word = tl.where(is_first, 1 << 8, tl.where(is_second, 1 << 16, 0))
+    # a heavy value may lie above the bracket of a later scan: it then counts as above too
+    word = word + (bits > high).to(tl.int32)
+    within = (bits - low).to(tl.uint32, bitcast=True) <= (high - low).to(tl.uint32, bitcast=True)
+    within = within & (is_first == 0) & (is_second == 0)
+    bin_of = tl.where(within, (bits - low) >> shift, -1)
+    # by columns: single elements of a lane have the layout of the atomics, nothing is exchanged
+    parts = columns(bin_of)
+    for e in tl.static_range(len(parts)):
+        tl.atomic_add(bins + parts[e], 1, mask=parts[e] >= 0, sem="relaxed")
+    return tl.sum(word, axis=1)
 
 
 @triton.jit
@@ -121,45 +139,58 @@ def scan(
     for t in tl.static_range(TARGETS):
         waiting += (tl.load(state + t * WIDTH + DONE) == 0).to(tl.int32)
     if waiting > 0:
-        over = ()
-        same = ()
-        for _ in tl.static_range(TARGETS):
-            over = over + (tl.zeros([LANES], tl.int32),)
-        for _ in tl.static_range(TARGETS * HEAVIES):
-            same = same + (tl.zeros([LANES], tl.int32),)
-        for c in range(chunks):
-            start = (segment * chunks + c) * (LANES * VEC)
-            at = start + position
-            inside = position < room(n, start, LANES * VEC)
-            b = load_base(base, at, inside, HAS_BASE)
-            new_over = ()
-            new_same = ()
-            for t in tl.static_range(TARGETS):
-                row = state + t * WIDTH
-                low = tl.load(row + BRACKET_LOW).to(tl.int32)
-                high = tl.load(row + BRACKET_HIGH).to(tl.int32)
-                shift = tl.load(row + SHIFT).to(tl.int32)
-                asked = inside & (tl.load(row + DONE) == 0)
-                bits = magnitude_bits(load_tau(experts[OWNERS[t]], at, asked, b, HAS_BASE))
-                higher = asked & (bits > high)
-                new_over = new_over + (over[t] + tl.sum(higher.to(tl.int32), axis=1),)
-                rest = asked & (bits >= low) & (bits <= high)
-                for h in tl.static_range(HEAVIES):
-                    value = tl.load(heavy + t * HEAVIES + h)
-                    hit = asked & (bits == value)
-                    rest = rest & (bits != value)
-                    counted = same[t * HEAVIES + h] + tl.sum(hit.to(tl.int32), axis=1)
-                    new_same = new_same + (counted,)
-                to = bins + (t << LOG_BINS) + ((bits - low) >> shift)
-                tl.atomic_add(to, 1, mask=rest, sem="relaxed")
-            over = new_over
-            same = new_same
+        over = zero_counts(TARGETS, LANES)
+        first = zero_counts(TARGETS, LANES)
+        second = zero_counts(TARGETS, LANES)
+        for outer in range(0, chunks, FLUSH):
+            packed = zero_counts(TARGETS, LANES)
+            for c in range(outer, tl.minimum(outer + FLUSH, chunks)):
+                start = (segment * chunks + c) * (LANES * VEC)
+                at = start + position
+                inside = position < room(n, start, LANES * VEC)
+                b = load_base(base, at, inside, HAS_BASE)
+                more = ()
+                for t in tl.static_range(TARGETS):
+                    row = state + t * WIDTH
+                    asked = inside & (tl.load(row + DONE) == 0)
+                    tau = load_tau(experts[OWNERS[t]], at, asked, b, HAS_BASE)
+                    bits = tl.where(asked, magnitude_bits(tau), -1)
+                    word = _scan_block(
+                        bits,
+                        tl.load(row + BRACKET_LOW).to(tl.int32),
+                        tl.load(row + BRACKET_HIGH).to(tl.int32),
+                        tl.load(row + SHIFT).to(tl.int32),
+                        tl.load(heavy + t * HEAVIES),
+                        tl.load(heavy + t * HEAVIES + 1),
+                        bins + (t << LOG_BINS),
+                    )
+                    more = more + (packed[t] + word,)
+                packed = more
+            over = _add_field(over, packed, 0, TARGETS)
+            first = _add_field(first, packed, 8, TARGETS)
+            second = _add_field(second, packed, 16, TARGETS)
         for t in tl.static_range(TARGETS):
             if tl.load(state + t * WIDTH + DONE) == 0:
                 tl.store(above + segment * TARGETS + t, tl.sum(over[t], axis=0).to(tl.int64))
-                for h in tl.static_range(HEAVIES):
-                    to = equals + (segment * TARGETS + t) * HEAVIES + h
-                    tl.store(to, tl.sum(same[t * HEAVIES + h], axis=0))
+                to = equals + (segment * TARGETS + t) * HEAVIES
+                tl.store(to, tl.sum(first[t], axis=0))
+                tl.store(to + 1, tl.sum(second[t], axis=0))
+
+
+@triton.jit
+def zero_counts(COUNT: tl.constexpr, LANES: tl.constexpr):
+    counts = ()
+    for _ in tl.static_range(COUNT):
+        counts = counts + (tl.zeros([LANES], tl.int32),)
+    return counts
+
+
+@triton.jit
+def _add_field(counts, packed, SHIFT_BY: tl.constexpr, COUNT: tl.constexpr):
+    total = ()
+    for t in tl.static_range(COUNT):
+        total = total + (counts[t] + ((packed[t] >> SHIFT_BY) & 0xFF),)
+    return total
 
 
 @triton.jit

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+import triton
+
 from .load import INF_BITS, any_nonfinite, magnitude_bits, note_nonfinite
-from .words import KEEP_ALL, MERGED
+from .words import MERGED
 
 
 @triton.jit
@@ -44,28 +45,37 @@ def write_result(
 
 
 @triton.jit
-def note_block(
-    z, overflowed, base, experts, merged, report, at, position, offset, inside,
+def anywhere(bad):
+    """Whether any element of a block is marked: one reduction."""
+    return tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def note_inputs(
+    base, experts, merged, report, at, offset, inside,
     K: tl.constexpr, HAS_BASE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """Where something of a block is not finite, or overflowed: which, and the first of them.
+    """First NaN or infinity of every input of a block; run only where there is one.
 
     ``report``: int64 [K + 3], smallest flat index of each expert, the merged tensor, the base and
-    the overflow. The atomics run only where something is wrong; a minimum has no order.
+    the overflow. A minimum has no order, so the atomics change nothing between runs.
     """
-    bad = (z != 0) | overflowed
-    if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
-        flat = at + offset
-        for k in tl.static_range(K):
-            note_nonfinite(experts[k], report, k, at, flat, inside)
-        if RULE[MERGED]:
-            note_nonfinite(merged, report, K, at, flat, inside)
-        if HAS_BASE:
-            note_nonfinite(base, report, K + 1, at, flat, inside)
-        where_over = tl.where(overflowed, flat, 0x7FFFFFFFFFFFFFFF)
-        first = tl.min(tl.min(where_over, axis=1), axis=0)
-        if first != 0x7FFFFFFFFFFFFFFF:
-            tl.atomic_min(report + K + 2, first)
+    flat = at + offset
+    for k in tl.static_range(K):
+        note_nonfinite(experts[k], report, k, at, flat, inside)
+    if RULE[MERGED]:
+        note_nonfinite(merged, report, K, at, flat, inside)
+    if HAS_BASE:
+        note_nonfinite(base, report, K + 1, at, flat, inside)
+
+
+@triton.jit
+def note_overflow(overflowed, report, at, offset, K: tl.constexpr):
+    """First overflow of a block into ``report[K + 2]``."""
+    flat = tl.where(overflowed, at + offset, 0x7FFFFFFFFFFFFFFF)
+    first = tl.min(tl.min(flat, axis=1), axis=0)
+    if first != 0x7FFFFFFFFFFFFFFF:
+        tl.atomic_min(report + K + 2, first)
 
 
 @triton.jit
@@ -78,10 +88,23 @@ def nonfinite_of(taus, d, K: tl.constexpr, RULE: tl.constexpr):
 
 
 @triton.jit
-def count_kept(kept, counts, program, K: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr):
-    """How many entries of each trimmed expert this program kept: ``counts[program, k]``, int32."""
-    if not RULE[MERGED]:
-        for k in tl.static_range(K):
-            if KINDS[k] != KEEP_ALL:
-                n = tl.sum(tl.sum(kept[k].to(tl.int32), axis=1), axis=0)
-                tl.store(counts + program * K + k, n)
+def kept_of_lanes(kept, K: tl.constexpr, WORDS: tl.constexpr):
+    """WORDS = ⌈K / 2⌉ (0: nobody trims) int32 [LANES]: entries that stay, two experts in one word,
+    16 bits each: a program covers fewer than 65 536 elements."""
+    words = ()
+    for w in tl.static_range(WORDS):
+        word = tl.sum(kept[2 * w].to(tl.int32), axis=1)
+        if 2 * w + 1 < K:
+            word += tl.sum(kept[2 * w + 1].to(tl.int32), axis=1) << 16
+        words = words + (word,)
+    return words
+
+
+@triton.jit
+def store_kept(words, counts, program, K: tl.constexpr, WORDS: tl.constexpr):
+    """``counts[program, k]``, int32, from the words of the lanes."""
+    for w in tl.static_range(WORDS):
+        total = tl.sum(words[w], axis=0)
+        tl.store(counts + program * K + 2 * w, total & 0xFFFF)
+        if 2 * w + 1 < K:
+            tl.store(counts + program * K + 2 * w + 1, (total >> 16) & 0xFFFF)

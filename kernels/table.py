@@ -7,54 +7,74 @@ stages as ``merge_blocks``.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+import triton
 
 from .delta import block_delta
 from .load import load_base, positions, room
-from .store import count_kept, nonfinite_of, note_block, write_result
+from .store import (
+    anywhere,
+    kept_of_lanes,
+    nonfinite_of,
+    note_inputs,
+    note_overflow,
+    store_kept,
+    write_result,
+)
+
+
+@triton.jit
+def _pointer(place, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    pointer = tl.load(place).to(tl.pointer_type(DTYPE))
+    if WIDE:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
 def merge_table(
     table, block_job, block_start, integers, numbers, counts, report,
     K: tl.constexpr, HAS_BASE: tl.constexpr, DTYPES: tl.constexpr, KINDS: tl.constexpr,
-    RULE: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    RULE: tl.constexpr, ALIGNED: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """out = base + d of the tensors in ``table``; one block a program.
 
     Args:
         table: int64 [jobs, K + 4]: addresses of base, out and K experts, elements, offset.
-        block_job, block_start: int32 and int64 [programs]: which tensor, and where in it.
+        block_job, block_start: int64 [programs]: which tensor, and which of its blocks.
         integers, numbers: one set a job, [jobs, 6 K + 2] and [jobs, 3 K + 2].
         counts: int32 [programs, K]; report: int64 [jobs, K + 3].
-        DTYPES: of base, out and K experts.
+        DTYPES: of base, out and K experts. WIDE: all addresses and sizes are multiples of 16.
     """
     program = tl.program_id(0).to(tl.int64)
     job = tl.load(block_job + program).to(tl.int64)
-    start = tl.load(block_start + program)
+    start = tl.load(block_start + program) * (LANES * VEC)
     row = table + job * (K + 4)
-    base = tl.load(row).to(tl.pointer_type(DTYPES[0]))
-    out = tl.load(row + 1).to(tl.pointer_type(DTYPES[1]))
+    base = _pointer(row, DTYPES[0], WIDE)
+    out = _pointer(row + 1, DTYPES[1], WIDE)
     experts = ()
     for k in tl.static_range(K):
-        experts = experts + (tl.load(row + 2 + k).to(tl.pointer_type(DTYPES[2 + k])),)
+        experts = experts + (_pointer(row + 2 + k, DTYPES[2 + k], WIDE),)
     n = tl.load(row + K + 2)
+    if WIDE:
+        n = tl.multiple_of(n, 16)
     offset = tl.load(row + K + 3)
     mine = integers + job * (6 * K + 2)
     my_numbers = numbers + job * (3 * K + 2)
     position = positions(LANES, VEC)
     inside = position < room(n, start, LANES * VEC)
-    at = tl.multiple_of(start, 8) + position
+    at = start + position
     b = load_base(base, at, inside, HAS_BASE)
     d, taus, kept = block_delta(
         b, experts, base, experts, experts, mine, my_numbers, at, inside, position,
         start + offset, K, HAS_BASE, KINDS, RULE, ALIGNED, LANES, VEC,
     )  # fmt: skip
     over = write_result(out, b, d, 1.0, base, at, inside, HAS_BASE, False, False)
-    count_kept(kept, counts, program, K, KINDS, RULE)
-    z = nonfinite_of(taus, d, K, RULE)
-    note_block(
-        z, over, base, experts, base, report + job * (K + 3), at, position, offset, inside,
-        K, HAS_BASE, RULE,
-    )  # fmt: skip
+    store_kept(kept_of_lanes(kept, K, WORDS), counts, program, K, WORDS)
+    bad = nonfinite_of(taus, d, K, RULE) != 0
+    if anywhere(bad | over):
+        notes = report + job * (K + 3)
+        note_inputs(base, experts, base, notes, at, offset, inside, K, HAS_BASE, RULE)
+        note_overflow(over, notes, at, offset, K)

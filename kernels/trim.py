@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+import triton
 
 from .load import magnitude_bits
 from .philox import random_words
@@ -14,7 +15,7 @@ from .words import ABOVE, BAND, BOUND, CUT, HIGH, LOW, RANDOM, SEED, STREAM, TOP
 def _at_or_above(bits, position, threshold, cut, flat, BLOCK: tl.constexpr):
     """Rank by (|τ| descending, flat index ascending) at or above (threshold, cut)."""
     before = tl.minimum(tl.maximum(cut - flat, 0), BLOCK).to(tl.int32)  # of this block
-    return (bits > threshold) | ((bits == threshold) & (position < before))
+    return bits > threshold - (position < before).to(tl.int32)  # equal ones before the cut: >=
 
 
 @triton.jit
@@ -33,6 +34,9 @@ def keep_mask(
         bound = tl.load(integers + BOUND * K + k)
         words = random_words(flat, stream, tl.load(integers + SEED * K), LANES, VEC, ALIGNED)
         keep = words < bound.to(tl.uint32)
+        # always true, and free: ties the coins to the layout of τ, else the compiler draws them
+        # a second time in its own
+        keep = keep & (magnitude_bits(tau) >= 0)
     elif KIND == ABOVE or KIND == BAND:
         bits = magnitude_bits(tau)
         low = tl.load(integers + LOW * K + k).to(tl.int32)

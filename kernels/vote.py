@@ -6,8 +6,9 @@ with fp fusion off): the signs elected here are those of every other backend, bi
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+import triton
 
 from .words import (
     AGREEING,
@@ -53,24 +54,22 @@ def tally(values, K: tl.constexpr, RULE: tl.constexpr):
 
 @triton.jit
 def _elect(values, integers, K: tl.constexpr, RULE: tl.constexpr):
-    """(positive, negative), bool: the elected sign, zero votes resolved; neither: nobody."""
+    """The elected sign, float32 −1, 0 (nobody) or 1, zero votes resolved."""
     s = tally(values, K, RULE)
-    positive = s > 0
-    negative = s < 0
-    undecided = (positive | negative) == 0
     if RULE[ZERO] == ZERO_POSITIVE:
-        positive = positive | undecided
+        tie = 1.0
     elif RULE[ZERO] == ZERO_NEGATIVE:
-        negative = negative | undecided
+        tie = -1.0
     elif RULE[ZERO] == ZERO_MAJORITY:
         majority = tl.load(integers + 6 * K + (MAJORITY - 6))
-        positive = positive | (undecided & (majority > 0))
         # an undecided majority keeps the negatives, but elects no maximum
         if RULE[HOW] == MAX:
-            negative = negative | (undecided & (majority < 0))
+            tie = majority.to(tl.float32)
         else:
-            negative = negative | (undecided & (majority <= 0))
-    return positive, negative
+            tie = tl.where(majority > 0, 1.0, -1.0)
+    else:
+        tie = 0.0
+    return tl.where(s > 0, 1.0, tl.where(s < 0, -1.0, tie))
 
 
 @triton.jit
@@ -93,7 +92,7 @@ def reduce_values(values, integers, numbers, K: tl.constexpr, RULE: tl.constexpr
     count = zeros
     best = zeros - 1.0
     if RULE[VOTE] != NO_VOTE:
-        positive, negative = _elect(values, integers, K, RULE)
+        elected = _elect(values, integers, K, RULE)
     for k in tl.static_range(K):
         v = values[k]
         x = v
@@ -101,7 +100,7 @@ def reduce_values(values, integers, numbers, K: tl.constexpr, RULE: tl.constexpr
         if RULE[UNWEIGHTED] and RULE[WEIGHTED]:
             x = x * weight
         if RULE[WHO] == AGREEING:
-            contributes = (positive & (v > 0)) | (negative & (v < 0))
+            contributes = v * elected > 0  # a product with ±1 is exact; 0 elects nobody
         elif RULE[WHO] == NONZERO:
             contributes = v != 0
         else:

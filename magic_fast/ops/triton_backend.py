@@ -24,7 +24,6 @@ from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule, 
 
 try:
     import triton
-
     from magic_fast.kernels import launch
     from magic_fast.ops import triton_rows, triton_select
     from magic_fast.ops.triton_jobs import MERGED_RULE, Device, to_device
@@ -216,7 +215,7 @@ def _everything(job: Job) -> Selection:
 
 def _workspace_bytes(d: Device) -> int:
     job, k, n = d.job, len(d.experts), d.n
-    shape = launch.block_shape(k, d.widest)
+    shape = launch.block_shape(k, d.widest, d.trims)
     total: int = 4 * k * -(-n // shape.block)  # counts of kept entries
     if d.numbers.targets:
         total += triton_select.workspace_bytes(k, len(d.numbers.targets), n, d.base.device)

@@ -216,6 +216,16 @@ class Device:
         widest: int = max(t.element_size() for t in given)
         return widest
 
+    @property
+    def trims(self) -> bool:
+        """Whether values are kept beside the task vectors: a trim or a vote."""
+        return any(self.numbers.kinds) or self.numbers.rule[0] != 0
+
+    @property
+    def words(self) -> int:
+        """Words that count kept entries, two experts each; 0 where nobody trims."""
+        return (len(self.experts) + 1) // 2 if any(self.numbers.kinds) else 0
+
     def aligned(self, cols: int | None = None) -> bool:
         """Whether blocks of rows of ``cols`` elements (None: of the whole) start at multiples
         of 4."""

@@ -34,7 +34,8 @@ def _key(d: Device) -> tuple[Any, ...]:
     assert out is not None
     dtypes = (d.base.dtype, out.dtype, *(e.dtype for e in d.experts))
     offset_ok = d.job.offset % 4 == 0
-    return d.has_base, dtypes, d.numbers.kinds, d.numbers.rule, offset_ok
+    wide = d.n % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (d.base, out, *d.experts))
+    return d.has_base, dtypes, d.numbers.kinds, d.numbers.rule, offset_ok, wide
 
 
 class Group:
@@ -44,8 +45,10 @@ class Group:
         first = devices[0]
         k = len(first.experts)
         self.devices, self.k = list(devices), k
-        self.shape = launch.block_shape(k, first.widest)
-        self.dtypes = tuple(_TYPES[t] for t in _key(first)[1])
+        self.shape = launch.block_shape(k, first.widest, first.trims)
+        key = _key(first)
+        self.dtypes = tuple(_TYPES[t] for t in key[1])
+        self.wide = key[-1]
         words: list[int] = []
         job_of: list[int] = []
         starts: list[int] = []
@@ -53,7 +56,7 @@ class Group:
             assert d.job.out is not None
             addresses = [d.base, d.job.out, *d.experts]
             words += [*(t.data_ptr() for t in addresses), d.n, d.job.offset]
-            blocks = range(0, d.n, self.shape.block)
+            blocks = range(-(-d.n // self.shape.block))
             job_of += [i] * len(blocks)
             starts += blocks
         device = first.base.device
@@ -76,7 +79,8 @@ class Group:
         table.merge_table[(self.programs,)](
             self.table, self.job_of, self.starts, self.integers, self.floats, self.counts,
             self.report, self.k, first.has_base, self.dtypes, first.numbers.kinds,
-            first.numbers.rule, first.aligned(), self.shape.lanes, self.shape.vec,
+            first.numbers.rule, first.aligned(), first.words, self.wide,
+            self.shape.lanes, self.shape.vec,
             num_warps=self.shape.warps, enable_fp_fusion=False,
         )  # fmt: skip
 

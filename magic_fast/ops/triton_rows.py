@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.kernels import launch, merge, rows
+from magic_fast.kernels import sums as kernels
 from magic_fast.ops.triton_jobs import Device
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 from magic_fast.reference import calibration as wsc
@@ -53,14 +54,14 @@ def calibrated(s: Sources) -> Rows:
     c = s.d.job.calibration
     assert c is not None
     sphere = c.variant is Variant.SPECTRAL or (c.variant is Variant.SPHERE and c.p == 2)
-    fits = launch.row_shape(len(s.d.experts), s.d.widest, c.cols)
+    fits = launch.row_shape(len(s.d.experts), s.d.widest, c.cols, s.d.trims)
     by_row = c.granularity is Granularity.ROW and (sphere or c.variant is Variant.MANIFOLD)
     if by_row and fits is not None:
-        return _fused(s, c, sphere, *fits)
+        return _fused(s, c, sphere, fits)
     return _in_two_passes(s, c)
 
 
-def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.Shape, chunks: int) -> Rows:
+def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.RowShape) -> Rows:
     d, k = s.d, len(s.d.experts)
     device = d.base.device
     clamp = c.clamp or (0.0, 0.0)
@@ -69,18 +70,28 @@ def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.Shape, chu
         torch.empty(c.rows, dtype=torch.float32, device=device),
         torch.empty(c.rows, dtype=torch.uint8, device=device),
         torch.empty((c.rows, k + 2), dtype=torch.float64, device=device),
-        torch.empty((c.rows, k), dtype=torch.int32, device=device),
+        torch.zeros((c.rows, k), dtype=torch.int32, device=device),
     )
     chosen = tuple(i for i in range(k) if not c.included or c.included[i])
-    rows.merge_rows[(c.rows,)](
+    pointers = (
         d.base, d.experts, s.merged, s.out, d.masks, d.task_masks, d.integers, d.floats,
         policy.to(device, non_blocking=True), found.coefficient, found.repaired, found.norms2,
-        found.counts, s.report, c.cols, d.job.offset,
+        found.counts, s.report, c.cols,
+    )  # fmt: skip
+    words = (
         k, d.has_base, d.numbers.kinds, d.numbers.rule, chosen, int(sphere),
         _EPS_MODES[c.eps_mode], c.guards, c.clamp is not None, c.strength != 1,
-        _DIRECTIONS[c.direction], s.keeps, d.aligned(c.cols), chunks, shape.lanes, shape.vec,
-        num_warps=shape.warps, **_OPTIONS,
+        _DIRECTIONS[c.direction], s.keeps, d.aligned(c.cols),
+        k + 1 if sphere else (k + 1) * (k + 2) // 2, d.words,
     )  # fmt: skip
+    end = (shape.lanes, shape.vec)
+    options = {**_OPTIONS, "num_warps": shape.warps}
+    if shape.kept:
+        rows.merge_rows[(c.rows,)](*pointers, d.job.offset, *words, shape.chunks, *end, **options)
+    else:
+        rows.merge_rows_again[(c.rows,)](
+            *pointers, shape.chunks, d.job.offset, *words, launch.STAGES, *end, **options
+        )
     found.repaired = found.repaired.view(torch.bool)
     found.norms2 = found.norms2.sum(0)
     return found
@@ -95,7 +106,7 @@ def row_sums(
     """
     d, k = s.d, len(s.d.experts)
     device = d.base.device
-    shape = launch.block_shape(k, d.widest)
+    shape = launch.block_shape(k, d.widest, d.trims)
     chunks = _SPLIT_BLOCKS
     splits = max(1, -(-cols // (chunks * shape.block)))
     gram = k <= launch.FUSED_EXPERTS
@@ -104,7 +115,7 @@ def row_sums(
     partial = torch.empty((n_rows, splits, count), dtype=torch.float64, device=device)
     power = -1 if p == 2 else 0 if p == math.inf else int(p)
     powers = torch.empty((n_rows, splits, m), dtype=torch.float64, device=device)
-    rows.sum_rows[(n_rows * splits,)](
+    kernels.sum_rows[(n_rows * splits,)](
         d.base, d.experts, s.merged, d.masks, d.task_masks, d.integers, d.floats, partial, powers,
         cols, splits, min(chunks, -(-cols // shape.block)), d.job.offset,
         k, d.has_base, d.numbers.kinds, d.numbers.rule, gram, power, wide,
@@ -141,7 +152,7 @@ def _gram_in_tiles(s: Sources, n_rows: int, cols: int, wide: bool, norms_only: b
             left, right = d.experts[i : i + side], d.experts[j : j + side]
             a, b = len(left), len(right)
             partial = torch.empty((n_rows, splits, a, b), dtype=torch.float64, device=d.base.device)
-            rows.sum_gram_tile[(n_rows * splits,)](
+            kernels.sum_gram_tile[(n_rows * splits,)](
                 d.base, left, right, partial, cols, splits, chunks,
                 a, b, d.has_base, wide, shape.lanes, shape.vec, num_warps=shape.warps, **_OPTIONS,
             )  # fmt: skip
@@ -182,14 +193,14 @@ def _in_two_passes(s: Sources, c: RowCalibration) -> Rows:
 def merged_blocks(s: Sources, n_rows: int, cols: int, factors: Tensor | None) -> Tensor:
     """The merge itself, rows multiplied by ``factors`` float32 [rows]; returns ``counts``."""
     d, k = s.d, len(s.d.experts)
-    shape = launch.block_shape(k, d.widest)
+    shape = launch.block_shape(k, d.widest, d.trims)
     blocks = -(-cols // shape.block)
     counts = torch.empty((n_rows * blocks, k), dtype=torch.int32, device=d.base.device)
     merge.merge_blocks[(n_rows * blocks,)](
         d.base, d.experts, s.merged, s.out, d.masks, d.task_masks, d.integers, d.floats,
         d.floats if factors is None else factors, counts, s.report, cols, blocks, d.job.offset,
         k, d.has_base, d.numbers.kinds, d.numbers.rule, factors is not None,
-        s.keeps and factors is not None, d.aligned(cols if n_rows > 1 else None),
+        s.keeps and factors is not None, d.aligned(cols if n_rows > 1 else None), d.words,
         shape.lanes, shape.vec, num_warps=shape.warps, **_OPTIONS,
     )  # fmt: skip
     return counts

@@ -67,7 +67,7 @@ def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.de
     segments = launch.segments_for(-(-total // shape.block), multiprocessors(device))[0]
     bins = 8 if total >= 1 << 31 else 4
     sample = 12 * num_experts * min(_SAMPLE, total)  # the magnitudes, sorted, and their places
-    size: int = targets * ((bins << _log_bins(targets, total)) + 80 + segments * (8 + 16)) + sample
+    size: int = targets * ((bins << _log_bins(targets, total)) + 80 + segments * (8 + 8)) + sample
     return size
 
 
@@ -100,7 +100,7 @@ def find_thresholds(d: Device, targets: list[Target]) -> None:
     owners = tuple(t.owner for t in targets)
     log_bins = _log_bins(count, n)
     state = torch.zeros((count, 8), dtype=torch.int64, device=device)
-    heavy = torch.empty((count, 4), dtype=torch.int32, device=device)
+    heavy = torch.empty((count, 2), dtype=torch.int32, device=device)
     select.open_brackets[(count,)](
         ordered, places, state, heavy, owners_at, size, n, count, log_bins, **_OPTIONS
     )
@@ -109,7 +109,7 @@ def find_thresholds(d: Device, targets: list[Target]) -> None:
     bin_type = torch.int64 if n >= 1 << 31 else torch.int32
     bins = torch.zeros((count, 1 << log_bins), dtype=bin_type, device=device)
     above = torch.zeros((segments, count), dtype=torch.int64, device=device)
-    equals = torch.zeros((segments, count, 4), dtype=torch.int32, device=device)
+    equals = torch.zeros((segments, count, 2), dtype=torch.int32, device=device)
     options = {**_OPTIONS, "num_warps": shape.warps}
     for _ in range(1 if size == n else 1 + math.ceil(31 / log_bins)):
         select.scan[(segments,)](
@@ -174,7 +174,7 @@ def _norm_factors(d: Device) -> None:
     """factor = norm before ÷ norm after the trim, from float64 sums, into the device's numbers."""
     rescale, k = d.job.recipe.rescale, len(d.experts)
     power = {Rescale.L1: 1, Rescale.L2: 2, Rescale.LINF: 0}[rescale]
-    shape = launch.block_shape(k, d.widest)
+    shape = launch.block_shape(k, d.widest, True)
     blocks = -(-d.n // shape.block)
     chunks = min(64, max(1, blocks // 64))
     programs = -(-blocks // chunks)
@@ -193,7 +193,7 @@ def _norm_factors(d: Device) -> None:
 def _majority(d: Device) -> None:
     """Sign of the sum of the elected signs, into the device's integers."""
     k = len(d.experts)
-    shape = launch.block_shape(k, d.widest)
+    shape = launch.block_shape(k, d.widest, True)
     programs = -(-d.n // shape.block)
     partial = torch.empty(programs, dtype=torch.int32, device=d.base.device)
     norms.vote_sums[(programs,)](

@@ -30,7 +30,7 @@ def _jobs(count: int, recipe: Recipe) -> list[Job]:
     g = torch.Generator().manual_seed(0)
     jobs = []
     for i in range(count):
-        n = 1 + 977 * i % 5000
+        n = 4096 if i == 2 else 1 + 977 * i % 5000
         dtype = torch.bfloat16 if i % 3 else torch.float32
         base = torch.randn(n, generator=g).to(dtype)
         experts = [base + (torch.randn(n, generator=g) / 8).to(dtype) for _ in recipe.weights]
