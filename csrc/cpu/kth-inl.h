@@ -83,7 +83,11 @@ static uint32_t kth_largest(const uint32_t* bits, int64_t n, int64_t rank, uint3
   constexpr uint32_t kStep = 1u << 22;  // half a power of two
   const uint32_t* x = bits;
   uint32_t low = 0, high = 0;
-  for (int64_t i = 0; i < n; ++i) high = x[i] > high ? x[i] : high;
+  vi most = splat_i(0);
+  int64_t at = 0;
+  for (; at + kLanes <= n; at += kLanes) most = max_i(most, load_i(x + at));
+  high = (uint32_t)largest(most);
+  for (; at < n; ++at) high = x[at] > high ? x[at] : high;
   int64_t gone = 0, over_high = 0, at_least_low = n;  // gone: larger ones no longer in x
   uint32_t step = kStep;
   bool found_low = false;

@@ -16,7 +16,7 @@ constexpr double kTinyNorm = 1e-7;  // below it a norm is not restored
 
 // Index of the nth (from 1) element equal to `value`.
 int64_t nth_equal(const uint32_t* bits, int64_t n, uint32_t value, int64_t nth) {
-  constexpr int64_t kChunk = 1024;
+  constexpr int64_t kChunk = 128;
   for (int64_t at = 0; at < n; at += kChunk) {
     const int64_t end = std::min(n, at + kChunk);
     uint32_t here = 0;

@@ -2,6 +2,7 @@
 // anonymous namespace.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "../common/numeric.h"
