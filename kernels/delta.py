@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .load import load_taus
+from .load import load_taus, widened
 from .trim import keep_mask
 from .vote import finish_delta, reduce_values
 from .words import FACTOR, FACTORED, KEEP_ALL, MERGED, UNWEIGHTED, WEIGHT, WEIGHTED
@@ -51,9 +51,9 @@ def block_delta(
     """
     taus = load_taus(experts, at, inside, b, K, HAS_BASE)
     if RULE[MERGED]:
-        d = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
+        d = widened(tl.load(merged + at, mask=inside, other=0.0))
         if HAS_BASE:
-            d = d - b.to(tl.float32)
+            d = d - widened(b)
         kept = ()
     else:
         values, kept = trimmed_values(

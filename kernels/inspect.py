@@ -89,7 +89,7 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
         of_row = launch.row_shape(k, size, COLS, word != "sum")
         if of_row is None:
             continue
-        kernel = rows.merge_rows if of_row.kept else rows.merge_rows_again
+        kernel = rows.merge_rows if of_row.kept else rows.merge_rows_scratch
         depth = {"CHUNKS": of_row.chunks} if of_row.kept else {"STAGES": launch.STAGES}
         fused = {
             **plain, **depth, "LANES": of_row.lanes, "VEC": of_row.vec,
@@ -97,7 +97,13 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
             "CHOSEN": tuple(range(k)), "VARIANT": 0, "EPS_MODE": 1, "GUARDS": True,
             "CLAMPS": True, "POWER": False, "DIRECTION": 0, "KEEPS": False,
         }  # fmt: skip
-        more = {"policy": "*fp64", "coefficients": "*fp32", "repairs": "*u8", "norms2": "*fp64"}
+        more = {
+            "policy": "*fp64",
+            "coefficients": "*fp32",
+            "repairs": "*u8",
+            "norms2": "*fp64",
+            "scratch": "*fp32",
+        }
         yield Case(
             f"{kernel.fn.__name__} {word}", kernel, {**common, **more}, {**fused, **recipe},
             of_row.warps, k,

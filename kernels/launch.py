@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 MOST_EXPERTS = 64  # every loop over experts is unrolled
 FUSED_EXPERTS = 8  # up to here all inner products of a row fit the registers beside the row
-FUSED_CHUNKS = 4
+KEPT_ELEMENTS = 32  # of d and base that a thread keeps between the sums and the store
 KEPT_EXPERTS = 4  # up to here d and the base of a row stay in registers too
 MOST_COLS = 65535  # of a row in one program: counts of kept entries are 16 bits wide
 STAGES = 2  # chunks in flight where a row is read in a loop
@@ -53,7 +53,8 @@ def block_shape(num_experts: int, widest: int, trims: bool = False, warps: int =
 
 @dataclass(frozen=True)
 class RowShape(Shape):
-    """One program a row: ``chunks`` blocks; ``kept``: d and base stay in registers."""
+    """One program a row: ``chunks`` blocks; ``kept``: d and base stay in registers, else d waits
+    in a scratch row."""
 
     chunks: int
     kept: bool
@@ -64,18 +65,18 @@ def row_shape(num_experts: int, widest: int, cols: int, trims: bool = False) -> 
 
     A thread has one accumulator a pair of vectors (45 for K = 8), the K task vectors of one chunk
     and, where they are kept, d and the base of all chunks. From K = 5 on, or four chunks, these do
-    not fit 255 registers: the row is formed again, and one program of 8 warps a multiprocessor
-    keeps what all of them re-read (132 rows of 9 × 16 KiB) within the 50 MB of an H200's L2.
+    not fit 255 registers: d waits in a scratch row of the program, which stays in the L2 cache
+    (two programs of 4 warps on each of 132 multiprocessors: 9 MB for rows of 8192). The finish of
+    a row costs a warp some 2000 instructions, so fewer warps are better.
     """
     if num_experts > FUSED_EXPERTS or cols > MOST_COLS:
         return None
     vec = vector(num_experts, widest, trims)
     for warps in (WARPS, 2 * WARPS, 4 * WARPS):
         chunks = -(-cols // (32 * warps * vec))
-        if chunks <= FUSED_CHUNKS and num_experts <= KEPT_EXPERTS:
+        if chunks * vec <= KEPT_ELEMENTS and num_experts <= KEPT_EXPERTS:
             return RowShape(32 * warps, vec, warps, chunks, True)
-    warps = WARPS if cols <= 32 * WARPS * vec else 2 * WARPS
-    return RowShape(32 * warps, vec, warps, -(-cols // (32 * warps * vec)), False)
+    return RowShape(32 * WARPS, vec, WARPS, -(-cols // (32 * WARPS * vec)), False)
 
 
 def segments_for(blocks: int, multiprocessors: int) -> tuple[int, int]:
@@ -83,3 +84,8 @@ def segments_for(blocks: int, multiprocessors: int) -> tuple[int, int]:
     multiprocessor, equally long."""
     chunks = max(1, -(-blocks // (8 * multiprocessors)))
     return -(-blocks // chunks), chunks
+
+
+def row_programs(n_rows: int, multiprocessors: int) -> int:
+    """Programs that walk over the rows, each with a scratch row of its own."""
+    return min(n_rows, 2 * multiprocessors)

@@ -24,6 +24,17 @@ def room(size, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def widened(x):
+    """float32 of what is stored, exactly. bfloat16 by its bits: the interpreter's conversion
+    flushes denormals, and on a GPU it is the same one instruction."""
+    if x.dtype == tl.bfloat16:
+        y = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def load_base(base, at, inside, HAS_BASE: tl.constexpr):
     """θ₀ as it is stored; zeros (float32) where there is none."""
     if HAS_BASE:
@@ -36,9 +47,9 @@ def load_base(base, at, inside, HAS_BASE: tl.constexpr):
 @triton.jit
 def load_tau(expert, at, inside, b, HAS_BASE: tl.constexpr):
     """τ = fl(θ − θ₀), float32, zeros outside."""
-    tau = tl.load(expert + at, mask=inside, other=0.0).to(tl.float32)
+    tau = widened(tl.load(expert + at, mask=inside, other=0.0))
     if HAS_BASE:
-        tau = tau - b.to(tl.float32)
+        tau = tau - widened(b)
     return tau
 
 
@@ -69,7 +80,7 @@ def any_nonfinite(taus, K: tl.constexpr):
 @triton.jit
 def note_nonfinite(source, report, slot, at, flat, inside):
     """Smallest flat index of a NaN or infinity of this block into ``report[slot]``."""
-    x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    x = widened(tl.load(source + at, mask=inside, other=0.0))
     bad = magnitude_bits(x) >= INF_BITS
     first = tl.min(tl.min(tl.where(bad, flat, 0x7FFFFFFFFFFFFFFF), axis=1), axis=0)
     if first != 0x7FFFFFFFFFFFFFFF:

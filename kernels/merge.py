@@ -11,7 +11,7 @@ import triton.language as tl
 import triton
 
 from .delta import block_delta
-from .load import load_base, positions, room
+from .load import load_base, positions, room, widened
 from .store import (
     anywhere,
     kept_of_lanes,
@@ -75,7 +75,7 @@ def scale_blocks(
     inside = position < room(cols, start, LANES * VEC)
     at = row * cols + start + position
     b = load_base(base, at, inside, HAS_BASE)
-    d = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
+    d = widened(tl.load(merged + at, mask=inside, other=0.0))
     if HAS_BASE:
-        d = d - b.to(tl.float32)
+        d = d - widened(b)
     write_result(out, b, d, tl.load(factors + row), merged, at, inside, HAS_BASE, True, False)

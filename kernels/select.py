@@ -102,7 +102,7 @@ def open_brackets(
 
 
 @triton.jit
-def _scan_block(bits, low, high, shift, first_heavy, second_heavy, bins):
+def _scan_block(bits, low, high, shift, first_heavy, second_heavy, bins, LOG_BINS: tl.constexpr):
     """One block of one target: int32 [LANES] of counts above the bracket and of the two heavy
     values, 8 bits each (a lane has at most 8 elements a block); the rest of the bracket goes into
     its bins."""
@@ -113,7 +113,8 @@ def _scan_block(bits, low, high, shift, first_heavy, second_heavy, bins):
     word = word + (bits > high).to(tl.int32)
     within = (bits - low).to(tl.uint32, bitcast=True) <= (high - low).to(tl.uint32, bitcast=True)
     within = within & (is_first == 0) & (is_second == 0)
-    bin_of = tl.where(within, (bits - low) >> shift, -1)
+    # the mask changes nothing within; it tells the compiler that only −1 is negative
+    bin_of = tl.where(within, ((bits - low) >> shift) & ((1 << LOG_BINS) - 1), -1)
     # by columns: single elements of a lane have the layout of the atomics, nothing is exchanged
     parts = columns(bin_of)
     for e in tl.static_range(len(parts)):
@@ -163,6 +164,7 @@ def scan(
                         tl.load(heavy + t * HEAVIES),
                         tl.load(heavy + t * HEAVIES + 1),
                         bins + (t << LOG_BINS),
+                        LOG_BINS,
                     )
                     more = more + (packed[t] + word,)
                 packed = more

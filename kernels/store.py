@@ -6,7 +6,7 @@ import triton.language as tl
 
 import triton
 
-from .load import INF_BITS, any_nonfinite, magnitude_bits, note_nonfinite
+from .load import INF_BITS, any_nonfinite, magnitude_bits, note_nonfinite, widened
 from .words import MERGED
 
 
@@ -23,6 +23,21 @@ def overflow_bits(DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float32 → DTYPE, to nearest even. bfloat16 by integer operations, as everywhere in this
+    package: no conversion of a device or of the interpreter may flush denormals."""
+    if DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = (bits >> 16) | 0x40
+        word = tl.where((bits & 0x7FFFFFFF) > INF_BITS, quiet, up)
+        y = word.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
 def write_result(
     out, b, d, factor, merged, at, inside,
     HAS_BASE: tl.constexpr, FACTORS: tl.constexpr, KEEPS: tl.constexpr,
@@ -35,11 +50,11 @@ def write_result(
     if FACTORS:
         r = r * factor
     if HAS_BASE:
-        r = b.to(tl.float32) + r
+        r = widened(b) + r
     if KEEPS:
-        same = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
+        same = widened(tl.load(merged + at, mask=inside, other=0.0))
         r = tl.where(factor == 1.0, same, r)
-    tl.store(out + at, r.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, rounded(r, out.dtype.element_ty), mask=inside)
     bits = magnitude_bits(r)
     return (bits >= overflow_bits(out.dtype.element_ty)) & (bits < INF_BITS) & inside
 

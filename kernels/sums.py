@@ -7,7 +7,7 @@ import triton.language as tl
 import triton
 
 from .delta import block_delta
-from .load import load_base, positions, room
+from .load import load_base, positions, room, widened
 from .rowstats import add_dots, add_pairs, add_powers, lane_sums, zero_sums
 
 
@@ -82,15 +82,15 @@ def sum_gram_tile(
         b = load_base(base, at, inside, HAS_BASE)
         new = ()
         for i in tl.static_range(A):
-            x = tl.load(left[i] + at, mask=inside, other=0.0).to(tl.float32)
+            x = widened(tl.load(left[i] + at, mask=inside, other=0.0))
             if HAS_BASE:
-                x = x - b.to(tl.float32)
+                x = x - widened(b)
             ys = ()
             olds = ()
             for j in tl.static_range(B):
-                y = tl.load(right[j] + at, mask=inside, other=0.0).to(tl.float32)
+                y = widened(tl.load(right[j] + at, mask=inside, other=0.0))
                 if HAS_BASE:
-                    y = y - b.to(tl.float32)
+                    y = y - widened(b)
                 ys = ys + (y,)
                 olds = olds + (sums[i * B + j],)
             new = new + add_dots(olds, ys, x, B, VEC, WIDE)

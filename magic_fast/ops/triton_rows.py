@@ -17,6 +17,7 @@ from torch import Tensor
 from magic_fast.kernels import launch, merge, rows
 from magic_fast.kernels import sums as kernels
 from magic_fast.ops.triton_jobs import Device
+from magic_fast.ops.triton_select import multiprocessors
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 from magic_fast.reference import calibration as wsc
 
@@ -89,9 +90,13 @@ def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.RowShape) 
     if shape.kept:
         rows.merge_rows[(c.rows,)](*pointers, d.job.offset, *words, shape.chunks, *end, **options)
     else:
-        rows.merge_rows_again[(c.rows,)](
-            *pointers, shape.chunks, d.job.offset, *words, launch.STAGES, *end, **options
-        )
+        programs = launch.row_programs(c.rows, multiprocessors(device))
+        length = shape.chunks * shape.block
+        scratch = torch.empty((programs, length), dtype=torch.float32, device=device)
+        rows.merge_rows_scratch[(programs,)](
+            *pointers, scratch, c.rows, shape.chunks, d.job.offset, *words, launch.STAGES, *end,
+            **options,
+        )  # fmt: skip
     found.repaired = found.repaired.view(torch.bool)
     found.norms2 = found.norms2.sum(0)
     return found

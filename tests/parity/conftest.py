@@ -1,0 +1,45 @@
+"""What of the grid the interpreter runs where time counts: it takes a hundred times as long.
+
+Without a GPU the Triton backend meets every recipe once (bfloat16), a recipe of each trim on every
+shape and content, and every variant of the calibration; the rest of its grid is marked slow.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from magic_fast.ops.registry import why_unavailable
+from support.calibrations import CalibrationCase
+from support.cases import SOME_RECIPES, MergeCase
+
+_LONG = ("blocks",)  # more than a hundred programs
+
+
+def _interpreted() -> bool:
+    if why_unavailable("triton") is not None:
+        return False
+    from magic_fast.ops.triton_backend import interpreted
+
+    return interpreted()
+
+
+def _quick(case: object) -> bool:
+    if isinstance(case, MergeCase):
+        if case.shape in _LONG:
+            return case.recipe == "dare_ties_default"
+        if case.recipe not in SOME_RECIPES:
+            return case.mix == "bf16"
+        return case.experts == 3 or (case.mix == "bf16" and case.content == "ties")
+    if isinstance(case, CalibrationCase):
+        return case.experts <= 8 and case.granularity == "row" and case.direction != "shrink"
+    return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not _interpreted():
+        return
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("backend") == "triton" and not _quick(parameters.get("case")):
+            item.add_marker(pytest.mark.slow)
