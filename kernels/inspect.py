@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-import triton
 
 from . import cut, launch, merge, norms, ranked, rows, select, sums, table
 
@@ -90,7 +89,9 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
         if of_row is None:
             continue
         kernel = rows.merge_rows if of_row.kept else rows.merge_rows_scratch
-        depth = {"CHUNKS": of_row.chunks} if of_row.kept else {"STAGES": launch.STAGES}
+        depth = (
+            {"CHUNKS": of_row.chunks} if of_row.kept else {"STAGES": launch.stages(word != "sum")}
+        )
         fused = {
             **plain, **depth, "LANES": of_row.lanes, "VEC": of_row.vec,
             "SUMS": (k + 1) * (k + 2) // 2,

