@@ -1,13 +1,14 @@
 """Launch configurations by rule: pure functions of K, the columns and the element sizes.
 
 The figures follow from the register file (65 536 registers a multiprocessor on sm_80 and sm_90) and
-from 16-byte accesses; docs/kernels.md derives them. With MAGIC_FAST_AUTOTUNE set, the number of
-warps of the merge kernels is tried out instead, once per kernel and shape class.
+from 16-byte accesses. With MAGIC_FAST_AUTOTUNE set, the number of warps of ``merge_blocks`` is
+tried out instead, once per K, dtypes and recipe.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 MOST_EXPERTS = 64  # every loop over experts is unrolled
@@ -36,6 +37,30 @@ class Shape:
 def autotune() -> bool:
     """Whether MAGIC_FAST_AUTOTUNE asks for measured instead of derived configurations."""
     return os.environ.get("MAGIC_FAST_AUTOTUNE", "0") not in ("", "0")
+
+
+def measured(run: Callable[[], object]) -> float:
+    """Milliseconds of one launch."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=5, rep=20))
+
+
+_tuned: dict[Hashable, Shape] = {}
+
+
+def tuned(key: Hashable, derived: Shape, run: Callable[[Shape], object]) -> Shape:
+    """``derived``, or, under MAGIC_FAST_AUTOTUNE, the quickest number of warps for ``key``.
+
+    Only for kernels without sums over lanes: there the threads do not change a bit of the result.
+    """
+    if not autotune():
+        return derived
+    if key not in _tuned:
+        trials = [Shape(32 * warps, derived.vec, warps) for warps in (2, 4, 8)]
+        times = {shape: measured(lambda shape=shape: run(shape)) for shape in trials}
+        _tuned[key] = min(times, key=times.__getitem__)
+    return _tuned[key]
 
 
 def vector(num_experts: int, widest: int, trims: bool = False) -> int:

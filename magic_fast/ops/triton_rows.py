@@ -198,17 +198,21 @@ def _in_two_passes(s: Sources, c: RowCalibration) -> Rows:
 def merged_blocks(s: Sources, n_rows: int, cols: int, factors: Tensor | None) -> Tensor:
     """The merge itself, rows multiplied by ``factors`` float32 [rows]; returns ``counts``."""
     d, k = s.d, len(s.d.experts)
-    shape = launch.block_shape(k, d.widest, d.trims)
-    blocks = -(-cols // shape.block)
-    counts = torch.empty((n_rows * blocks, k), dtype=torch.int32, device=d.base.device)
-    merge.merge_blocks[(n_rows * blocks,)](
-        d.base, d.experts, s.merged, s.out, d.masks, d.task_masks, d.integers, d.floats,
-        d.floats if factors is None else factors, counts, s.report, cols, blocks, d.job.offset,
-        k, d.has_base, d.numbers.kinds, d.numbers.rule, factors is not None,
-        s.keeps and factors is not None, d.aligned(cols if n_rows > 1 else None), d.words,
-        shape.lanes, shape.vec, num_warps=shape.warps, **_OPTIONS,
-    )  # fmt: skip
-    return counts
+
+    def run(shape: launch.Shape) -> Tensor:
+        blocks = -(-cols // shape.block)
+        counts = torch.empty((n_rows * blocks, k), dtype=torch.int32, device=d.base.device)
+        merge.merge_blocks[(n_rows * blocks,)](
+            d.base, d.experts, s.merged, s.out, d.masks, d.task_masks, d.integers, d.floats,
+            d.floats if factors is None else factors, counts, s.report, cols, blocks,
+            d.job.offset, k, d.has_base, d.numbers.kinds, d.numbers.rule, factors is not None,
+            s.keeps and factors is not None, d.aligned(cols if n_rows > 1 else None), d.words,
+            shape.lanes, shape.vec, num_warps=shape.warps, **_OPTIONS,
+        )  # fmt: skip
+        return counts
+
+    key = (k, d.widest, d.numbers.kinds, d.numbers.rule, factors is None)
+    return run(launch.tuned(key, launch.block_shape(k, d.widest, d.trims), run))
 
 
 def scaled(d: Device, merged: Tensor, out: Tensor, n_rows: int, factors: Tensor) -> None:

@@ -139,3 +139,18 @@ def test_the_interpreter_never_runs_unasked(monkeypatch: pytest.MonkeyPatch) -> 
     x = torch.zeros(2, 3)
     (stats,) = ops.merge([Job(None, [x], Recipe((1.0,)), torch.empty_like(x))])
     assert stats.backend != "triton"
+
+
+def test_autotune_takes_the_quickest_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from magic_fast.kernels import launch
+
+    job = replace(_jobs(1, _DARE)[0], name="w")
+    ops.merge([job], backend="triton")
+    times = iter([3.0, 1.0, 2.0])
+    monkeypatch.setenv("MAGIC_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(launch, "measured", lambda run: (run(), next(times))[1])
+    monkeypatch.setattr(launch, "_tuned", {})
+    again = replace(job, out=torch.empty_like(job.out))
+    ops.merge([again], backend="triton")
+    assert [shape.warps for shape in launch._tuned.values()] == [4]
+    assert torch.equal(again.out, job.out)
