@@ -17,11 +17,12 @@ PEERS ?= .peers
 PEER_PYTHON = $(wildcard $(PEERS)/bin/python)
 RESULTS ?= benchmarks/results
 
+COUNTER_FLAGS = -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden -Icsrc/include
 AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full lint cross format demo peers bench-cpu bench-engine bench-spectral bench-sweep clean
+.PHONY: help venv build test test-full lint cross format demo peers bench-cpu bench-counters bench-engine bench-spectral bench-sweep clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,9 +82,17 @@ $(PEERS)/.installed: benchmarks/peers.txt .ci/constraints.txt
 
 bench-cpu: venv ## the native backend against the memory's speed, and against the peers
 	mkdir -p $(RESULTS)
-	$(BIN)/python benchmarks/cpu/bench.py --json $(RESULTS)/cpu.json
-	$(BIN)/python benchmarks/cpu/against.py --json $(RESULTS)/peers.json \
+	$(BIN)/python benchmarks/cpu/bench.py --json $(RESULTS)/cpu.json --markdown $(RESULTS)/cpu.md
+	$(BIN)/python benchmarks/cpu/against.py --json $(RESULTS)/peers.json --markdown $(RESULTS)/peers.md \
 	  $(if $(PEER_PYTHON),--peers $(PEER_PYTHON))
+
+# The flags of each instruction set are setup.py's; only what this machine runs is of interest here.
+bench-counters: ## cycles and instructions of the native loops, by the CPU's counters (x86-64, Linux)
+	rm -rf build/counters && mkdir -p build/counters
+	$(CXX) $(COUNTER_FLAGS) -mavx2 -mfma -mf16c -c csrc/cpu/isa/avx2.cpp -o build/counters/avx2.o
+	$(CXX) $(COUNTER_FLAGS) -DMF_HAVE_AVX2 csrc/cpu/*.cpp benchmarks/cpu/counters.cpp build/counters/avx2.o \
+	  -o build/counters/counters -pthread
+	build/counters/counters
 
 bench-engine: venv ## whole merges on disk against reading and writing the same bytes
 	mkdir -p $(RESULTS)

@@ -79,6 +79,7 @@ MACROS: list[tuple[str, str | None]] = [(f"MF_HAVE_{isa.upper()}", None) for isa
 if CUDA:
     MACROS.append(("MF_HAVE_CUDA", None))
 if SANITIZE:
+    CFLAGS[CFLAGS.index("-O3")] = "-O1"  # instrumented, -O3 takes many times as long to compile
     CFLAGS += [
         f"-fsanitize={SANITIZE}",
         "-fno-omit-frame-pointer",

@@ -1,7 +1,7 @@
 """TIES + WSC here against the tools in use, one tensor, interleaved in one run.
 
     python benchmarks/cpu/against.py [--peers PYTHON] [--rows N] [--cols N] [--experts K] [--rounds
-    N] [--json FILE]
+    N] [--json FILE] [--markdown FILE]
 
 PYTHON is the interpreter of an environment that has mergekit 0.1.5 and PEFT; `make peers` makes
 one. Without it their rows are printed as absent. They do TIES without WSC; ours does both.
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from magic_fast.ops.torch_backend import TorchBackend
 from magic_fast.recipe import EpsMode, RowCalibration
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import machine  # noqa: E402 - benchmarks/machine.py
 
 
 @dataclass
@@ -72,6 +75,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     k, threads = options.experts, _native.num_threads()
     torch.set_num_threads(threads)
@@ -82,6 +86,10 @@ def main() -> None:
     job = Job(base, experts, recipe, out, calibration=calibration)
     authors = RowCalibration(options.rows, options.cols, eps_mode=EpsMode.ABSOLUTE, clamp=None)
     eager = Job(base, experts, recipe, torch.zeros_like(base), calibration=authors, details=True)
+    merged, cut = torch.zeros_like(base), torch.zeros_like(base)
+    native = NativeBackend()
+    native.merge(Job(base, experts, recipe, merged))
+    alone = Job(base, experts, recipe, cut, calibration=calibration)
     rows = [
         Row("magic_fast native, TIES + WSC", timed(lambda: NativeBackend().merge(job))),
         Row("the same formulas in eager torch", timed(lambda: TorchBackend().merge(eager))),
@@ -92,23 +100,36 @@ def main() -> None:
         if peer is not None:
             row.run = lambda tool=tool, row=row: _ask(peer, tool, row)
         rows.append(row)
+    rows += [
+        Row("WSC alone, native", timed(lambda: native.calibrate(alone, merged))),
+        Row("WSC alone, formula in torch", timed(lambda: TorchBackend().calibrate(alone, merged))),
+    ]
     for round_ in range(options.rounds + 1):
         for row in rows:
             seconds = None if row.absent else row.run()
             if seconds is not None and round_:  # the first is warm-up
                 row.seconds.append(seconds)
-    ours = statistics.median(rows[0].seconds)
-    print(f"{options.rows} x {options.cols} bf16, K = {k}, {_native.isa()}, {threads} threads")
+    facts = machine.facts("torch") | {"isa": _native.isa(), "threads": str(threads)}
+    lines = [
+        f"{options.rows} x {options.cols} bf16, K = {k}; medians of {options.rounds} rounds.",
+        "",
+    ]
+    lines += ["| work | seconds | times ours |", "|---|--:|--:|"]
     report = []
+    ours = 0.0
     for row in rows:
         median = statistics.median(row.seconds) if row.seconds else None
-        shown = (
-            f"{median:9.3f} s  {median / ours:7.1f} x ours" if median else f"absent: {row.absent}"
-        )
-        print(f"{row.name:36} {shown}")
+        if "native" in row.name and median:
+            ours = median  # the rows that follow do the same work
+        shown = f"{median:.3f} | {median / ours:.1f}" if median else f"absent: {row.absent} |"
+        lines.append(f"| {row.name} | {shown} |")
         report.append({"name": row.name, "seconds": median, "absent": row.absent})
+    print(machine.line(facts), *lines, sep="\n")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": facts, "rows": report}, indent=1) + "\n")
+    if options.markdown:
+        head = ["# TIES + WSC against the tools in use", "", machine.line(facts), ""]
+        options.markdown.write_text("\n".join([*head, *lines]) + "\n")
 
 
 def _ask(peer: Peer, tool: str, row: Row) -> float | None:

@@ -3,11 +3,12 @@ share of the merge-shaped bandwidth (K + 1 streams read, one written, no arithme
 run.
 
     python benchmarks/cpu/bench.py [--rows N] [--cols N] [--rounds N] [--threads N] [--only WORD]
-                                   [--json FILE]
+                                   [--json FILE] [--markdown FILE]
 
 All variants of one K run interleaved on the same tensors, medians are shown; `out` exists and was
 touched before. Before anything is timed, each result is checked against the PyTorch reference on a
-part of the rows.
+part of the rows. `x 1 thread`: how many times as fast as one thread in the same rounds;
+`extra MiB`: by how much the process's resident memory grew at its highest during one call.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ from magic_fast.recipe import (
 )
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import machine  # noqa: E402 - benchmarks/machine.py
 
 
 def recipes(k: int) -> dict[str, Recipe]:
@@ -80,6 +83,7 @@ class Variant:
     name: str
     streams: int
     run: Callable[[], object]
+    alone: Callable[[], object]  # the same on one thread
 
 
 def yardstick(streams: list[torch.Tensor], out: torch.Tensor, threads: int) -> Callable[[], None]:
@@ -132,8 +136,9 @@ def check(backend: NativeBackend, job: Job) -> None:
 
 def variants(
     k: int, rows: int, cols: int, threads: int, only: str
-) -> tuple[list[Variant], Callable[[], None]]:
-    backend = NativeBackend(threads=threads)
+) -> tuple[list[Variant], Callable[[], None], Callable[[], None]]:
+    """The rows of one K, and the merge-shaped stream on ``threads`` threads and on one."""
+    backend, single = NativeBackend(threads=threads), NativeBackend(threads=1)
     base, experts = data(k, rows, cols)
     out, merged = torch.zeros_like(base), torch.zeros_like(base)
     calibration = RowCalibration(rows, cols)
@@ -146,14 +151,51 @@ def variants(
                 continue
             job = Job(base, experts, recipe, out, calibration=calibration if wsc else None)
             check(backend, job)
-            found.append(Variant(label, reads * (k + 1) + 1, lambda job=job: backend.merge(job)))
+            found.append(
+                Variant(
+                    label,
+                    reads * (k + 1) + 1,
+                    lambda job=job: backend.merge(job),
+                    lambda job=job: single.merge(job),
+                )
+            )
             if reads == 2 and not wsc:
-                found.append(Variant("  select alone", k + 1, lambda job=job: backend.select(job)))
+                found.append(
+                    Variant(
+                        "- its select alone",
+                        k + 1,
+                        lambda job=job: backend.select(job),
+                        lambda job=job: single.select(job),
+                    )
+                )
     backend.merge(Job(base, experts, recipes(k)["task_arithmetic"], merged))
     job = Job(base, experts, recipes(k)["task_arithmetic"], out, calibration=calibration)
     if only in "WSC alone":
-        found.append(Variant("WSC alone", k + 3, lambda: backend.calibrate(job, merged)))
-    return found, yardstick([base, *experts], out, threads)
+        found.append(
+            Variant(
+                "WSC alone",
+                k + 3,
+                lambda: backend.calibrate(job, merged),
+                lambda: single.calibrate(job, merged),
+            )
+        )
+    streams = [base, *experts]
+    return found, yardstick(streams, out, threads), yardstick(streams, out, 1)
+
+
+def extra_memory(function: Callable[[], object]) -> float:
+    """MiB by which the highest resident size of one call exceeds the size before it."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def kib(field: str) -> int:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(field))
+        return int(line.split()[1])
+
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not there for this one
+    clear.write_text("5")  # forgets the highest size so far
+    before = kib("VmRSS")
+    function()
+    return (kib("VmHWM") - before) / 1024
 
 
 def measure(functions: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -168,7 +210,7 @@ def measure(functions: list[Callable[[], object]], rounds: int) -> list[float]:
     return [statistics.median(t) for t in times]
 
 
-def small_tensors(threads: int, rounds: int) -> dict[str, object]:
+def small_tensors(threads: int, rounds: int) -> tuple[dict[str, object], str]:
     """2000 tensors of 4096 elements, K = 8, TIES, one call."""
     k, count = 8, 2000
     backend, recipe = NativeBackend(threads=threads), recipes(k)["ties"]
@@ -179,8 +221,8 @@ def small_tensors(threads: int, rounds: int) -> dict[str, object]:
         jobs.append(Job(base, experts, recipe, torch.zeros_like(base), name=f"norm.{i}"))
     seconds = measure([lambda: backend.merge_many(jobs)], rounds)[0]
     each = seconds / count / k * 1e6
-    print(f"{count} tensors of 4096, TIES, K = {k}, one call: {each:.2f} us per tensor and expert")
-    return {"name": "small tensors", "k": k, "microseconds_per_tensor_and_expert": each}
+    text = f"{count} tensors of 4096, TIES, K = {k}, one call: {each:.2f} us per tensor and expert"
+    return {"name": "small tensors", "k": k, "microseconds_per_tensor_and_expert": each}, text
 
 
 def main() -> None:
@@ -192,35 +234,61 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--experts", type=int, nargs="+", default=[3, 8])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     threads = options.threads or _native.num_threads()
-    print(f"{platform.processor() or platform.machine()}, {_native.isa()}, {threads} threads")
+    facts = machine.facts("torch") | {"isa": _native.isa(), "threads": str(threads)}
+    print(machine.line(facts))
     print(f"{options.rows} x {options.cols} bf16; medians of {options.rounds} interleaved rounds")
     elements = options.rows * options.cols
     results: list[dict[str, object]] = []
+    lines: list[str] = []
     for k in options.experts:
-        found, stream = variants(k, options.rows, options.cols, threads, options.only)
-        seconds = measure([stream, *[v.run for v in found]], options.rounds)
+        found, stream, stream_alone = variants(k, options.rows, options.cols, threads, options.only)
+        functions = [stream, stream_alone, *[v.run for v in found], *[v.alone for v in found]]
+        seconds = measure(functions, options.rounds)
         ceiling = (k + 2) * elements * 2 / seconds[0] / 1e9
-        print(f"\nK = {k}; merge-shaped bandwidth {ceiling:.1f} GB/s")
-        print(f"{'':<26}{'ms':>9}{'MB':>9}{'GB/s':>8}{'share':>8}")
-        for variant, t in zip(found, seconds[1:], strict=True):
+        lines += [
+            "",
+            f"K = {k}; merge-shaped bandwidth {ceiling:.1f} GB/s, "
+            f"{seconds[1] / seconds[0]:.2f} times that of one thread",
+            "",
+            "| work | ms | MB | GB/s | share | x 1 thread | extra MiB |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        both, alone = seconds[2 : 2 + len(found)], seconds[2 + len(found) :]
+        for variant, t, t1 in zip(found, both, alone, strict=True):
             moved = variant.streams * elements * 2
             rate = moved / t / 1e9
-            print(
-                f"{variant.name:<26}{t * 1e3:>9.2f}{moved / 1e6:>9.0f}{rate:>8.2f}"
-                f"{rate / ceiling:>7.0%}"
+            extra = extra_memory(variant.run)
+            lines.append(
+                f"| {variant.name} | {t * 1e3:.2f} | {moved / 1e6:.0f} | {rate:.2f} "
+                f"| {rate / ceiling:.0%} | {t1 / t:.2f} | {extra:.1f} |"
             )
             results.append(
                 {"name": variant.name, "k": k, "seconds": t, "bytes": moved}
                 | {"GBps": rate, "merge_shaped_GBps": ceiling, "share": rate / ceiling}
+                | {"seconds_one_thread": t1, "extra_MiB": extra}
             )
     if options.only in "small tensors":
-        print()
-        results.append(small_tensors(threads, options.rounds))
+        row, text = small_tensors(threads, options.rounds)
+        results.append(row)
+        lines += ["", text]
+    print("\n".join(lines))
     if options.json:
-        facts = {"isa": _native.isa(), "threads": threads, "torch": torch.__version__}
         options.json.write_text(json.dumps({"machine": facts, "rows": results}, indent=1) + "\n")
+    if options.markdown:
+        head = [
+            "# The native CPU backend against the memory's speed",
+            "",
+            "`python benchmarks/cpu/bench.py " + " ".join(sys.argv[1:]) + "`",
+            "",
+            machine.line(facts),
+            "",
+            f"{options.rows} x {options.cols} bf16, medians of {options.rounds} interleaved "
+            "rounds; share: of the merge-shaped bandwidth of the same rounds.",
+        ]
+        options.markdown.write_text("\n".join([*head, *lines]) + "\n")
 
 
 if __name__ == "__main__":

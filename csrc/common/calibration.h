@@ -152,7 +152,8 @@ MF_HD double acting_factor(const mf_calibration* c, double raw, const double* pa
   if (c->guards) {
     double experts = 0;
     for (int k = 0; k + 1 < m; ++k) experts += pairs[pair_index(k, k, m)];
-    *repaired = !isfinite(raw) || !(experts > 0) || !(pairs[pair_index(m - 1, m - 1, m)] > 0);
+    const double merged = pairs[pair_index(m - 1, m - 1, m)];
+    *repaired = !isfinite(raw) || !(experts > 0) || !(merged > 0) || !isfinite(merged);
     if (*repaired) return 1;
   } else if (c->direction != MF_FREE && isnan(raw)) {
     xi = 1;
