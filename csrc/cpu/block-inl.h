@@ -91,7 +91,8 @@ MF_INLINE vu part_of_halves(const uint16_t* p) {
   const vu x = (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return UPPER ? x << 16 : x;
 #else
-  const vu pairs = *(const vu_loose*)(const void*)(p + (PART / 2) * 2 * kLanes);  // little endian
+  const vu pairs =
+      *(const vu_of_halves*)(const void*)(p + (PART / 2) * 2 * kLanes);  // little endian
   if (UPPER) return PART % 2 ? pairs & 0xffff0000u : pairs << 16;
   return PART % 2 ? pairs >> 16 : pairs & 0xffffu;
 #endif
@@ -102,7 +103,7 @@ MF_INLINE void put_halves(uint16_t* p, const vu* x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)(x[0] >> 16)));
 #else
   for (int h = 0; h + 1 < kParts; h += 2)
-    *(vu_loose*)(void*)(p + h * kLanes) = (x[h] >> 16) | (x[h + 1] & 0xffff0000u);
+    *(vu_of_halves*)(void*)(p + h * kLanes) = (x[h] >> 16) | (x[h + 1] & 0xffff0000u);
 #endif
 }
 

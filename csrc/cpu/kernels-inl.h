@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gram-inl.h"
+#include "linear-inl.h"
 #include "reduce-inl.h"
 #include "search-inl.h"
 
@@ -85,14 +86,28 @@ MF_INLINE bool keeps_merged(const Work& w, float factor) {
   return w.job->merged && w.job->calibration && factor == 1;
 }
 
-static void merge(const Work& w, Scratch& s, int64_t start, int64_t n, float factor) {
-  if (keeps_merged(w, factor)) return copy_merged(w, s, start, n);
+static void merge_tiles(const Work& w, Scratch& s, int64_t start, int64_t n, float factor) {
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
     delta_tile(w, s, start + done, len, s.delta);
     const float* base = w.job->base ? s.base : nullptr;
     const bool large = write_tile(w, s, base, s.delta, start + done, len, factor);
     if (large && w.linear && !w.job->merged) trace_experts(w, s, start + done, len);
+  }
+}
+
+static void merge(const Work& w, Scratch& s, int64_t start, int64_t n, float factor) {
+  if (keeps_merged(w, factor)) return copy_merged(w, s, start, n);
+  if (factor != 1 || !is_plain_sum(w)) return merge_tiles(w, s, start, n, factor);
+  for (int64_t done = 0; done < n; done += kLinearStretch) {
+    const int64_t len = imin(kLinearStretch, n - done), blocks = len & -(int64_t)kSumLanes;
+    const bool large = linear_stretch(w, start + done, blocks);
+    if (large) {
+      merge_tiles(w, s, start + done, len, 1);  // which looks closer
+      continue;
+    }
+    for (int k = 0; k < w.k; ++k) s.kept[k] += blocks;
+    if (blocks < len) merge_tiles(w, s, start + done + blocks, len - blocks, 1);
   }
 }
 

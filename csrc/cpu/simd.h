@@ -37,6 +37,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t vq __attribute__((vector_size(4 * kLanes)));  // kLanes / 2 of them
 typedef double vd __attribute__((vector_size(4 * kLanes)));    // kLanes / 2 of them
 typedef float vf_loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t vu_of_halves __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
 typedef uint32_t vu_loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 MF_INLINE vf load(const float* p) { return *(const vf_loose*)p; }
