@@ -34,6 +34,9 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+import machine  # noqa: E402 - benchmarks/machine.py
+
 # with compiled modules, as whatever is installed has them; the warm-up writes them
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 AIMS = {"task_arithmetic": 1.5, "ties": 2.0}
@@ -384,7 +387,8 @@ def main() -> None:
                 plan.add_counts(name, found)
         plan.measure(options.rounds)
     lines = [*table(plan.rows), "", *speedups(plan.rows), "", *spread(plan.rows)]
-    lines.append(f"{os.cpu_count()} CPUs; medians of {options.rounds} interleaved rounds.")
+    facts = machine.facts("xxhash", "pydantic")
+    lines += [f"Medians of {options.rounds} interleaved rounds. {machine.line(facts)}"]
     print("\n".join(lines))
     if options.json:
         report = [

@@ -32,11 +32,14 @@ _CASES = [case for case in load_cases() if not case.on_disk]
 def _params() -> list[object]:
     """Each case on each backend that is here; one that has no implementation yet appears once."""
     params = []
-    for case in _CASES:
+    for number, case in enumerate(_CASES):
         names = available_backends() if case.op in ADAPTERS else ["torch"]
         for name in names:
             if name == "torch" or case.op not in TORCH_ONLY:
-                params.append(pytest.param(case, name, id=f"{case.id}-{name}"))
+                # interpreted kernels take seconds a case: one in six where time counts
+                slow = name == "triton" and bool(number % 6)
+                marks = (pytest.mark.slow,) if slow else ()
+                params.append(pytest.param(case, name, id=f"{case.id}-{name}", marks=marks))
     if not params:
         reason = why_absent() or "no tensor-level case in the manifest"
         params.append(
