@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full lint cross format demo peers bench-cpu bench-counters bench-engine bench-spectral bench-sweep clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-engine bench-spectral bench-sweep clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,8 +45,15 @@ build: venv ## dist/*.whl
 test: venv ## the test suite without the slow part
 	$(BIN)/pytest -m "not slow"
 
-test-full: venv ## the whole test suite
+test-full: venv ## the whole test suite, and the native tests under the sanitizers
 	$(BIN)/pytest
+	PYTHON=$(abspath $(BIN))/python tests/native/sanitize.sh
+
+# One instruction set and one sanitizer: about three minutes, most of it compiling.
+sanitize: venv ## the native loops under AddressSanitizer
+	PYTHON=$(abspath $(BIN))/python SANITIZERS=address \
+	  MAGIC_FAST_ISAS=$$($(BIN)/python -c 'from magic_fast import _native; print(_native.isa())') \
+	  tests/native/sanitize.sh tests/native/test_core.py tests/native/test_recipes.py
 
 lint: venv ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .

@@ -46,11 +46,21 @@ ARM = ("aarch64", "arm64")
 
 
 def isas() -> list[str]:
-    """Instruction sets to compile for this machine's architecture."""
+    """Instruction sets to compile for this machine's architecture, or those of MAGIC_FAST_ISAS."""
     machine = platform.machine()
+    found = ["neon"] if machine in ARM else ["baseline"]
     if machine in X86:
-        return ["baseline", "avx2", "avx512"]
-    return ["neon"] if machine in ARM else ["baseline"]
+        found = ["baseline", "avx2", "avx512"]
+    wanted = os.environ.get("MAGIC_FAST_ISAS")
+    if wanted is None:
+        return found
+    names = wanted.split(",")
+    if not set(names) <= set(found):
+        raise SetupError(
+            f"MAGIC_FAST_ISAS: expected some of {', '.join(found)}, got {wanted!r}. "
+            "Unset it to build all of them."
+        )
+    return names
 
 
 def want_cuda() -> bool:
