@@ -7,9 +7,8 @@ by torch on the device, between two kernels.
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from .words import EPS_ABSOLUTE, EPS_NONE, EPS_RELATIVE, FREE, GROW, SHRINK, SPHERE
 

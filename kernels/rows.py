@@ -8,9 +8,8 @@ program, and the row is written. Where K is small d and the base stay in registe
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from .calibrate import finish_row
 from .delta import block_delta

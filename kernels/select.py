@@ -16,9 +16,8 @@ result does not depend on the schedule.
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from .load import load_base, load_tau, magnitude_bits, positions, room
 from .rowstats import columns

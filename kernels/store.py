@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from .load import INF_BITS, any_nonfinite, magnitude_bits, note_nonfinite, widened
 from .words import MERGED

@@ -7,9 +7,8 @@ stages as ``merge_blocks``.
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from .delta import block_delta
 from .load import load_base, positions, room

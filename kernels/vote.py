@@ -6,9 +6,8 @@ with fp fusion off): the signs elected here are those of every other backend, bi
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 from .words import (
     AGREEING,

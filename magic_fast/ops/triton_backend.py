@@ -24,6 +24,7 @@ from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule, 
 
 try:
     import triton
+
     from magic_fast.kernels import launch
     from magic_fast.ops import triton_rows, triton_select
     from magic_fast.ops.triton_jobs import MERGED_RULE, Device, to_device
