@@ -10,17 +10,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from magic_fast.ops.registry import why_unavailable
 from support.calibrations import CalibrationCase
 from support.cases import SOME_RECIPES, MergeCase
-
-
-def _interpreted() -> bool:
-    if why_unavailable("triton") is not None:
-        return False
-    from magic_fast.ops.triton_backend import interpreted
-
-    return interpreted()
+from support.interpreter import interprets
 
 
 def _quick(parameters: Mapping[str, object]) -> bool:
@@ -41,7 +33,7 @@ def _quick(parameters: Mapping[str, object]) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not _interpreted():
+    if not interprets():
         return
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})

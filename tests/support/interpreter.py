@@ -21,6 +21,17 @@ def switch_on() -> bool:
     return os.environ["TRITON_INTERPRET"] == "1"
 
 
+def interprets() -> bool:
+    """Whether the Triton backend is here and runs its kernels in the interpreter."""
+    from magic_fast.ops.registry import why_unavailable
+
+    if why_unavailable("triton") is not None:
+        return False
+    from magic_fast.ops.triton_backend import interpreted
+
+    return interpreted()
+
+
 class _Scopes:
     """Patches of one launch, undone together."""
 
