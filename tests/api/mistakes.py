@@ -393,7 +393,7 @@ CASES: dict[str, tuple[Call, type[Exception], str]] = {
     "unknown_backend": (
         merging(base(), experts(), backend="cuda"),
         BackendError,
-        "backend 'cuda': expected one of 'native', 'torch'",
+        "backend 'cuda': expected one of 'native', 'triton', 'torch'",
     ),
     # trims
     "trim_rule": (
