@@ -2,8 +2,8 @@
 // |tau| in its row.
 //
 // An element stays where its random word lies below a bound that grows with its rank. A histogram
-// of the row gives each element a range of ranks, and for all but a few in a hundred the bounds at
-// both ends of that range say the same; only the bins of the others are ranked. 34 bytes an element
+// of the row gives each element a range of ranks, and for most the bounds at both ends of that
+// range say the same; only the bins of the others are ranked. 34 bytes an element
 // of one row are held per thread, and one byte an element and expert of a range of rows.
 #include <algorithm>
 #include <cmath>

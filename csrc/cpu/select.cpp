@@ -11,7 +11,7 @@ namespace mf {
 namespace {
 
 constexpr int64_t kInCache =
-    kBlock;  // elements; up to here the magnitudes of an expert are kept and sorted by digits
+    kBlock;  // elements; up to here the magnitudes of an expert are kept in memory
 constexpr double kTinyNorm = 1e-7;  // below it a norm is not restored
 
 // Index of the nth (from 1) element equal to `value`.

@@ -5,7 +5,6 @@ Arrays are contiguous torch CPU tensors or :class:`~magic_fast.ops.backend.View`
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 
 from magic_fast.errors import BackendError, InputError
 from magic_fast.ops.backend import Array, Job, Stats
+from magic_fast.ops.limits import default_rows, unsupported
 from magic_fast.ops.native_jobs import (
     Call,
     RowResults,
@@ -24,12 +24,9 @@ from magic_fast.ops.native_jobs import (
 )
 from magic_fast.ops.native_search import StreamingSelect, cut_for
 from magic_fast.recipe import (
-    Granularity,
     Recipe,
     RowCalibration,
     Selection,
-    TrimRule,
-    Variant,
 )
 
 if missing is None:
@@ -88,7 +85,7 @@ class NativeBackend:
             return "it does not keep masks and votes"
         if len(job.experts) > _MOST_EXPERTS:
             return f"it takes up to {_MOST_EXPERTS} experts, not {len(job.experts)}"
-        return job.recipe.reference_only or _rows_unsupported(job) or _slab_unsupported(job)
+        return unsupported(job)
 
     # ---- the primitives ----
     def select(self, job: Job) -> Selection:
@@ -133,7 +130,7 @@ class NativeBackend:
     def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
         _check_merged(job, merged)
         if job.calibration is None:
-            job = replace(job, calibration=_default_rows(job.experts[0]))
+            job = replace(job, calibration=default_rows(job.experts[0]))
         assert job.calibration is not None
         rows, k, like = job.calibration.rows, len(job.experts), job.experts[0]
         gram, g = doubles(like, rows, k, k)
@@ -160,7 +157,7 @@ class NativeBackend:
         Args:
             rows: into how many rows the contiguous array falls (default: its first extent).
         """
-        view = _default_rows(x)
+        view = default_rows(x)
         if rows is not None:
             view = RowCalibration(rows, numel_of(x) // max(1, rows))
         job = Job(base=base, experts=[x], recipe=Recipe((1.0,)), calibration=view)
@@ -178,38 +175,6 @@ class NativeBackend:
         task = call.job(Job(base=base, experts=[x], recipe=recipe))
         threshold: float = _native.select([task], self.threads, self.isa)[0][0][0]
         return threshold
-
-
-def _default_rows(x: Array) -> RowCalibration:
-    """Rows along the first axis; a 1-D tensor is [n, 1]."""
-    rows = int(x.shape[0]) if len(x.shape) else 1
-    return RowCalibration(rows, numel_of(x) // rows if rows else 0)
-
-
-def _rows_unsupported(job: Job) -> str | None:
-    shape, c = job.experts[0].shape, job.calibration
-    if job.recipe.trim.rank_dim1 and job.recipe.trim.rule is TrimRule.RANKED and len(shape) > 2:
-        if math.prod(shape[2:]) != 1:
-            return "ranks along dimension 1 alone of three or more are in the reference only"
-    if c is None:
-        return None
-    if c.variant is Variant.SPECTRAL and c.granularity is Granularity.TENSOR:
-        return "the spectral calibration of a tensor needs its singular values"
-    if c.axes != tuple(range(len(c.axes))):
-        return "it calibrates rows along leading axes only"
-    return None
-
-
-def _slab_unsupported(job: Job) -> str | None:
-    if job.total is None or job.total == numel_of(job.experts[0]):
-        return None
-    if job.selection is None and job.recipe.needs_select:
-        return "a part of a tensor needs a selection found over the whole"
-    if job.recipe.trim.rule is TrimRule.RANKED and len(job.experts[0].shape) < 2:
-        return "ranks need whole rows"
-    if job.calibration is not None and job.calibration.granularity is Granularity.TENSOR:
-        return "the calibration of a whole tensor needs all of it at once"
-    return None
 
 
 def _check_merged(job: Job, merged: Array) -> None:

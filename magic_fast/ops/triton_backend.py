@@ -20,7 +20,8 @@ from torch import Tensor
 
 from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Array, Job, Stats, View
-from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule, Variant
+from magic_fast.ops.limits import default_rows, unsupported
+from magic_fast.recipe import Selection, TrimRule
 
 try:
     import triton
@@ -81,7 +82,7 @@ class TritonBackend:
             return "it does not keep masks and votes"
         if len(job.experts) > launch.MOST_EXPERTS:
             return f"it takes up to {launch.MOST_EXPERTS} experts, not {len(job.experts)}"
-        return job.recipe.reference_only or _rows_unsupported(job) or _slab_unsupported(job)
+        return unsupported(job)
 
     # ---- the primitives ----
     def select(self, job: Job) -> Selection:
@@ -121,7 +122,7 @@ class TritonBackend:
 
     def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
         _check_merged(job, merged)
-        view = job.calibration or _default_rows(job.experts[0])
+        view = job.calibration or default_rows(job.experts[0])
         k = len(job.experts)
         if view.rows * view.cols == 0:
             zeros = torch.zeros(
@@ -236,38 +237,6 @@ def _on(job: Job) -> Iterator[None]:
         return
     with torch.cuda.device(device):
         yield
-
-
-def _default_rows(x: Tensor) -> RowCalibration:
-    """Rows along the first axis; a 1-D tensor is [n, 1]."""
-    n_rows = int(x.shape[0]) if x.dim() else 1
-    return RowCalibration(n_rows, x.numel() // n_rows if n_rows else 0)
-
-
-def _rows_unsupported(job: Job) -> str | None:
-    c, trim, dims = job.calibration, job.recipe.trim, len(job.experts[0].shape)
-    if trim.rank_dim1 and trim.rule is TrimRule.RANKED and dims > 2:
-        return "ranks along dimension 1 alone of three or more are in the reference only"
-    if c is None:
-        return None
-    if c.variant is Variant.SPECTRAL and c.granularity is Granularity.TENSOR:
-        return "the spectral calibration of a tensor needs its singular values"
-    if c.axes != tuple(range(len(c.axes))):
-        return "it calibrates rows along leading axes only"
-    return None
-
-
-def _slab_unsupported(job: Job) -> str | None:
-    n = job.experts[0].numel()
-    if job.total is None or job.total == n:
-        return None
-    if job.selection is None and job.recipe.needs_select:
-        return "a part of a tensor needs a selection found over the whole"
-    if job.recipe.trim.rule is TrimRule.RANKED and job.experts[0].dim() < 2:
-        return "ranks need whole rows"
-    if job.calibration is not None and job.calibration.granularity is Granularity.TENSOR:
-        return "the calibration of a whole tensor needs all of it at once"
-    return None
 
 
 def _check_merged(job: Job, merged: Array) -> None:

@@ -1,0 +1,46 @@
+"""What the fused backends (native, Triton) leave to PyTorch, and the rows they take by default."""
+
+from __future__ import annotations
+
+import math
+
+from magic_fast.ops.backend import Array, Job
+from magic_fast.recipe import Granularity, RowCalibration, TrimRule, Variant
+
+
+def default_rows(x: Array) -> RowCalibration:
+    """Rows along the first axis; a 1-D tensor is [n, 1]."""
+    rows = int(x.shape[0]) if len(x.shape) else 1
+    return RowCalibration(rows, math.prod(x.shape) // rows if rows else 0)
+
+
+def unsupported(job: Job) -> str | None:
+    """Why no fused kernel runs the job, in words; None where they do."""
+    return job.recipe.reference_only or _rows_unsupported(job) or _slab_unsupported(job)
+
+
+def _rows_unsupported(job: Job) -> str | None:
+    shape, c = job.experts[0].shape, job.calibration
+    if job.recipe.trim.rank_dim1 and job.recipe.trim.rule is TrimRule.RANKED and len(shape) > 2:
+        if math.prod(shape[2:]) != 1:
+            return "ranks along dimension 1 alone of three or more are in the reference only"
+    if c is None:
+        return None
+    if c.variant is Variant.SPECTRAL and c.granularity is Granularity.TENSOR:
+        return "the spectral calibration of a tensor needs its singular values"
+    if c.axes != tuple(range(len(c.axes))):
+        return "it calibrates rows along leading axes only"
+    return None
+
+
+def _slab_unsupported(job: Job) -> str | None:
+    shape = job.experts[0].shape
+    if job.total is None or job.total == math.prod(shape):
+        return None
+    if job.selection is None and job.recipe.needs_select:
+        return "a part of a tensor needs a selection found over the whole"
+    if job.recipe.trim.rule is TrimRule.RANKED and len(shape) < 2:
+        return "ranks need whole rows"
+    if job.calibration is not None and job.calibration.granularity is Granularity.TENSOR:
+        return "the calibration of a whole tensor needs all of it at once"
+    return None
