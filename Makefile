@@ -43,10 +43,10 @@ build: venv ## dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 test: venv ## the test suite without the slow part
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest --numprocesses auto -m "not slow"
 
 test-full: venv ## the whole test suite, and the native tests under the sanitizers
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 	PYTHON=$(abspath $(BIN))/python tests/native/sanitize.sh
 
 # One instruction set and one sanitizer: about three minutes, most of it compiling.
