@@ -45,7 +45,9 @@ def machine_readable(parser: argparse.ArgumentParser) -> None:
 
 def device(parser: argparse.ArgumentParser) -> None:
     """Where it runs, with how much memory, and into how large files."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda (all GPUs), cuda:N or auto (default)"
+    )
     parser.add_argument(
         "--backend",
         help="refused where it cannot run (default: the fastest that can; see doctor)",

@@ -73,23 +73,31 @@ class Budget:
         )
 
 
-def budget_of(plan: MergePlan) -> Budget:
-    """Blocks of the memory allowed; smaller ones where tensors that are whole need some of it."""
+def budget_of(plan: MergePlan, *, staged: bool = True) -> Budget:
+    """Blocks of the memory allowed; smaller ones where tensors that are whole need some of it.
+
+    Args:
+        staged: on a GPU, tensors pass through the blocks (sweeps hold them).
+    """
     given = plan.memory is not None
     memory = DEFAULT_MEMORY if plan.memory is None else plan.memory
     allowed = max(memory, LEAST) if given else available_memory()
-    found = _with_blocks(plan, slot_bytes(memory), allowed, given)
+    found = _with_blocks(plan, slot_bytes(memory), allowed, given, staged)
     if found.fits or allowed is None:
         return found
     for size in (slot_bytes(allowed - found.held), LEAST_SLOT):
-        smaller = _with_blocks(plan, min(size, found.slot_bytes), allowed, given)
+        smaller = _with_blocks(plan, min(size, found.slot_bytes), allowed, given, staged)
         if smaller.fits:
             return smaller
     return smaller
 
 
-def _with_blocks(plan: MergePlan, size: int, allowed: int | None, given: bool) -> Budget:
+def _with_blocks(
+    plan: MergePlan, size: int, allowed: int | None, given: bool, staged: bool
+) -> Budget:
     ways = modes(plan, size, plan.device)
+    if staged and plan.device != "cpu":
+        return Budget(size, ways, SLOTS * size, 0, "", allowed, given)
     blocks = SLOTS * size if _any_streamed(ways.values()) else 0
     held, tensor = 0, ""
     for step in plan.steps:

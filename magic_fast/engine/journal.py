@@ -152,3 +152,13 @@ class Journal:
 
     def _writing(self, needed: int = 0) -> AbstractContextManager[None]:
         return writing(self._path, self._folder, self._fs, needed)
+
+
+class NoJournal(Journal):
+    """Of what is not resumed: nothing is kept of what is done."""
+
+    def __init__(self) -> None:
+        self.records: dict[tuple[str, int, int], Record] = {}
+
+    def add(self, record: Record) -> None:
+        return None

@@ -15,7 +15,7 @@ from magic_fast.engine.units import (
     search_grain,
 )
 from magic_fast.errors import InputError
-from magic_fast.ops import why_unavailable
+from magic_fast.ops import best_backend, why_unavailable
 from magic_fast.ops.backend import Job, View
 from magic_fast.recipe import Recipe, TrimScope
 
@@ -168,7 +168,7 @@ def backend_name(plan: MergePlan) -> str:
     wanted = wanted_backend(plan)
     if wanted is not None:
         return wanted
-    return "torch" if native_missing() is not None else "native"
+    return best_backend(plan.device.partition(":")[0])
 
 
 def held_bytes(step: Step, mode: Mode) -> int:

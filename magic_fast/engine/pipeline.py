@@ -39,6 +39,8 @@ class Pipeline:
         compute: merges a unit.
         store: writes a unit's results.
         slots: blocks of memory; each holds one unit at a time.
+        lanes: how many units are merged at the same time, each lane in a thread of its own (the
+            first in the caller's); ``unit.lane`` says which one takes a unit.
     """
 
     def __init__(
@@ -47,16 +49,18 @@ class Pipeline:
         compute: Callable[[Unit], None],
         store: Callable[[Unit], None],
         slots: Iterable[Slot],
+        lanes: int = 1,
     ) -> None:
         self._load, self._compute, self._store = load, compute, store
         self._free: queue.Queue[Slot] = queue.Queue()
         for slot in slots:
             self._free.put(slot)
         self._whole = threading.Semaphore(_WHOLE_TENSORS)
-        self._ready: queue.Queue[Unit | None] = queue.Queue()
+        self._ready: list[queue.Queue[Unit | None]] = [queue.Queue() for _ in range(lanes)]
         self._done: queue.Queue[Unit | None] = queue.Queue()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        self._clock = threading.Lock()
         self.times = StageTimes()
 
     def run(self, units: Iterable[Unit]) -> None:
@@ -68,18 +72,15 @@ class Pipeline:
         threads = [
             threading.Thread(target=self._guard, args=(self._read, units), name="magic-fast-read"),
             threading.Thread(target=self._guard, args=(self._write,), name="magic-fast-write"),
+            *(
+                threading.Thread(target=self._guard, args=(self._merge, n), name=f"magic-fast-{n}")
+                for n in range(1, len(self._ready))
+            ),
         ]
         try:
             for thread in threads:
                 thread.start()
-            while (unit := self._take(self._ready)) is not None:
-                with self._timed("compute"):
-                    self._compute(unit)
-                if unit.search is not None:
-                    self._give_back(unit)
-                else:
-                    self._done.put(unit)
-            self._done.put(None)
+            self._merge(0)
             for thread in threads:
                 thread.join()
         except Stopped:
@@ -99,7 +100,26 @@ class Pipeline:
     def wait(self, event: threading.Event) -> None:
         """For sources of units: waits for something that the compute stage finds out."""
         while not event.wait(_POLL_SECONDS):
-            self._check()
+            self.check()
+
+    def check(self) -> None:
+        """For stages that wait themselves.
+
+        Raises:
+            Stopped: another thread has failed.
+        """
+        if self._stop.is_set():
+            raise Stopped
+
+    def _merge(self, lane: int) -> None:
+        while (unit := self._take(self._ready[lane])) is not None:
+            with self._timed("compute"):
+                self._compute(unit)
+            if unit.search is not None:
+                self._give_back(unit)
+            else:
+                self._done.put(unit)
+        self._done.put(None)
 
     def _read(self, units: Iterable[Unit]) -> None:
         for unit in units:
@@ -108,26 +128,34 @@ class Pipeline:
                 slot = self._take(self._free)
                 slot.reset()
                 unit.buffers["slot"] = slot
-            else:
+            elif not unit.staged:
                 while not self._whole.acquire(timeout=_POLL_SECONDS):
-                    self._check()
+                    self.check()
             with self._timed("read"):
                 self._load(unit, slot)
-            self._check()
-            self._ready.put(unit)
-        self._ready.put(None)
+            self.check()
+            self._ready[unit.lane].put(unit)
+        for lane in self._ready:
+            lane.put(None)
 
     def _write(self) -> None:
-        while (unit := self._take(self._done)) is not None:
+        lanes = len(self._ready)
+        while lanes:
+            unit = self._take(self._done)
+            if unit is None:
+                lanes -= 1
+                continue
             with self._timed("write"):
                 self._store(unit)
             self._give_back(unit)
 
     def _give_back(self, unit: Unit) -> None:
-        slot = unit.buffers.get("slot")
+        slot, release = unit.buffers.get("slot"), unit.buffers.get("release")
         unit.buffers.clear()
         if slot is not None:
             self._free.put(slot)
+        elif release is not None:
+            release()
         else:
             self._whole.release()
 
@@ -136,11 +164,7 @@ class Pipeline:
             try:
                 return source.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                self._check()
-
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
+                self.check()
 
     def _guard(self, stage: Callable[..., None], *arguments: object) -> None:
         try:
@@ -159,4 +183,5 @@ class Pipeline:
             yield
         finally:
             busy = time.monotonic() - started
-            setattr(self.times, stage, getattr(self.times, stage) + busy)
+            with self._clock:
+                setattr(self.times, stage, getattr(self.times, stage) + busy)

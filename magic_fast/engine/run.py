@@ -6,13 +6,15 @@ from __future__ import annotations
 import math
 import resource
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from magic_fast.checkpoint import OutputFolder
 from magic_fast.engine.identity import Identity, identity_of, labelled
-from magic_fast.engine.journal import Journal, Record
+from magic_fast.engine.journal import Journal, NoJournal, Record
 from magic_fast.engine.memory import SLOTS, Slot
 from magic_fast.engine.native import Mode, over_model
 from magic_fast.engine.pipeline import Pipeline
@@ -22,6 +24,11 @@ from magic_fast.engine.report import MergeReport, Progress, TensorReport, Writte
 from magic_fast.engine.stages import BadRecord, Loader, Streamed, Writer, magnitudes
 from magic_fast.engine.units import UNIT_BYTES, Piece, Unit, cut, fits, group
 from magic_fast.errors import NonFiniteError
+from magic_fast.recipe import Selection
+
+if TYPE_CHECKING:
+    from magic_fast.engine.device import Share
+    from magic_fast.engine.tensors import Worker
 
 Finish = Callable[[MergePlan, MergeReport, OutputFolder, Written], None]
 
@@ -33,6 +40,7 @@ class Run:
         plan: what to do.
         nonfinite: ``error`` or ``propagate``.
         progress: called after each unit.
+        selections: of tensors for which they were found before.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class Run:
         plan: MergePlan,
         nonfinite: str,
         progress: Callable[[Progress], None] | None,
+        selections: Mapping[str, Selection] | None = None,
     ) -> None:
         self._plan = plan
         self._nonfinite = nonfinite
@@ -48,15 +57,19 @@ class Run:
         self._modes = {name: mode for name, (mode, _) in plan.budget.modes.items()}
         self._bytes_read = 0
         self._done = 0
+        self._telling = threading.Lock()
+        self._worker: Worker | None = None
+        self._given = dict(selections or {})
 
     def execute(self, output: OutputFolder, journal: Journal) -> tuple[Writer, Pipeline]:
         """All tensors merged and written; the output is not final yet."""
-        self._compute = Streamed(self._nonfinite)
-        self._worker = None
+        if self._plan.device != "cpu":
+            return self._execute_staged(output, journal)
+        self._compute = Streamed(self._nonfinite, self._given)
         if Mode.TORCH in self._modes.values():
             from magic_fast.engine.tensors import Worker
 
-            self._worker = Worker(self._plan, self._nonfinite)
+            self._worker = Worker(self._plan, self._nonfinite, self._given)
         used = SLOTS if Mode.STREAM in self._modes.values() else 0
         slots = [Slot(self._slot_bytes) for _ in range(used)]
         writer = Writer(output, journal, self._nonfinite)
@@ -67,6 +80,51 @@ class Run:
                 self._worker.prepare()
             pipeline.run(self._units(journal))
         return writer, pipeline
+
+    def _execute_staged(self, output: OutputFolder, journal: Journal) -> tuple[Writer, Pipeline]:
+        """The same on GPUs."""
+        from magic_fast.engine import device, staged
+
+        lanes = device.lanes_of(self._plan.device)
+        slots = [Slot(self._slot_bytes) for _ in range(SLOTS)]
+        up, down = slots[: SLOTS // 2], slots[SLOTS // 2 :]
+        self._total = self._expected_bytes()
+        with (
+            staged.StagedLoader(self._plan, output, journal, lanes, up) as loader,
+            staged.StagedWriter(output, journal, self._nonfinite, lanes, down) as writer,
+        ):
+            worker = self._worker = staged.StagedWorker(
+                self._plan, self._nonfinite, lanes, loader, self._given
+            )
+            pipeline = Pipeline(loader, self._run, writer, (), len(lanes))
+            loader.check = pipeline.check
+            worker.prepare()
+            pipeline.run(self._staged_units(device.Share(lanes)))
+        return writer, pipeline
+
+    def _staged_units(self, share: Share) -> Iterator[Unit]:
+        """Whole tensors, small ones together, each to the device that was given the least."""
+        pieces = [Piece(step, 0, step.numel) for step in self._plan.steps]
+        for batch in group(pieces, self._slot_bytes):
+            lane = share.next(sum(p.nbytes for p in batch))
+            yield Unit(batch, streamed=False, torch=True, staged=True, lane=lane)
+
+    def search_model(self) -> dict[str, Selection]:
+        """Only the selections of a trim over the whole model; nothing is merged or written."""
+        self._compute = Streamed(self._nonfinite)
+        self._total = self._expected_bytes()
+        steps = [s for s in self._plan.steps if over_model(s)]
+        if any(self._modes[s.name] is Mode.TORCH for s in steps):
+            from magic_fast.engine.tensors import Worker
+
+            worker = Worker(self._plan, self._nonfinite)
+            worker.prepare()
+            return {s.name: worker.selections[s.name] for s in steps}
+        slots = [Slot(self._slot_bytes) for _ in range(SLOTS)]
+        with Loader(self._plan.models, None, NoJournal()) as loader:
+            self._pipeline = Pipeline(loader, self._run, lambda unit: None, slots)
+            self._pipeline.run(self._model_scope({}))
+        return {s.name: self._compute.selections[s.name] for s in steps}
 
     def _expected_bytes(self) -> int:
         reads = sum(i.nbytes for s in self._plan.steps for i in s.inputs)
@@ -83,6 +141,8 @@ class Run:
     def _needs_search(self, step: Step) -> bool:
         recipe = step.recipe
         if recipe is None or step.copy or step.merged is not None or not recipe.needs_select:
+            return False
+        if step.name in self._given:
             return False
         mode = self._modes[step.name]
         if over_model(step):
@@ -168,10 +228,11 @@ class Run:
             self._worker(unit)
         else:
             self._compute(unit)
-        self._bytes_read += sum(n.nbytes for p in unit.buffers["pieces"] for *_, n in p.inputs)
-        self._done = min(self._done + unit.input_bytes + unit.output_bytes, self._total)
-        if self._progress is not None:
-            self._progress(Progress(self._done, self._total, unit.pieces[-1].step.name))
+        with self._telling:
+            self._bytes_read += unit.buffers["bytes_read"]
+            self._done = min(self._done + unit.input_bytes + unit.output_bytes, self._total)
+            if self._progress is not None:
+                self._progress(Progress(self._done, self._total, unit.pieces[-1].step.name))
 
     @property
     def bytes_read(self) -> int:
@@ -235,7 +296,8 @@ def run(
 
 def evidence(writer: Writer, identity: Identity) -> Written:
     """What the record of a finished output tells of its tensors."""
-    return Written(identity, writer.checksums, writer.nonfinite)
+    # sorted: several devices finish in any order
+    return Written(identity, dict(sorted(writer.checksums.items())), writer.nonfinite)
 
 
 def fill_report(report: MergeReport, plan: MergePlan, writer: Writer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from magic_fast.checkpoint import Checkpoint, OutputFolder
 from magic_fast.engine.finite import nonfinite
 from magic_fast.engine.journal import Journal, Record
 from magic_fast.engine.memory import Slot
-from magic_fast.engine.plan import FLOATS, Input
+from magic_fast.engine.plan import FLOATS, Input, Step
 from magic_fast.engine.recheck import refuse_changed_files
 from magic_fast.engine.units import Piece, Unit, element_size
 from magic_fast.errors import InputError
@@ -70,7 +70,7 @@ class Loader:
     """
 
     def __init__(
-        self, models: Mapping[str, Checkpoint], output: OutputFolder, journal: Journal
+        self, models: Mapping[str, Checkpoint], output: OutputFolder | None, journal: Journal
     ) -> None:
         self._helper = ThreadPoolExecutor(1, "magic-fast-read")
         self._models = models
@@ -85,6 +85,7 @@ class Loader:
         paths = {source.info.path for one in pieces for source, _, _ in one.inputs}
         refuse_changed_files(self._files[path] for path in paths)
         unit.buffers["pieces"] = pieces
+        unit.buffers["bytes_read"] = sum(len(view) for one in pieces for *_, view in one.inputs)
 
     def __enter__(self) -> Loader:
         return self
@@ -141,6 +142,7 @@ class Loader:
         piece = loaded.piece
         start, nbytes = piece.byte_range(piece.step.dtype)
         _, view = _take(slot, nbytes)
+        assert self._output is not None
         self._output.read_into(piece.step.name, view, start)
         if xxhash.xxh3_64_hexdigest(view) != record.checksum:
             raise BadRecord(record)
@@ -166,9 +168,9 @@ def _array(
 class Streamed:
     """Second stage, for units in slots: the native backend over borrowed memory."""
 
-    def __init__(self, nonfinite: str) -> None:
+    def __init__(self, nonfinite: str, selections: Mapping[str, Selection] | None = None) -> None:
         self._nonfinite = nonfinite
-        self.selections: dict[str, Selection] = {}
+        self.selections: dict[str, Selection] = dict(selections or {})
 
     def __call__(self, unit: Unit) -> None:
         loaded: Sequence[Loaded] = unit.buffers["pieces"]
@@ -237,12 +239,21 @@ class Streamed:
             convert(view, one.out, self._nonfinite)
             return
         for other, _, more in one.inputs[1:]:
-            if other.info.dtype != source.info.dtype or more != data:
-                raise InputError(
-                    f"integer tensor '{step.name}' in {other.model}: expected the values of "
-                    f"{source.model}, got others. Integer tensors are not merged; they must agree."
-                )
+            refuse_other_integers(
+                step, other, same=other.info.dtype == source.info.dtype and more == data
+            )
         one.out_bytes = data
+
+
+def refuse_other_integers(step: Step, other: Input, same: bool) -> None:
+    """Raises:
+    InputError: an integer tensor is not that of the first model.
+    """
+    if not same:
+        raise InputError(
+            f"integer tensor '{step.name}' in {other.model}: expected the values of "
+            f"{step.inputs[0].model}, got others. Integer tensors are not merged; they must agree."
+        )
 
 
 def convert(source: View, target: View, nonfinite: str) -> None:
@@ -269,35 +280,44 @@ class Writer:
     def __call__(self, unit: Unit) -> None:
         for n, one in enumerate(unit.buffers["pieces"]):
             piece: Piece = one.piece
-            name = piece.step.name
+            name, dtype = piece.step.name, piece.step.dtype
+            start, nbytes = piece.byte_range(dtype)
             record = one.record
             if record is None:
-                start, nbytes = piece.byte_range(piece.step.dtype)
-                if nbytes:
-                    self._output.write(name, one.out_bytes, start)
-                checksum = xxhash.xxh3_64_hexdigest(one.out_bytes)
+                checksum = self._take(one, start, write=True)
                 record = record_of(piece, unit.buffers["stats"][n], checksum)
                 self._journal.add(record)
                 self.written += nbytes
             else:
-                start, nbytes = piece.byte_range(piece.step.dtype)
+                if self.nonfinite is not None or not piece.whole:
+                    self._take(one, start, write=False)
                 self._output.mark_written(name, start, nbytes)
             self.records.setdefault(name, []).append(record)
-            if self.nonfinite is not None and (
-                count := nonfinite(one.out_bytes, piece.step.dtype)[0]
-            ):
-                self.nonfinite[name] += count
             if piece.whole:
                 self.checksums[name] = record.checksum
-            else:
-                self._update(name, one.out_bytes, last=piece.stop == piece.step.numel)
 
-    def _update(self, name: str, data: Any, *, last: bool) -> None:
-        """The checksum of the whole tensor that comes in pieces."""
-        hasher = self._hashers.setdefault(name, xxhash.xxh3_64())
-        hasher.update(data)
-        if last:
+    def _take(self, one: Loaded, start: int, *, write: bool) -> str:
+        """Everything there is to do with the bytes of a piece; its checksum."""
+        piece = one.piece
+        name, own, tensor = piece.step.name, xxhash.xxh3_64(), None
+        if not piece.whole:  # the checksum of the whole tensor, which comes in pieces
+            tensor = self._hashers.setdefault(name, xxhash.xxh3_64())
+        for data in self._parts(one):
+            if write and len(data):
+                self._output.write(name, data, start)
+            start += len(data)
+            own.update(data)
+            if tensor is not None:
+                tensor.update(data)
+            if self.nonfinite is not None and (count := nonfinite(data, piece.step.dtype)[0]):
+                self.nonfinite[name] += count
+        if tensor is not None and piece.stop == piece.step.numel:
             self.checksums[name] = self._hashers.pop(name).hexdigest()
+        return own.hexdigest()
+
+    def _parts(self, one: Loaded) -> Iterator[Any]:
+        """The bytes of a piece, one part behind the other."""
+        yield one.out_bytes
 
 
 def record_of(piece: Piece, stats: Stats | None, checksum: str) -> Record:

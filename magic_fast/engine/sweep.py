@@ -13,7 +13,9 @@ from magic_fast.checkpoint import OutputFolder
 from magic_fast.checkpoint.fs import REAL
 from magic_fast.checkpoint.io_errors import writing
 from magic_fast.checkpoint.staging import Staging
+from magic_fast.engine.budget import budget_of
 from magic_fast.engine.identity import identity_of
+from magic_fast.engine.journal import NoJournal
 from magic_fast.engine.memory import DEFAULT_MEMORY, SLOTS, Slot, aligned, slot_bytes
 from magic_fast.engine.native import Mode, modes, over_model
 from magic_fast.engine.pipeline import Pipeline
@@ -40,7 +42,7 @@ from magic_fast.engine.units import (
     group,
     piece_bytes,
 )
-from magic_fast.engine.variants import NoJournal, Selecting, Variant, copy_of
+from magic_fast.engine.variants import Selecting, Variant, copy_of
 from magic_fast.ops.backend import Job, Stats, View
 from magic_fast.recipe import Recipe, Selection
 
@@ -303,7 +305,7 @@ def run_sweep(
     """
     started = time.monotonic()
     for plan in plans:
-        plan.budget.refuse_excess()
+        budget_of(plan, staged=False).refuse_excess()
     staging = Staging(out, resume=False, fs=REAL)
     try:
         with ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from magic_fast import ops
 from magic_fast.engine.native import over_model
 from magic_fast.engine.plan import FLOATS, Input, MergePlan, Step
+from magic_fast.engine.stages import refuse_other_integers
 from magic_fast.engine.units import Unit
-from magic_fast.errors import InputError
 from magic_fast.methods.functions import FUNCTIONS, PREPARATIONS
 from magic_fast.ops.backend import Job, Stats
 from magic_fast.recipe import Recipe, Selection
@@ -47,22 +47,27 @@ def as_bytes(x: Tensor) -> memoryview:
 class Worker:
     """Second stage, for units that need their whole tensor: ops on torch tensors."""
 
-    def __init__(self, plan: MergePlan, nonfinite: str) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        nonfinite: str,
+        selections: Mapping[str, Selection] | None = None,
+    ) -> None:
         self._plan = plan
         self._device = plan.device
         self._nonfinite = nonfinite
-        self._selections: dict[str, Selection] = {}
+        self.selections: dict[str, Selection] = dict(selections or {})
         self._more: dict[str, Any] = {}  # arguments found by looking at the whole model
 
     def prepare(self) -> None:
         """Thresholds over the whole model, where a trim has that scope: streamed, once per
         digit."""
         steps = sorted((s for s in self._plan.steps if over_model(s)), key=lambda s: s.name)
-        if steps:
+        if any(s.name not in self.selections for s in steps):
             recipe = steps[0].recipe
             assert recipe is not None
             found = select_model(lambda: self._source(steps), recipe)
-            self._selections = {s.name: f for s, f in zip(steps, found, strict=True)}
+            self.selections = {s.name: f for s, f in zip(steps, found, strict=True)}
         own = [s for s in self._plan.steps if s.recipe is None and not s.copy]
         if own and own[0].method in PREPARATIONS:
             prepare = PREPARATIONS[own[0].method]
@@ -76,7 +81,7 @@ class Worker:
                 data = bytearray(i.nbytes)
                 self._plan.models[i.model].read_into(i.info.name, data, 0, i.nbytes)
                 buffers.append(data)
-            base, experts, _ = self._inputs(step, buffers)
+            base, experts, _ = self._split(step, self._tensors(step, buffers))
             yield base, experts
 
     def __call__(self, unit: Unit) -> None:
@@ -90,36 +95,55 @@ class Worker:
         if step.copy:
             loaded.out_bytes = self._copy(step, buffers)
             return
-        base, experts, merged = self._inputs(step, buffers)
         out = torch.empty(step.shape, dtype=DTYPES[step.dtype], device=self._device)
-        job = Job(
+        job, merged = self.job(step, self._tensors(step, buffers), out)
+        stats = self.merge(step, job, merged)
+        loaded.out_bytes = as_bytes(out)
+        unit.buffers["stats"] = [stats]
+
+    def job(self, step: Step, tensors: Sequence[Tensor], out: Tensor) -> tuple[Job, Tensor | None]:
+        """What is to be done with the inputs of a step, and the model merged elsewhere that is to
+        be calibrated, if any."""
+        base, experts, merged = self._split(step, tensors)
+        return Job(
             base,
             experts,
             step.recipe or Recipe((1.0,) * len(experts)),
             out,
             step.name,
             calibration=step.calibration,
-            selection=self._selections.get(step.name),
-        )
+            selection=self.selections.get(step.name),
+        ), merged
+
+    @staticmethod
+    def is_plain(step: Step) -> bool:
+        """Whether a step is a recipe and nothing else, so that many may share one call."""
+        special = step.recipe is None or step.merged is not None or step.copy
+        return not special and not step.whole
+
+    def merge(self, step: Step, job: Job, merged: Tensor | None) -> Stats:
+        """Runs a job by whatever its step asks for."""
         backend = self._plan.backend
         if merged is not None:
-            stats = ops.calibrate(job, merged, backend=backend, nonfinite=self._nonfinite)
-        elif step.recipe is None or (step.whole and step.calibration is not None):
-            stats = self._function(step, job)
-        else:
-            if step.whole:
-                job.base = None
-            stats = ops.merge([job], backend=backend, nonfinite=self._nonfinite)[0]
-        loaded.out_bytes = as_bytes(out)
-        unit.buffers["stats"] = [stats]
+            return ops.calibrate(job, merged, backend=backend, nonfinite=self._nonfinite)
+        if step.recipe is None or (step.whole and step.calibration is not None):
+            return self._function(step, job)
+        if step.whole:
+            job.base = None
+        return ops.merge([job], backend=backend, nonfinite=self._nonfinite)[0]
 
-    def _inputs(
-        self, step: Step, buffers: Sequence[Any]
-    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-        rows = [
+    def _tensors(self, step: Step, buffers: Sequence[Any]) -> list[Tensor]:
+        return [
             tensor_of(i, b, step.cast, self._device)
             for i, b in zip(step.inputs, buffers, strict=True)
         ]
+
+    @staticmethod
+    def _split(
+        step: Step, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+        """Base, experts, and a model merged elsewhere."""
+        rows = list(tensors)
         merged = rows.pop() if step.merged is not None else None
         base = rows.pop(0) if step.base is not None else None
         return base, rows, merged
@@ -143,9 +167,6 @@ class Worker:
         if source.info.dtype in FLOATS:
             return as_bytes(tensor_of(source, buffers[0], step.cast, "cpu").to(DTYPES[step.dtype]))
         for other, data in zip(step.inputs[1:], buffers[1:], strict=True):
-            if other.info.dtype != source.info.dtype or data != buffers[0]:
-                raise InputError(
-                    f"integer tensor '{step.name}' in {other.model}: expected the values of "
-                    f"{source.model}, got others. Integer tensors are not merged; they must agree."
-                )
+            same = other.info.dtype == source.info.dtype and data == buffers[0]
+            refuse_other_integers(step, other, same)
         return buffers[0]

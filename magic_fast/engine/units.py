@@ -101,12 +101,16 @@ class Unit:
         streamed: held in a slot; otherwise in memory of its own.
         torch: merged by torch.
         search: a selection these pieces feed; nothing is written.
+        staged: held by a device, which the blocks of memory only pass it on to.
+        lane: which of several devices.
     """
 
     pieces: tuple[Piece, ...]
     streamed: bool = True
     torch: bool = False
     search: Any = None
+    staged: bool = False
+    lane: int = 0
     buffers: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from magic_fast.engine.journal import Journal, Record
 from magic_fast.engine.memory import Slot
 from magic_fast.engine.native import Mode
 from magic_fast.engine.plan import Step
@@ -14,16 +13,6 @@ from magic_fast.engine.stages import Loaded, Streamed, slab_shape
 from magic_fast.engine.units import Piece
 from magic_fast.ops.backend import Job, View
 from magic_fast.recipe import Recipe, Selection
-
-
-class NoJournal(Journal):
-    """A sweep is not resumed: nothing is kept of what is done."""
-
-    def __init__(self) -> None:
-        self.records: dict[tuple[str, int, int], Record] = {}
-
-    def add(self, record: Record) -> None:
-        return None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,13 @@ from typing import Any
 from magic_fast.errors import BackendError, InputError, NonFiniteError
 from magic_fast.ops.backend import Array, Backend, Job, Stats, View
 from magic_fast.ops.checks import check, dtype_word
-from magic_fast.ops.registry import BackendStatus, backends, choose, why_unavailable
+from magic_fast.ops.registry import (
+    BackendStatus,
+    backends,
+    best_backend,
+    choose,
+    why_unavailable,
+)
 from magic_fast.recipe import Selection
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "Stats",
     "View",
     "backends",
+    "best_backend",
     "calibrate",
     "dtype_word",
     "merge",

@@ -96,6 +96,11 @@ def backends() -> list[BackendStatus]:
     return found
 
 
+def best_backend(device: str) -> str:
+    """The first backend that can run on ``device`` (``cpu``, ``cuda``) here."""
+    return next(s.name for s in SPECS if device in s.devices and why_unavailable(s.name) is None)
+
+
 def _device_of(job: Job) -> str:
     return str(getattr(job.experts[0], "device", "cpu")).split(":")[0]
 
