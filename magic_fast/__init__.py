@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
 
     # Functions named as their modules: from these, mypy takes the function for sure.
+    from magic_fast.api.features import calibrate_features
     from magic_fast.api.merging import merge
     from magic_fast.api.trimming import trim
     from magic_fast.calibration import TensorFilter, WeightCalibration
@@ -72,6 +73,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "SweepReport",
         "backends",
         "calibrate_checkpoints",
+        "calibrate_features",
         "calibrate_weights",
         "consensus_mask",
         "emr",
@@ -118,6 +120,7 @@ __all__ = [  # noqa: RUF022 - ordered by use
     "sweep",
     "trim",
     "calibrate_weights",
+    "calibrate_features",
     "svc",
     "lines",
     "task_vector_stats",

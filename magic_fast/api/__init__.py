@@ -17,9 +17,15 @@ if TYPE_CHECKING:
         merge_checkpoints,
         plan_checkpoints,
     )
+    from magic_fast.api.features import calibrate_features
     from magic_fast.api.masks import EmrModels, consensus_mask, emr, task_masks
     from magic_fast.api.merging import merge, merge_task_vectors
-    from magic_fast.api.results import CalibrationReport, MergeResult, TensorCalibration
+    from magic_fast.api.results import (
+        CalibrationReport,
+        LayerCalibration,
+        MergeResult,
+        TensorCalibration,
+    )
     from magic_fast.api.spectrum import lines, svc
     from magic_fast.api.stats import (
         TensorStatistics,
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "magic_fast.api.calibrate": ("calibrate_weights",),
+    "magic_fast.api.features": ("calibrate_features",),
     "magic_fast.api.checkpoints": (
         "calibrate_checkpoints",
         "inspect_checkpoints",
@@ -46,7 +53,12 @@ _HOMES = {
     ),
     "magic_fast.api.masks": ("EmrModels", "consensus_mask", "emr", "task_masks"),
     "magic_fast.api.merging": ("merge", "merge_task_vectors"),
-    "magic_fast.api.results": ("CalibrationReport", "MergeResult", "TensorCalibration"),
+    "magic_fast.api.results": (
+        "CalibrationReport",
+        "LayerCalibration",
+        "MergeResult",
+        "TensorCalibration",
+    ),
     "magic_fast.api.spectrum": ("lines", "svc"),
     "magic_fast.api.stats": (
         "TensorStatistics",
@@ -68,6 +80,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CalibrationReport",
     "EmrModels",
+    "LayerCalibration",
     "MergePlan",
     "MergeReport",
     "MergeResult",
@@ -79,6 +92,7 @@ __all__ = [
     "VerifyReport",
     "backends",
     "calibrate_checkpoints",
+    "calibrate_features",
     "calibrate_weights",
     "consensus_mask",
     "emr",

@@ -29,6 +29,7 @@ def calibrate_weights(
     out: Any = None,
     nonfinite: str = "error",
     name: str = "",
+    model_type: str | None = None,
 ) -> tuple[Any, CalibrationReport]:
     """The merged model with the magnitudes of its rows restored: base + ξ_r·(merged − base)
     (docs/methods.md).
@@ -41,6 +42,8 @@ def calibrate_weights(
         weights: K numbers; experts of weight 0 do not count. Default: all count.
         row_axis: axis of the output units (default 0).
         out: takes the result; default: new, dtype of ``merged``.
+        model_type: transformers' name of the architecture, which tells the axis of the output units
+            (GPT-2 has its weights [in, out]). Default: that of the module ``merged``.
 
     Returns:
         (calibrated, report): the same kind as ``merged``; tensors that are not calibrated are
@@ -64,6 +67,8 @@ def calibrate_weights(
     if not table.bare:
         settings.check_names(table.names)
     recipe = Recipe(weights=(1.0,) * len(models) if weights is None else tuple(weights))
+    if model_type is None:
+        model_type = getattr(getattr(merged, "config", None), "model_type", None)
     report = CalibrationReport()
     results: dict[str, Tensor] = {}
     for tensor_name in table.names:
@@ -74,7 +79,9 @@ def calibrate_weights(
         shape = tuple(row[0].shape)
         resolved = None
         if copied is None:
-            resolved = settings.resolve(label, shape, recipe.weights, row_axis=row_axis)
+            resolved = settings.resolve(
+                label, shape, recipe.weights, model_type=model_type, row_axis=row_axis
+            )
         if resolved is None:
             results[tensor_name] = row[0].clone() if target is None else target.copy_(row[0])
             report.tensors.append(TensorCalibration(label, shape, False))

@@ -55,10 +55,50 @@ class TensorCalibration:
 
 
 @dataclass
+class LayerCalibration:
+    """FSC of one layer.
+
+    Attributes:
+        name: of its module; ``module.in_proj.q`` for a projection of a fused attention.
+        tensors: its parameters.
+        coefficient: raw ξ, float64 [] or [channels] (before side, strength and clamp), or None.
+        applied: what its task vector was multiplied by.
+        by_task: raw ξ of each task.
+        calls: how often it was called, all batches together.
+        positions: how many positions of its output were counted.
+        note: why it was left alone; empty where it was not.
+    """
+
+    name: str
+    tensors: list[str]
+    coefficient: Tensor | None
+    applied: Tensor
+    by_task: dict[str, Tensor] = field(default_factory=dict)
+    calls: int = 0
+    positions: int = 0
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; of channels their mean."""
+        c = self.coefficient
+        return {
+            "name": self.name,
+            "tensors": list(self.tensors),
+            "coefficient": None if c is None else float(c.float().nanmean()),
+            "applied": float(self.applied.float().mean()),
+            "by_task": {t: float(x.float().nanmean()) for t, x in self.by_task.items()},
+            "calls": self.calls,
+            "positions": self.positions,
+            "note": self.note,
+        }
+
+
+@dataclass
 class CalibrationReport:
-    """What a calibration did, tensor by tensor."""
+    """What a calibration did: WSC tensor by tensor, FSC layer by layer."""
 
     tensors: list[TensorCalibration] = field(default_factory=list)
+    layers: list[LayerCalibration] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> TensorCalibration:
         for t in self.tensors:
@@ -84,4 +124,5 @@ class CalibrationReport:
                     "magnitude_after": t.magnitude_after,
                 }
             )
-        return {"tensors": rows}
+        layers = {"layers": [layer.as_dict() for layer in self.layers]} if self.layers else {}
+        return {"tensors": rows, **layers}

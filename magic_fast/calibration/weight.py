@@ -117,17 +117,17 @@ class WeightCalibration:
 
     def __post_init__(self) -> None:
         for name, kind in (("variant", Variant), ("eps_mode", EpsMode), ("direction", Direction)):
-            object.__setattr__(self, name, _word(kind, getattr(self, name), name))
+            object.__setattr__(self, name, word(kind, getattr(self, name), name))
         if self.granularity is None:
             default = Granularity.TENSOR if self.variant is Variant.SPECTRAL else Granularity.ROW
             object.__setattr__(self, "granularity", default)
-        object.__setattr__(self, "granularity", _word(Granularity, self.granularity, "granularity"))
+        object.__setattr__(self, "granularity", word(Granularity, self.granularity, "granularity"))
         p = math.inf if self.p in ("inf", math.inf) else self.p
-        if not _is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):
+        if not is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):
             raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {self.p!r}.")
         object.__setattr__(self, "p", p)
         if self.clamp is not None:
-            low, high = _pair(self.clamp)
+            low, high = pair(self.clamp)
             if not 0 <= low <= high:
                 raise InputError(
                     "calibration clamp: expected (low, high) with 0 <= low <= high, got "
@@ -136,7 +136,7 @@ class WeightCalibration:
             object.__setattr__(self, "clamp", (low, high))
         for name in ("strength", "scale"):
             value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value):
+            if not is_number(value) or not math.isfinite(value):
                 raise InputError(
                     f"calibration {name}: expected a finite number, got {getattr(self, name)!r}."
                 )
@@ -240,18 +240,18 @@ class WeightCalibration:
         return (0,)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _pair(value: object) -> tuple[float, float]:
+def pair(value: object) -> tuple[float, float]:
     """(low, high), or NaNs where the value is no pair of numbers: no bound holds of them."""
-    if isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)):
+    if isinstance(value, Sequence) and len(value) == 2 and all(map(is_number, value)):
         return float(value[0]), float(value[1])
     return math.nan, math.nan
 
 
-def _word(kind: type, value: object, what: str) -> object:
+def word(kind: type, value: object, what: str) -> object:
     try:
         return kind(value)
     except ValueError:

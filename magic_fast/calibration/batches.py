@@ -1,0 +1,137 @@
+"""Calibration data: {task: batches}, checked, and a batch's way into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magic_fast.errors import InputError, MagicFastError
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+def batches_of(data: Mapping[str, Any], task: str) -> Iterator[Any]:
+    """The batches of one task, each with something in it. One tensor or mapping is one batch."""
+    value = data[task]
+    if callable(value) and not isinstance(value, Tensor | Mapping):
+        value = value()
+    if isinstance(value, Tensor | Mapping):
+        value = [value]
+    if not isinstance(value, Iterable) or isinstance(value, str):
+        raise InputError(
+            f"data of task {task!r}: expected an iterable of batches or a callable that gives one, "
+            f"got {type(value).__name__}."
+        )
+    number = -1
+    for number, batch in enumerate(value):
+        if _is_empty(batch):
+            raise InputError(
+                f"batch {number} of task {task!r}: expected at least one sample, got an empty one."
+            )
+        yield batch
+    if number < 0:
+        raise InputError(
+            f"data of task {task!r}: expected at least one batch, got none. An iterator that was "
+            "used before gives nothing: pass a list, or a callable."
+        )
+
+
+def _is_empty(batch: Any) -> bool:
+    if isinstance(batch, Tensor):
+        return batch.numel() == 0
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if isinstance(values, tuple | list):
+        return not values or any(isinstance(v, Tensor) and not v.numel() for v in values)
+    return False
+
+
+def experts_by_task(
+    num_experts: int, names: Sequence[str] | None, tasks: Sequence[str]
+) -> list[int]:
+    """The expert of each task: by name where the experts have names, else in order.
+
+    Raises:
+        InputError: a task has no expert, or an expert no data.
+    """
+    if names is None:
+        if len(tasks) != num_experts:
+            raise InputError(
+                f"data: expected one task for each of {num_experts} experts, got {len(tasks)} "
+                f"({', '.join(tasks)}). Tasks and experts go together in order, or by name where "
+                "experts is a mapping."
+            )
+        return list(range(num_experts))
+    for name in names:
+        if name not in tasks:
+            raise InputError(
+                f"data of task {name!r}: expected samples for every expert, got none. "
+                f"The tasks with data: {', '.join(tasks) or 'none'}."
+            )
+    for task in tasks:
+        if task not in names:
+            raise InputError(
+                f"data of task {task!r}: expected one of the experts {', '.join(names)}, got a "
+                "task without an expert."
+            )
+    return [list(names).index(task) for task in tasks]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(to_device(v, device) for v in batch)
+    return batch
+
+
+def run_batch(model: nn.Module, batch: Any, task: str, number: int) -> Any:
+    """``model(**batch)``, ``model(*batch)`` or ``model(batch)`` for a mapping, a tuple, else."""
+    with refusals(task, number):
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch)
+        return model(batch)
+
+
+@contextmanager
+def refusals(task: str, number: int) -> Iterator[None]:
+    """What a model's code raises at a batch that it cannot take, as an error of the input."""
+    try:
+        yield
+    except MagicFastError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise InputError(
+            f"batch {number} of task {task!r}: expected what the model takes, got its refusal, "
+            f"{type(error).__name__}: {error}. Is the data of the right modality?"
+        ) from error
+
+
+class Masks:
+    """Which positions of a batch are samples and not padding: [samples, length] or None."""
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        fields = batch if isinstance(batch, Mapping) else {}
+        self._own = _mask(fields.get("attention_mask"))
+        self._decoder: Tensor | None = None
+        self._in_decoder: set[int] = set()
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            decoder = model.get_decoder()  # type: ignore[operator]
+            self._in_decoder = {id(m) for m in decoder.modules()}
+            self._decoder = _mask(fields.get("decoder_attention_mask"))
+
+    def of(self, module: nn.Module) -> Tensor | None:
+        return self._decoder if id(module) in self._in_decoder else self._own
+
+
+def _mask(value: Any) -> Tensor | None:
+    if not isinstance(value, Tensor) or value.dim() != 2 or bool(value.bool().all()):
+        return None
+    return value.bool()

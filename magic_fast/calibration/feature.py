@@ -1,0 +1,117 @@
+"""How feature space calibration (FSC) runs: its public settings (docs/calibration.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from magic_fast.calibration.weight import is_number, pair, word
+from magic_fast.errors import InputError
+
+
+class Reduction(str, Enum):
+    """How the ratios of all positions become one ξ of a layer and a task."""
+
+    RATIO_OF_SUMS = "ratio_of_sums"
+    MEAN = "mean"
+    MEDIAN = "median"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Deploy(str, Enum):
+    """What carries ξ: the weights, or hooks over the base's and the merged weights."""
+
+    FOLD = "fold"
+    HOOKS = "hooks"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class FeatureGranularity(str, Enum):
+    """What shares a ξ."""
+
+    LAYER = "layer"
+    CHANNEL = "channel"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class FeatureCalibration:
+    """Settings of the feature space calibration (FSC) of MAGIC, arXiv 2512.19320.
+
+    Attributes:
+        reduction: ``ratio_of_sums`` Σ‖h_k − h_0‖ ÷ Σ‖h_m − h_0‖ (least noisy), or ``mean`` or
+            ``median`` of the ratios of single positions.
+        p: norm along the feature dimension: an integer ≥ 1 or infinity.
+        granularity: one ξ for a ``layer`` or for each output ``channel``.
+        sequential: take the layers in order, each on what the calibrated ones before it give.
+        clamp: (low, high) that ξ is limited to, or None.
+        strength: exponent of ξ: 0 does nothing, 1 calibrates fully.
+        scale: factor on calibrated layers besides ξ (ξ itself cancels any factor of the merge).
+        min_denominator: positions whose ‖h_m − h_0‖ lies below this share of its mean over the
+            batch have no part in ``mean`` and ``median``; those where it is 0 never have.
+        sensitive: names of tensors or of modules whose layers may only shrink.
+
+    >>> FeatureCalibration(p=2).reduction
+    <Reduction.RATIO_OF_SUMS: 'ratio_of_sums'>
+    """
+
+    reduction: Reduction = Reduction.RATIO_OF_SUMS
+    p: float = 1
+    granularity: FeatureGranularity = FeatureGranularity.LAYER
+    sequential: bool = False
+    clamp: tuple[float, float] | None = (0.1, 10.0)
+    strength: float = 1.0
+    scale: float = 1.0
+    min_denominator: float = 0.0
+    sensitive: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("reduction", Reduction), ("granularity", FeatureGranularity)):
+            object.__setattr__(self, name, word(kind, getattr(self, name), name))
+        p = math.inf if self.p in ("inf", math.inf) else self.p
+        if not is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):
+            raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {self.p!r}.")
+        object.__setattr__(self, "p", p)
+        if self.clamp is not None:
+            low, high = pair(self.clamp)
+            if not 0 <= low <= high:
+                raise InputError(
+                    "calibration clamp: expected (low, high) with 0 <= low <= high, got "
+                    f"{self.clamp!r}."
+                )
+            object.__setattr__(self, "clamp", (low, high))
+        for name in ("strength", "scale", "min_denominator"):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value):
+                raise InputError(f"calibration {name}: expected a finite number, got {value!r}.")
+        if not 0 <= self.min_denominator < 1:
+            raise InputError(
+                "calibration min_denominator: expected a share in [0, 1), got "
+                f"{self.min_denominator!r}."
+            )
+        if isinstance(self.sensitive, str):
+            raise InputError(
+                "calibration sensitive: expected a list of names, got the string "
+                f"{self.sensitive!r}. Read a file of scores with sensitive_from_file()."
+            )
+        if self.sensitive is not None:
+            object.__setattr__(self, "sensitive", tuple(self.sensitive))
+
+    def check_names(self, modules: Iterable[str], tensors: Iterable[str]) -> None:
+        """Refuses sensitive names that are neither a module nor a tensor of the model."""
+        known = {*modules, *tensors}
+        unknown = [n for n in self.sensitive or () if n not in known]
+        if unknown:
+            raise InputError(
+                f"sensitive layer {unknown[0]!r}: expected a module or a tensor of the model, got "
+                f"an unknown name{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
+                "Check the list against the model's names."
+            )
