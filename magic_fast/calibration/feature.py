@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from magic_fast.calibration.weight import is_number, pair, word
+from magic_fast.calibration.weight import bounds_of, check_finite, norm_of, word
 from magic_fast.errors import InputError
 
 
@@ -76,22 +75,9 @@ class FeatureCalibration:
     def __post_init__(self) -> None:
         for name, kind in (("reduction", Reduction), ("granularity", FeatureGranularity)):
             object.__setattr__(self, name, word(kind, getattr(self, name), name))
-        p = math.inf if self.p in ("inf", math.inf) else self.p
-        if not is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):
-            raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {self.p!r}.")
-        object.__setattr__(self, "p", p)
-        if self.clamp is not None:
-            low, high = pair(self.clamp)
-            if not 0 <= low <= high:
-                raise InputError(
-                    "calibration clamp: expected (low, high) with 0 <= low <= high, got "
-                    f"{self.clamp!r}."
-                )
-            object.__setattr__(self, "clamp", (low, high))
-        for name in ("strength", "scale", "min_denominator"):
-            value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value):
-                raise InputError(f"calibration {name}: expected a finite number, got {value!r}.")
+        object.__setattr__(self, "p", norm_of(self.p))
+        object.__setattr__(self, "clamp", bounds_of(self.clamp))
+        check_finite(self, ("strength", "scale", "min_denominator"))
         if not 0 <= self.min_denominator < 1:
             raise InputError(
                 "calibration min_denominator: expected a share in [0, 1), got "

@@ -16,7 +16,8 @@ from magic_fast.calibration.batches import Masks, batches_of, refusals, run_batc
 from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity
 from magic_fast.calibration.groups import Group, group_sites
 from magic_fast.calibration.lockstep import Lockstep
-from magic_fast.calibration.sites import Call, Part, Site, Station, find_stations
+from magic_fast.calibration.sites import Call, Part, Site, Station
+from magic_fast.calibration.walk import find_stations
 from magic_fast.reference.features import fold
 
 Progress = Callable[[int, int, str], None]  # stations done, of how many, the last one's name

@@ -122,24 +122,9 @@ class WeightCalibration:
             default = Granularity.TENSOR if self.variant is Variant.SPECTRAL else Granularity.ROW
             object.__setattr__(self, "granularity", default)
         object.__setattr__(self, "granularity", word(Granularity, self.granularity, "granularity"))
-        p = math.inf if self.p in ("inf", math.inf) else self.p
-        if not is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):
-            raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {self.p!r}.")
-        object.__setattr__(self, "p", p)
-        if self.clamp is not None:
-            low, high = pair(self.clamp)
-            if not 0 <= low <= high:
-                raise InputError(
-                    "calibration clamp: expected (low, high) with 0 <= low <= high, got "
-                    f"{self.clamp!r}."
-                )
-            object.__setattr__(self, "clamp", (low, high))
-        for name in ("strength", "scale"):
-            value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value):
-                raise InputError(
-                    f"calibration {name}: expected a finite number, got {getattr(self, name)!r}."
-                )
+        object.__setattr__(self, "p", norm_of(self.p))
+        object.__setattr__(self, "clamp", bounds_of(self.clamp))
+        check_finite(self, ("strength", "scale"))
         if isinstance(self.tensors, str) and self.tensors not in ("general", "magic"):
             raise InputError(
                 "calibration tensors: expected 'general', 'magic' or a TensorFilter, got "
@@ -244,11 +229,34 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def pair(value: object) -> tuple[float, float]:
-    """(low, high), or NaNs where the value is no pair of numbers: no bound holds of them."""
+def norm_of(value: object) -> float:
+    """The p of a norm: an integer >= 1 or infinity."""
+    p = math.inf if value in ("inf", math.inf) else value
+    if not is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):  # type: ignore[operator]
+        raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {value!r}.")
+    return p  # type: ignore[return-value]
+
+
+def bounds_of(value: object) -> tuple[float, float] | None:
+    """The (low, high) of a clamp, or None."""
+    if value is None:
+        return None
+    low = high = math.nan  # no bound holds of them
     if isinstance(value, Sequence) and len(value) == 2 and all(map(is_number, value)):
-        return float(value[0]), float(value[1])
-    return math.nan, math.nan
+        low, high = float(value[0]), float(value[1])
+    if not 0 <= low <= high:
+        raise InputError(
+            f"calibration clamp: expected (low, high) with 0 <= low <= high, got {value!r}."
+        )
+    return low, high
+
+
+def check_finite(settings: object, names: Iterable[str]) -> None:
+    """Refuses settings that are not finite numbers."""
+    for name in names:
+        value = getattr(settings, name)
+        if not is_number(value) or not math.isfinite(value):
+            raise InputError(f"calibration {name}: expected a finite number, got {value!r}.")
 
 
 def word(kind: type, value: object, what: str) -> object:
