@@ -234,7 +234,7 @@ def norm_of(value: object) -> float:
     p = math.inf if value in ("inf", math.inf) else value
     if not is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):  # type: ignore[operator]
         raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {value!r}.")
-    return p  # type: ignore[return-value]
+    return p
 
 
 def bounds_of(value: object) -> tuple[float, float] | None:
