@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from magic_fast.api.calibrate import calibrate_weights
+    from magic_fast.api.calibrating_checkpoints import calibrate_checkpoints
     from magic_fast.api.checkpoints import (
-        calibrate_checkpoints,
         inspect_checkpoints,
         merge_checkpoints,
         plan_checkpoints,
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "magic_fast.api.calibrate": ("calibrate_weights",),
     "magic_fast.api.features": ("calibrate_features",),
+    "magic_fast.api.calibrating_checkpoints": ("calibrate_checkpoints",),
     "magic_fast.api.checkpoints": (
-        "calibrate_checkpoints",
         "inspect_checkpoints",
         "merge_checkpoints",
         "plan_checkpoints",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,14 @@ from magic_fast.engine import (
     MergePlan,
     MergeReport,
     Progress,
-    Step,
     common_shape,
     place,
 )
 from magic_fast.engine import run as run_plan
 from magic_fast.engine.native import device_of
 from magic_fast.engine.plan import FLOATS, free_bytes
+from magic_fast.engine.run import Finish
 from magic_fast.errors import InputError, OutputError
-from magic_fast.recipe import Recipe
 
 ProgressCall = Callable[[Progress], None]
 
@@ -61,7 +59,7 @@ def check_out(out: str | Path, resume: bool) -> str:
     """OUT as a string, refused where something is in the way (which may be the finished result of a
     run that is resumed)."""
     path = Path(out).expanduser()
-    if resume and _is_whole(path):
+    if resume and is_whole(path):
         return str(path)
     if path.suffix == ".safetensors":
         if path.exists():
@@ -77,14 +75,14 @@ def check_out(out: str | Path, resume: bool) -> str:
     return str(path)
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a finished result lies there: nothing else has the final name."""
     if path.suffix == ".safetensors":
         return path.is_file()
     return path.is_dir() and any(path.iterdir())
 
 
-def _check_disk(plan: MergePlan) -> None:
+def check_disk(plan: MergePlan) -> None:
     free = free_bytes(plan.out)
     if free < plan.disk_needed:
         raise OutputError(
@@ -154,8 +152,8 @@ def plan_checkpoints(
                 "allow_embedding_truncation": allow_embedding_truncation,
             },
         )
-        if not _is_whole(Path(target)):
-            _check_disk(plan)
+        if not is_whole(Path(target)):
+            check_disk(plan)
     except BaseException:
         for model in models.values():
             model.close()
@@ -223,124 +221,24 @@ def merge_checkpoints(
         allow_embedding_truncation=allow_embedding_truncation,
         resume=resume,
     )
-    return _run(plan, nonfinite, resume, progress)
+    return run_and_close(plan, nonfinite, resume, progress)
 
 
-def _run(
-    plan: MergePlan, nonfinite: str, resume: bool, progress: ProgressCall | None
+def run_and_close(
+    plan: MergePlan,
+    nonfinite: str,
+    resume: bool,
+    progress: ProgressCall | None,
+    finish: Finish = write_small_files,
 ) -> MergeReport:
+    """Runs a plan, or verifies its finished result; its checkpoints are closed afterwards."""
     try:
-        if resume and _is_whole(Path(plan.out)):
+        if resume and is_whole(Path(plan.out)):
             return verified(plan, nonfinite)
-        return run_plan(
-            plan, nonfinite=nonfinite, resume=resume, progress=progress, finish=write_small_files
-        )
+        return run_plan(plan, nonfinite=nonfinite, resume=resume, progress=progress, finish=finish)
     finally:
         for model in plan.models.values():
             model.close()
-
-
-def calibrate_checkpoints(
-    base: str | Path,
-    experts: Sequence[str | Path],
-    merged: str | Path,
-    out: str | Path,
-    *,
-    calibration: str | WeightCalibration | Mapping[str, Any] = "wsc",
-    device: str = "auto",
-    backend: str | None = None,
-    max_shard_size: int = 5 * 10**9,
-    memory: int | None = None,
-    nonfinite: str = "error",
-    resume: bool = False,
-    progress: ProgressCall | None = None,
-) -> MergeReport:
-    """WSC on a checkpoint that any other tool merged; everything else as in
-    :func:`merge_checkpoints`.
-
-    Args:
-        base, experts, merged: folders or ``.safetensors`` files of one architecture.
-        out: where the calibrated model goes, in the dtypes of ``merged``.
-        calibration: ``"wsc"`` or settings.
-
-    >>> calibrate_checkpoints("base", ["a", "b"], "merged", "calibrated")  # doctest: +SKIP
-    """
-    settings = as_calibration(calibration)
-    if settings is None:
-        raise InputError("calibration: expected 'wsc' or a WeightCalibration, got None.")
-    if not experts:
-        raise InputError("experts: expected at least one checkpoint, got none.")
-    target = check_out(out, resume)
-    place_of_work = device_of(device)
-    names = [str(merged), str(base), *(str(e) for e in experts)]
-    models = open_models({name: name for name in names})
-    try:
-        steps = _calibration_steps(models, names, settings)
-        plan = MergePlan(
-            "calibrate",
-            steps,
-            place(steps, target, max_shard_size),
-            models,
-            str(merged),
-            target,
-            backend,
-            recipe_text=_calibration_text(names, settings),
-            memory=memory,
-            device=place_of_work,
-            settings={"calibrate": settings},
-        )
-        if not _is_whole(Path(target)):
-            _check_disk(plan)
-    except BaseException:
-        for model in models.values():
-            model.close()
-        raise
-    return _run(plan, nonfinite, resume, progress)
-
-
-def _calibration_text(names: Sequence[str], settings: WeightCalibration) -> str:
-    import yaml
-
-    merged, base, *experts = names
-    fields = {
-        k: str(v) if not isinstance(v, bool | int | float | list | type(None)) else v
-        for k, v in vars(settings).items()
-        if not k.startswith("_") and k not in ("sensitive", "clamp")
-    }
-    fields["clamp"] = None if settings.clamp is None else list(settings.clamp)
-    fields["sensitive"] = None if settings.sensitive is None else list(settings.sensitive)
-    document = {"base": base, "experts": experts, "merged": merged, "calibrate": fields}
-    text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    return text
-
-
-def _calibration_steps(
-    models: Mapping[str, Checkpoint], names: Sequence[str], settings: WeightCalibration
-) -> list[Step]:
-    merged, base, *experts = names
-    settings.check_names(models[merged])
-    model_type = models[merged].config.get("model_type")
-    recipe = Recipe(weights=(1.0,) * len(experts))
-    steps = []
-    for name in models[merged]:
-        own = input_of(models, merged, name)
-        plain = Step(name, own.info.shape, own.info.dtype, None, (own,), copy=True)
-        if own.info.dtype not in FLOATS:
-            steps.append(plain)
-            continue
-        resolved = settings.resolve(name, own.info.shape, recipe.weights, model_type=model_type)
-        if resolved is None:
-            steps.append(plain)
-            continue
-        rows = [input_of(models, m, name) for m in (base, *experts)]
-        common_shape(name, [own, *rows])
-        steps.append(
-            replace(
-                plain, base=rows[0], experts=tuple(rows[1:]), recipe=recipe, merged=own,
-                calibration=resolved, copy=False,
-            )
-        )  # fmt: skip
-    return steps
 
 
 def inspect_checkpoints(

@@ -13,7 +13,7 @@ from magic_fast._version import __version__
 from magic_fast.checkpoint import OutputFolder, copy_sidecars, open_checkpoint, sidecar_source
 from magic_fast.checkpoint.staging import Staging
 from magic_fast.engine import MergePlan, MergeReport, TensorReport, Written
-from magic_fast.engine.identity import Identity, identity_of, label_of, name_of
+from magic_fast.engine.identity import Identity, identity_of, label_of, name_of, plain
 from magic_fast.engine.plan import FLOATS
 from magic_fast.engine.verify import RECORD_NAME, read_record, verify_checkpoint
 from magic_fast.errors import CheckpointError, InputError
@@ -60,6 +60,40 @@ def verified(plan: MergePlan, nonfinite: str) -> MergeReport:
         TensorReport(**({"name": s.name} | known.get(s.name, {}) | {"shape": s.shape}))
         for s in plan.steps
     ]
+    return report
+
+
+def finished(out: str, recipe: str, settings: Mapping[str, Any]) -> MergeReport:
+    """The report of a finished result that ``resume`` found, verified against its own record, where
+    running again is what would tell whether the plan is the same.
+
+    Raises:
+        InputError: it is the result of other settings, models or samples.
+        CheckpointError: it is damaged.
+    """
+    record = read_record(out if Path(out).is_dir() else None)
+    was = record.get("settings") or {}
+    now = {k: plain(v) for k, v in settings.items()}
+    differs = sorted(k for k in now if was.get(k) != now[k])
+    if record.get("recipe") != recipe:
+        differs.append("the configuration")
+    if differs:
+        raise InputError(
+            f"resume for {out!r}: expected the result of this run, got a finished one of another: "
+            f"{', '.join(differs)} differ. Name another output, or remove it."
+        )
+    Staging.clear(out)
+    found = verify_checkpoint(out)
+    if not found.ok:
+        raise CheckpointError(
+            f"output for {out!r}: expected a sound result of this run, got: "
+            f"{'; '.join(found.problems[:3])}. Remove it and calibrate again."
+        )
+    report = MergeReport(out, str(record["method"]), str(record["backend"]))
+    report.warnings = [*record["warnings"], "it was finished already, and is verified"]
+    report.bytes_read = found.nbytes
+    report.tensors = [TensorReport(**({"shape": ()} | t)) for t in record["tensors"]]
+    report.layers = list(record.get("layers", ()))
     return report
 
 
@@ -166,6 +200,8 @@ def write_small_files(
         "checksums": {"algorithm": "xxh3_64", "tensors": dict(written.checksums)},
         "warnings": report.warnings,
     }
+    if report.layers:
+        record["layers"] = report.layers
     if written.nonfinite is not None:
         record["nonfinite"] = {name: n for name, n in written.nonfinite.items() if n}
     output.write_text(RECORD_NAME, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -79,14 +79,14 @@ class LayerCalibration:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; of channels their mean."""
+        """Plain values for JSON: of channels the mean, None where ξ is undefined."""
         c = self.coefficient
         return {
             "name": self.name,
             "tensors": list(self.tensors),
-            "coefficient": None if c is None else float(c.float().nanmean()),
-            "applied": float(self.applied.float().mean()),
-            "by_task": {t: float(x.float().nanmean()) for t, x in self.by_task.items()},
+            "coefficient": None if c is None else _mean(c),
+            "applied": float(self.applied.mean()),
+            "by_task": {task: _mean(x) for task, x in self.by_task.items()},
             "calls": self.calls,
             "positions": self.positions,
             "note": self.note,
@@ -126,3 +126,9 @@ class CalibrationReport:
             )
         layers = {"layers": [layer.as_dict() for layer in self.layers]} if self.layers else {}
         return {"tensors": rows, **layers}
+
+
+def _mean(x: Tensor) -> float | None:
+    """Mean of what is finite."""
+    finite = x[x.isfinite()]
+    return float(finite.mean()) if finite.numel() else None

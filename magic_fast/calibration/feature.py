@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-from magic_fast.calibration.weight import bounds_of, check_finite, norm_of, word
+from magic_fast.calibration.weight import (
+    bounds_of,
+    check_finite,
+    known_settings,
+    norm_of,
+    word,
+)
 from magic_fast.errors import InputError
 
 
@@ -101,3 +108,10 @@ class FeatureCalibration:
                 f"an unknown name{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
                 "Check the list against the model's names."
             )
+
+
+def as_features(value: FeatureCalibration | Mapping[str, Any] | None) -> FeatureCalibration:
+    """None (the defaults), settings, or a mapping of them."""
+    if isinstance(value, FeatureCalibration):
+        return value
+    return FeatureCalibration(**known_settings(FeatureCalibration, value or {}))

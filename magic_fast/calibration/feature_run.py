@@ -66,6 +66,7 @@ class FeatureRun:
         weights: of base, experts and merged.
         experts: task → number of its expert.
         settings: of the calibration.
+        device: of the batches; None: that of the model.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class FeatureRun:
         experts: Mapping[str, int],
         settings: FeatureCalibration,
         progress: Progress | None = None,
+        device: str | None = None,
     ) -> None:
         self._model, self._weights, self._settings = model, weights, settings
         self._experts = dict(experts)
@@ -82,7 +84,7 @@ class FeatureRun:
         self.groups = group_sites(self.stations, settings)
         self._group_of = {id(site): group for group in self.groups for site in group.sites}
         self._tried: set[int] = set()
-        self._progress = progress
+        self._progress, self._device = progress, device
         self._seen: dict[int, int] = {}
 
     def run(self, data: Mapping[str, Any]) -> None:
@@ -140,8 +142,8 @@ class FeatureRun:
             lock.run(lambda p: id(p[0]), settled, lambda: self._weights.leave(entered[0]))
 
     def _batches(self, data: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
-        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        device = torch.device("cpu") if device.type == "meta" else device
+        first = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        device = first if self._device is None else torch.device(self._device)
         for task in data:
             for number, batch in enumerate(batches_of(data, task)):
                 yield task, number, to_device(batch, device)
@@ -230,6 +232,25 @@ class FeatureRun:
             )
             axis = None if not factor.dim() else (site.axes or {})[part.local]
             yield part, fold(base, merged, factor, axis)
+
+    def factors(self) -> dict[str, tuple[Tensor, int | None]]:
+        """Parameter → what multiplies its change: one number, or one for each index of an axis."""
+        found: dict[str, tuple[Tensor, int | None]] = {}
+        for station in self.stations:
+            own = dict(station.module.named_parameters())
+            for site in station.sites:
+                factor = self._group_of[id(site)].factor()
+                for part in site.parts:
+                    axis = None if not factor.dim() else (site.axes or {})[part.local]
+                    value = factor
+                    if part.rows is not None:  # of a parameter that several sites share
+                        axis = 0
+                        before = found.get(part.name)
+                        size = own[part.local].shape[0]
+                        value = torch.ones(size).double() if before is None else before[0]
+                        value[part.rows] = factor
+                    found[part.name] = value, axis
+        return found
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from magic_fast.errors import InputError
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
@@ -295,16 +296,21 @@ def as_calibration(
     if value is None or isinstance(value, WeightCalibration):
         return value
     if isinstance(value, Mapping):
-        known = [f.name for f in fields(WeightCalibration) if f.init]
-        for name in value:
-            if name not in known:
-                raise InputError(
-                    f"calibration {name!r}: expected one of {', '.join(known)}, got an unknown one."
-                )
-        return WeightCalibration(**value)  # type: ignore[arg-type]
+        return WeightCalibration(**known_settings(WeightCalibration, value))
     if value == "wsc":
         return WeightCalibration()
     raise InputError(
         f"calibrate: expected None, 'wsc' or a WeightCalibration, got {value!r}. "
         "Feature-space calibration runs on a model: see calibrate_features."
     )
+
+
+def known_settings(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping, refused where it has a name that ``kind`` lacks."""
+    known = [f.name for f in fields(kind) if f.init]
+    for name in value:
+        if name not in known:
+            raise InputError(
+                f"calibration {name!r}: expected one of {', '.join(known)}, got an unknown one."
+            )
+    return dict(value)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from magic_fast.cli import options, output
 from magic_fast.cli.progress import progress
+from magic_fast.errors import InputError
 
 if TYPE_CHECKING:
     from magic_fast.calibration import WeightCalibration
+    from magic_fast.calibration.feature import FeatureCalibration
 
 
 def add_parser(commands: Any) -> None:
@@ -17,13 +19,15 @@ def add_parser(commands: Any) -> None:
         "calibrate",
         help="restore the magnitudes of a model that any tool merged",
         description="Scales each row of the merged model's change so that its magnitude fits its "
-        "experts' (weight space calibration, WSC), and writes the result to the new folder OUT.",
+        "experts' (weight space calibration, WSC), or each layer's by what it makes of samples "
+        "(feature space, FSC), or both (dual, DSC), and writes the result to the new folder OUT.",
         allow_abbrev=False,
     )
     options.models(parser)
     parser.add_argument("--merged", required=True, metavar="MODEL", help="what was merged of them")
     parser.add_argument("out", metavar="OUT", help="folder to make; it must be missing or empty")
     options.weight_calibration(parser)
+    options.feature_calibration(parser)
     options.execution(parser)
     options.common(parser)
     parser.set_defaults(run=run)
@@ -32,6 +36,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
 
+    refuse_idle(arguments)
     quiet, style = arguments.quiet, arguments.progress
     with progress(quiet=quiet, title="calibrate", style=style) as report:
         calibrated = mf.calibrate_checkpoints(
@@ -39,7 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.experts,
             arguments.merged,
             arguments.out,
+            space=arguments.space,
             calibration=weight_calibration(arguments),
+            data=data(arguments),
+            features=feature_calibration(arguments) if arguments.space != "weight" else None,
+            samples=arguments.samples,
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
             device=arguments.device,
             backend=arguments.backend,
             max_shard_size=arguments.max_shard_size,
@@ -65,3 +76,56 @@ def weight_calibration(arguments: argparse.Namespace) -> WeightCalibration:
         strength=arguments.strength,
         sensitive=None if sensitive is None else sensitive_from_file(sensitive),
     )
+
+
+def feature_calibration(arguments: argparse.Namespace) -> FeatureCalibration:
+    """The options of :func:`options.feature_calibration`, and those it shares with WSC."""
+    from magic_fast.calibration import sensitive_from_file
+    from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity, Reduction
+
+    norm = arguments.norm
+    per_channel = arguments.per_channel
+    return FeatureCalibration(
+        reduction=Reduction(arguments.reduction),
+        p=int(norm) if norm.isdecimal() else norm,
+        granularity=FeatureGranularity.CHANNEL if per_channel else FeatureGranularity.LAYER,
+        sequential=arguments.sequential,
+        clamp=arguments.clamp,
+        strength=arguments.strength,
+        sensitive=None if arguments.sensitive is None else sensitive_from_file(arguments.sensitive),
+    )
+
+
+def data(arguments: argparse.Namespace) -> dict[str, str]:
+    """Task → path."""
+    found: dict[str, str] = {}
+    for task, path in arguments.data:
+        if task in found:
+            raise InputError(f"--data {task}: expected each task once, got it twice.")
+        found[task] = path
+    return found
+
+
+#: Options that mean something in one kind of space only, and their defaults.
+_OF_WEIGHTS: dict[str, object] = {
+    "variant": "manifold",
+    "granularity": "row",
+    "eps_mode": "relative",
+}
+_OF_FEATURES: dict[str, object] = {
+    "samples": 64, "batch_size": 8, "max_length": 512, "reduction": "ratio_of_sums", "norm": "1",
+    "per_channel": False, "sequential": False,
+}  # fmt: skip
+
+
+def refuse_idle(arguments: argparse.Namespace) -> None:
+    """Refuses options that would do nothing in the chosen space."""
+    spaces: dict[str, dict[str, object]] = {"weight": _OF_FEATURES, "feature": _OF_WEIGHTS}
+    idle = spaces.get(arguments.space, {})
+    for name, default in idle.items():
+        if getattr(arguments, name) != default:
+            other = "'feature' or 'dual'" if arguments.space == "weight" else "'weight' or 'dual'"
+            raise InputError(
+                f"--{name.replace('_', '-')}: expected it with --space {other}, got "
+                f"--space {arguments.space}. Leave it out, or choose another space."
+            )

@@ -132,6 +132,57 @@ def weight_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def feature_calibration(parser: argparse.ArgumentParser) -> None:
+    """How FSC runs, and on what."""
+    group = parser.add_argument_group("calibration in feature space (FSC, DSC)")
+    group.add_argument(
+        "--space",
+        choices=("weight", "feature", "dual"),
+        default="weight",
+        help="weight: WSC, without data (default); feature: FSC; dual: WSC, then FSC",
+    )
+    group.add_argument(
+        "--data",
+        action="append",
+        type=assignment,
+        default=[],
+        metavar="TASK=PATH",
+        help="samples of a task: a .jsonl of texts, token ids or images, a .txt, or a folder of "
+        "images; one for each expert, by the name of its folder, else in order",
+    )
+    group.add_argument(
+        "--samples", type=positive, default=64, metavar="N", help="of a task, the first (64)"
+    )
+    group.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="samples at a time (8)"
+    )
+    group.add_argument(
+        "--max-length", type=positive, default=512, metavar="N", help="tokens of a sample (512)"
+    )
+    group.add_argument(
+        "--reduction",
+        choices=("ratio_of_sums", "mean", "median"),
+        default="ratio_of_sums",
+        help="how positions become one coefficient (default: ratio_of_sums)",
+    )
+    group.add_argument("--norm", default="1", metavar="P", help="of a feature: 1 (default), 2, inf")
+    group.add_argument(
+        "--per-channel", action="store_true", help="a coefficient for each output channel"
+    )
+    group.add_argument(
+        "--sequential",
+        action="store_true",
+        help="each layer on what the calibrated ones before it give",
+    )
+
+
+def assignment(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise argparse.ArgumentTypeError(f"expected TASK=PATH, got {text!r}")
+    return name, value
+
+
 def size(text: str) -> int:
     try:
         return parse_bytes(text)

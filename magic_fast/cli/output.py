@@ -33,6 +33,9 @@ def show_report(report: MergeReport, *, quiet: bool, json: bool) -> None:
         print_json(report.as_dict())
     elif not quiet:
         print("\n".join(summary.report_lines(report)))
+        if report.layers:
+            print()
+            show(summary.layer_table(report.layers))
         deviations = summary.deviation_table(report.tensors)
         if deviations.rows:
             print()

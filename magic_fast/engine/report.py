@@ -69,6 +69,7 @@ class MergeReport:
         bytes_read, bytes_written: of tensors.
         peak_memory_bytes: largest resident set of the process.
         stages: seconds that reading, computing and writing were busy; they overlap.
+        layers: what calibration in feature space found of each layer, as plain values.
     """
 
     out: str
@@ -81,6 +82,7 @@ class MergeReport:
     tensors: list[TensorReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,7 +13,7 @@ from magic_fast.engine.native import over_model
 from magic_fast.engine.plan import FLOATS, Input, MergePlan, Step
 from magic_fast.engine.stages import refuse_other_integers
 from magic_fast.engine.units import Unit
-from magic_fast.methods.functions import FUNCTIONS, PREPARATIONS
+from magic_fast.methods.functions import PREPARATIONS, STEPS
 from magic_fast.ops.backend import Job, Stats
 from magic_fast.recipe import Recipe, Selection
 from magic_fast.reference import merge as reference
@@ -154,7 +154,7 @@ class Worker:
                 decisions = reference.decide(None, job.experts, step.recipe, stream=job.stream)
                 return reference.combine(None, job.experts, step.recipe, decisions)
             arguments = {**step.arguments, **self._more}
-            return FUNCTIONS[step.method](job, arguments, step.preset)
+            return STEPS[step.method](job, arguments, step.preset)
 
         return ops.run_function(
             [job], merged, backend=self._plan.backend, nonfinite=self._nonfinite

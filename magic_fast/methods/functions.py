@@ -7,18 +7,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from magic_fast.methods.elementwise import ELEMENTWISE, prepare_pcb
 from magic_fast.methods.geometric import GEOMETRIC
 from magic_fast.methods.spectral import SPECTRAL
 from magic_fast.ops.backend import Job
+from magic_fast.reference.features import fold
 
 Function = Callable[[Job, Mapping[str, Any], str], Tensor]
 Source = Callable[[], Iterable[tuple[Tensor | None, Sequence[Tensor]]]]
 Preparation = Callable[[Source, Mapping[str, Any]], dict[str, Any]]
 
 FUNCTIONS: Mapping[str, Function] = {**GEOMETRIC, **ELEMENTWISE, **SPECTRAL}
+
+
+def _scale_channels(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
+    """base + factor·(expert − base), a factor for each index of ``axis``."""
+    (merged,) = job.experts
+    wide = torch.promote_types(merged.dtype, torch.float32)
+    factor = torch.tensor(arguments["factor"], dtype=torch.float64)
+    assert job.base is not None
+    return fold(job.base.to(wide), merged.to(wide), factor, arguments["axis"])
+
+
+#: What a step of a plan may also be; no method that a user names.
+STEPS: Mapping[str, Function] = {**FUNCTIONS, "scale_channels": _scale_channels}
 
 #: Functions that first look at the whole model: from its tensors and the arguments to further
 #: arguments.

@@ -35,6 +35,9 @@ def model_card(
         if calibrated
         else ""
     )
+    if report.layers:
+        layers = sum(not layer["note"] for layer in report.layers)
+        calibration += f" The task features of {layers} layers were calibrated (FSC of MAGIC)."
     title = PurePath(report.out).name
     return "\n".join(
         [

@@ -70,6 +70,13 @@ def report_lines(report: MergeReport) -> list[str]:
             f"Calibrated {rows} rows of {len(calibrated)} tensors"
             + (f", {repaired} of them left as merged (nothing to scale)." if repaired else ".")
         )
+    found = [layer for layer in report.layers if not layer["note"]]
+    if found:
+        applied = [layer["applied"] for layer in found]
+        lines.append(
+            f"Calibrated the task features of {len(found)} layers by factors of {min(applied):.3f} "
+            f"to {max(applied):.3f}; {len(report.layers) - len(found)} left as merged."
+        )
     return [*lines, *(f"Warning: {warning}" for warning in report.warnings)]
 
 
@@ -94,6 +101,27 @@ def deviation_table(tensors: Iterable[TensorReport], top: int = 10) -> Table:
         ("tensor", "before", "after", "coefficient (min mean max)"),
         rows,
         note="magnitude = norm of the merged change / mean norm of the experts' changes",
+    )
+
+
+def layer_table(layers: Iterable[Mapping[str, Any]], top: int = 10) -> Table:
+    """The layers that calibration in feature space changed most."""
+    known = [layer for layer in layers if not layer["note"]]
+    known.sort(key=lambda layer: _distance(layer["applied"]), reverse=True)
+    rows = [
+        (
+            str(layer["name"]),
+            _ratio(layer["coefficient"]),
+            _ratio(layer["applied"]),
+            " ".join(f"{task} {_ratio(value)}" for task, value in layer["by_task"].items()),
+        )
+        for layer in known[:top]
+    ]
+    return Table(
+        f"Largest factors in feature space ({len(rows)} of {len(known)} layers)",
+        ("layer", "coefficient", "applied", "by task"),
+        rows,
+        note="coefficient = norm of the experts' task features / norm of the merged model's",
     )
 
 

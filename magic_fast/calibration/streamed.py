@@ -1,0 +1,111 @@
+"""Weights of a run that come from checkpoints, one station at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magic_fast.calibration.sites import Part, Station
+
+Read = Callable[[int, str], Tensor]
+MERGED, BASE, FIRST_EXPERT = 0, 1, 2
+
+
+class AbsentError(RuntimeError):
+    """A weight was used while it was not there: outside of its module's own call."""
+
+
+class Absent(nn.Parameter):
+    """A parameter without its values, of which dtype, device and shape may be asked.
+
+    It raises where it is used: PyTorch gives arbitrary numbers for some products of real tensors
+    with ones on the meta device.
+    """
+
+    _TOLD = frozenset({"__get__", "size", "dim", "numel", "is_floating_point", "requires_grad_"})
+
+    @classmethod
+    def like(cls, parameter: torch.Tensor) -> Absent:
+        made = torch.Tensor._make_subclass(cls, parameter.detach().to("meta"), False)
+        assert isinstance(made, Absent)
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") not in cls._TOLD:
+            raise AbsentError("weights are used outside of their layer's own call")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def forbid_weights(model: nn.Module) -> None:
+    """Makes every parameter of a model :class:`Absent`; tied ones stay tied."""
+    made: dict[int, Absent] = {}
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is not None:
+                if id(own) not in made:
+                    made[id(own)] = Absent.like(own)
+                module._parameters[name] = made[id(own)]
+
+
+class StreamedWeights:
+    """While a station is looked at and run, the merged weights of it are in the model, and of the
+    other models those that were asked for are held; then all of them go.
+
+    Args:
+        model: its parameters on the meta device.
+        read: (0 merged, 1 base, 2 … experts; name in the model) → the stored tensor.
+        device: where it runs.
+        resident: the merged weights are in the model already, and stay.
+    """
+
+    streamed = True
+
+    def __init__(
+        self, model: nn.Module, read: Read, device: str = "cpu", *, resident: bool = False
+    ) -> None:
+        self._read, self._device, self._resident = read, torch.device(device), resident
+        self._held: dict[tuple[int, str], Tensor] = {}
+        self._meta: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+
+    def base(self, name: str) -> Tensor:
+        return self._hold(BASE, name)
+
+    def merged(self, name: str) -> Tensor:
+        return self._hold(MERGED, name)
+
+    def expert(self, number: int, name: str) -> Tensor:
+        # asked for once a task: held, the experts would all be there together
+        return self._read(FIRST_EXPERT + number, name).to(self._device)
+
+    def _hold(self, which: int, name: str) -> Tensor:
+        found = self._held.get((which, name))
+        if found is None:
+            found = self._held[which, name] = self._read(which, name).to(self._device)
+        return found
+
+    def enter(self, station: Station) -> None:
+        if self._resident:
+            return
+        for prefix, module in station.module.named_modules():
+            for local, own in list(module._parameters.items()):
+                if own is not None:
+                    name = ".".join(filter(None, (station.name, prefix, local)))
+                    value = self.merged(name).float()
+                    self._meta.append((module, local, own))
+                    module._parameters[local] = nn.Parameter(value, requires_grad=False)
+
+    def leave(self, station: Station) -> None:
+        for module, local, own in self._meta:
+            module._parameters[local] = own
+        self._meta.clear()
+        self._held.clear()
+
+    def put(self, station: Station, part: Part, value: Tensor) -> None:
+        part.cut(station.module.get_parameter(part.local)).copy_(value)

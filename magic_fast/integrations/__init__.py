@@ -1,0 +1,1 @@
+"""Other libraries, each imported only when something of it is asked for."""
