@@ -16,17 +16,21 @@ from magic_fast.api.steps import input_of
 from magic_fast.calibration.batches import batches_of, experts_by_task
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.feature_run import FeatureRun
-from magic_fast.calibration.streamed import AbsentError, StreamedWeights
+from magic_fast.calibration.streamed import AbsentError, StreamedWeights, Take
 from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.engine import Progress, Step, common_shape
 from magic_fast.engine.plan import FLOATS
-from magic_fast.engine.tensors import tensor_of
+from magic_fast.engine.tensors import as_bytes, tensor_of
 from magic_fast.errors import InputError
 from magic_fast.integrations import hf_models
 from magic_fast.integrations.hf_data import Sampling, read_batches
 from magic_fast.recipe import Recipe
 
 Layers = list[dict[str, Any]]
+
+
+def _new(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class FeatureSpace:
@@ -165,11 +169,13 @@ class FeatureSpace:
 
         return told
 
-    def _read(self, which: int, name: str) -> Tensor:
+    def _read(self, which: int, name: str, take: Take = _new) -> Tensor:
         reference = self._names[which]
         source = input_of(self._models, reference, self._stored[name])
         self.bytes_read += source.nbytes
-        return tensor_of(source, self._models[reference].read(source.info.name))
+        data = as_bytes(take(source.nbytes))
+        self._models[reference].read_into(source.info.name, data)
+        return tensor_of(source, data)
 
     def _whole(self, like: Mapping[str, Checkpoint], scratch: str) -> tuple[list[Step], Layers]:
         """By modules that transformers loads; what it saves is what is copied."""

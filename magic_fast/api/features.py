@@ -298,6 +298,9 @@ class _InMemory:
         assert self._work is not None
         return state[name].detach().to(self._work.get_parameter(name).device)
 
+    def scratch(self, key: object, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(like, dtype=dtype)
+
     def enter(self, station: Station) -> None:
         pass
 

@@ -38,6 +38,9 @@ class Weights(Protocol):
 
     def merged(self, name: str) -> Tensor: ...
 
+    def scratch(self, key: object, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of the shape of ``like`` to write to, until it is asked for again by the key."""
+
     def enter(self, station: Station) -> None:
         """Before the station is looked at and run."""
 
@@ -174,11 +177,11 @@ class FeatureRun:
     def _gather(
         self, site: Site, group: Group, station: Station, samples: Sequence[_Sample]
     ) -> None:
-        base = self._parameters(site, self._weights.base)
-        merged = self._difference(site, self._weights.merged, base)
+        base = {p.local: p.cut(self._weights.base(p.name)) for p in site.parts}
+        merged = self._difference(site, self._weights.merged, base, "merged")
         for task, own in groupby(sorted(samples, key=lambda s: s.task), key=lambda s: s.task):
             number = self._experts[task]
-            expert = self._difference(site, partial(self._weights.expert, number), base)
+            expert = self._difference(site, partial(self._weights.expert, number), base, "expert")
             for sample in own:
                 with refusals(task, sample.number):
                     self._gather_sample(site, group, station, sample, [expert, merged])
@@ -210,14 +213,22 @@ class FeatureRun:
             first = next(site.features(inputs, [like], None))[0]
             site.channel_axes(inputs, like, first.shape[-1])
 
-    def _parameters(self, site: Site, source: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        found = {p.local: p.cut(source(p.name)) for p in site.parts}
-        return {k: v if v.dtype == torch.float64 else v.float() for k, v in found.items()}
-
     def _difference(
-        self, site: Site, source: Callable[[str], Tensor], base: Mapping[str, Tensor]
+        self,
+        site: Site,
+        source: Callable[[str], Tensor],
+        base: Mapping[str, Tensor],
+        whose: str,
     ) -> dict[str, Tensor]:
-        return {k: v - base[k] for k, v in self._parameters(site, source).items()}
+        """A site's task vector in float32 (float64 for float64), the only copy that is made."""
+        found = {}
+        for part in site.parts:
+            value, start = part.cut(source(part.name)), base[part.local]
+            narrow = torch.promote_types(value.dtype, start.dtype)
+            wide = torch.promote_types(narrow, torch.float32)
+            own = self._weights.scratch((whose, part.local), value, wide)
+            found[part.local] = own.copy_(value).sub_(start)
+        return found
 
     def _apply(self, site: Site, group: Group, station: Station) -> None:
         for part, value in self.folded(site, group):
