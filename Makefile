@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-engine bench-spectral bench-sweep clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-engine bench-features bench-spectral bench-sweep clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -108,6 +108,10 @@ bench-engine: venv ## whole merges on disk against reading and writing the same 
 
 bench-sweep: venv ## twelve merges from one read against three merges
 	$(BIN)/python benchmarks/sweep/bench.py
+
+bench-features: venv ## memory of calibration in feature space, layer by layer against all models
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/features/bench.py --make .bench --size 1b --markdown $(RESULTS)/features.md
 
 bench-spectral: venv ## the spectral methods against torch.linalg.svd
 	$(BIN)/python benchmarks/spectral/bench.py

@@ -299,7 +299,7 @@ class _InMemory:
         return state[name].detach().to(self._work.get_parameter(name).device)
 
     def scratch(self, key: object, like: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(like, dtype=dtype)
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
 
     def enter(self, station: Station) -> None:
         pass

@@ -22,6 +22,8 @@ from magic_fast.reference.features import fold
 
 Progress = Callable[[int, int, str], None]  # stations done, of how many, the last one's name
 
+_PIECE = 1 << 18  # elements of a difference taken at a time
+
 
 class Weights(Protocol):
     """Where the weights of base, experts and merged model come from.
@@ -227,7 +229,11 @@ class FeatureRun:
             narrow = torch.promote_types(value.dtype, start.dtype)
             wide = torch.promote_types(narrow, torch.float32)
             own = self._weights.scratch((whose, part.local), value, wide)
-            found[part.local] = own.copy_(value).sub_(start)
+            # in pieces: a difference of two dtypes makes a copy of its second term
+            flat = (torch.split(x.reshape(-1), _PIECE) for x in (own, value, start))
+            for piece, end, begin in zip(*flat, strict=True):
+                piece.copy_(end).sub_(begin)
+            found[part.local] = own
         return found
 
     def _apply(self, site: Site, group: Group, station: Station) -> None:

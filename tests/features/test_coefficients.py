@@ -313,3 +313,17 @@ def test_callable_data_is_read_again() -> None:
     )
     for a, b in zip(lists.parameters(), calls.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_any_layout_of_memory() -> None:
+    """Weights that lie transposed in memory, and more of them than are taken at a time."""
+    torch.manual_seed(0)
+    base = nn.Linear(600, 500).double()
+    expert, merged = moved(base, 1), moved(base, 2)
+    data = {"a": [torch.randn(3, 600).double()]}
+    want, _ = mf.calibrate_features(base, [expert], merged, data)
+    for model in (base, expert, merged):
+        model.weight = nn.Parameter(model.weight.detach().t().contiguous().t())
+    got, _ = mf.calibrate_features(base, [expert], merged, data)
+    torch.testing.assert_close(got.weight, want.weight)
+    assert float((got.weight - merged.weight).abs().max()) > 1e-4
