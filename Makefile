@@ -93,13 +93,16 @@ bench-cpu: venv ## the native backend against the memory's speed, and against th
 	$(BIN)/python benchmarks/cpu/against.py --json $(RESULTS)/peers.json --markdown $(RESULTS)/peers.md \
 	  $(if $(PEER_PYTHON),--peers $(PEER_PYTHON))
 
-# The flags of each instruction set are setup.py's; only what this machine runs is of interest here.
+# The flags of each instruction set are setup.py's. Runs those that this machine has, widest first.
+AVX2_FLAGS = -mavx2 -mfma -mf16c
+AVX512_FLAGS = -mavx512f -mavx512bw -mavx512dq -mavx512vl $(AVX2_FLAGS) -Wno-uninitialized -Wno-maybe-uninitialized
 bench-counters: ## cycles and instructions of the native loops, by the CPU's counters (x86-64, Linux)
 	rm -rf build/counters && mkdir -p build/counters
-	$(CXX) $(COUNTER_FLAGS) -mavx2 -mfma -mf16c -c csrc/cpu/isa/avx2.cpp -o build/counters/avx2.o
-	$(CXX) $(COUNTER_FLAGS) -DMF_HAVE_AVX2 csrc/cpu/*.cpp benchmarks/cpu/counters.cpp build/counters/avx2.o \
-	  -o build/counters/counters -pthread
-	build/counters/counters
+	$(CXX) $(COUNTER_FLAGS) $(AVX2_FLAGS) -c csrc/cpu/isa/avx2.cpp -o build/counters/avx2.o
+	$(CXX) $(COUNTER_FLAGS) $(AVX512_FLAGS) -c csrc/cpu/isa/avx512.cpp -o build/counters/avx512.o
+	$(CXX) $(COUNTER_FLAGS) -DMF_HAVE_AVX2 -DMF_HAVE_AVX512 csrc/cpu/*.cpp benchmarks/cpu/counters.cpp \
+	  build/counters/avx2.o build/counters/avx512.o -o build/counters/counters -pthread
+	for isa in $$(grep -q -w avx512bw /proc/cpuinfo && echo avx512) avx2; do MAGIC_FAST_CPU_ISA=$$isa build/counters/counters; done
 
 bench-engine: venv ## whole merges on disk against reading and writing the same bytes
 	mkdir -p $(RESULTS)
