@@ -39,6 +39,13 @@ SPECS: tuple[BackendSpec, ...] = (
         "native", "magic_fast.ops.native", "NativeBackend", ("cpu",), "fused C++ kernels on the CPU"
     ),
     BackendSpec(
+        "cuda",
+        "magic_fast.ops.cuda_backend",
+        "CudaBackend",
+        ("cuda",),
+        "fused CUDA kernels on a GPU",
+    ),
+    BackendSpec(
         "triton",
         "magic_fast.ops.triton_backend",
         "TritonBackend",

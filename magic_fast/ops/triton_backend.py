@@ -28,9 +28,15 @@ try:
 
     from magic_fast.kernels import launch
     from magic_fast.ops import triton_rows, triton_select
-    from magic_fast.ops.triton_jobs import MERGED_RULE, Device, to_device
+    from magic_fast.ops.gpu_jobs import (
+        MERGED_RULE,
+        Device,
+        everything,
+        to_device,
+        unfit,
+    )
+    from magic_fast.ops.gpu_results import NO_INDEX, Pending, collect, no_rows, selection_of
     from magic_fast.ops.triton_many import groups_of, small
-    from magic_fast.ops.triton_results import NO_INDEX, Pending, collect, selection_of
 except ImportError as error:  # remembered: the backend tells it
     missing: str | None = str(error)
 else:
@@ -67,19 +73,8 @@ class TritonBackend:
         return f"Triton {triton.__version__}, {where}"
 
     def supports(self, job: Job) -> str | None:
-        arrays = [a for a in (job.base, job.out, *job.experts) if a is not None]
-        if any(isinstance(a, View) for a in arrays):
-            return "it takes torch tensors only"
-        for a in arrays:
-            if a.dtype not in _DTYPES:
-                return f"it takes float32, float16 and bfloat16, not {a.dtype}"
-            if not a.is_contiguous():
-                return "it takes contiguous tensors only"
-        for masks in (job.masks, job.task_masks):
-            if masks is not None and not all(m is None or m.is_contiguous() for m in masks):
-                return "it takes contiguous masks only"
-        if job.details:
-            return "it does not keep masks and votes"
+        if reason := unfit(job):
+            return reason
         if len(job.experts) > launch.MOST_EXPERTS:
             return f"it takes up to {launch.MOST_EXPERTS} experts, not {len(job.experts)}"
         return unsupported(job)
@@ -109,13 +104,13 @@ class TritonBackend:
         _check_merged(job, merged)
         if job.calibration is None:
             raise BackendError(f"calibrate '{job.name}': expected a calibration, got None.")
-        plain = replace(job, selection=_everything(job), masks=None, task_masks=None)
+        plain = replace(job, selection=everything(job), masks=None, task_masks=None)
         with _on(job):
             (d,) = to_device([plain])
             _run_merged_rule(d)
             pending = _launch(d, merged)
             (stats,) = collect([d], [pending])
-        stats.selection = _everything(job)
+        stats.selection = everything(job)
         stats.first_nonfinite = (*stats.first_nonfinite, stats.extra.pop("merged_nonfinite"))
         stats.kept = ()
         return stats
@@ -129,7 +124,7 @@ class TritonBackend:
                 (view.rows, k + 1, k + 1), dtype=torch.float64, device=merged.device
             )
             return zeros[:, :k, :k], zeros[:, :k, k], zeros[:, k, k]
-        plain = replace(job, selection=_everything(job), masks=None, task_masks=None)
+        plain = replace(job, selection=everything(job), masks=None, task_masks=None)
         with _on(job):
             (d,) = to_device([plain])
             _run_merged_rule(d)
@@ -145,7 +140,7 @@ class TritonBackend:
         if merged.numel() == 0:
             return
         with _on(job):
-            (d,) = to_device([replace(job, selection=_everything(job))])
+            (d,) = to_device([replace(job, selection=everything(job))])
             triton_rows.scaled(d, merged, job.out, factors.numel(), factors)
 
     def workspace_bytes(self, job: Job) -> int:
@@ -167,7 +162,7 @@ def _launch(d: Device, merged: Tensor | None = None) -> Pending:
         triton_select.prepare(d)
     assert job.out is not None
     if d.n == 0:
-        return Pending(report, kept, _no_rows(d) if job.calibration is not None else None)
+        return Pending(report, kept, no_rows(d) if job.calibration is not None else None)
     like = d.experts[0] if merged is None else merged
     sources = triton_rows.Sources(d, like, job.out, report, merged is not None)
     rows = None
@@ -192,27 +187,10 @@ def _launch_small(devices: Sequence[Device]) -> dict[int, Pending]:
     return pending
 
 
-def _no_rows(d: Device) -> triton_rows.Rows:
-    """A tensor without elements: its rows have no norm, which the guards repair."""
-    c, k = d.job.calibration, len(d.experts)
-    assert c is not None
-    device = d.base.device
-    return triton_rows.Rows(
-        torch.full((c.rows,), float("nan"), device=device),
-        torch.full((c.rows,), c.guards, dtype=torch.bool, device=device),
-        torch.zeros(k + 2, dtype=torch.float64, device=device),
-        torch.zeros((0, k), dtype=torch.int32, device=device),
-    )
-
-
 def _run_merged_rule(d: Device) -> None:
     """d = merged − base instead of the recipe."""
     d.numbers.rule = MERGED_RULE
     d.numbers.kinds = (0,) * len(d.experts)
-
-
-def _everything(job: Job) -> Selection:
-    return Selection.keep_everything(len(job.experts), job.experts[0].numel())
 
 
 def _workspace_bytes(d: Device) -> int:

@@ -9,8 +9,8 @@ import torch
 import triton.language as tl
 
 from magic_fast.kernels import launch, table
-from magic_fast.ops.triton_jobs import BYTES, Device
-from magic_fast.ops.triton_results import NO_INDEX
+from magic_fast.ops.gpu_jobs import BYTES, Device
+from magic_fast.ops.gpu_results import NO_INDEX
 
 MOST_ELEMENTS = 1 << 18  # larger tensors fill the device by themselves
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from magic_fast.kernels import launch, merge, rows
 from magic_fast.kernels import sums as kernels
-from magic_fast.ops.triton_jobs import Device
-from magic_fast.ops.triton_select import multiprocessors
+from magic_fast.ops.gpu_jobs import Device, multiprocessors
+from magic_fast.ops.gpu_results import Rows
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 from magic_fast.reference import calibration as wsc
 
@@ -25,17 +25,6 @@ _OPTIONS = {"enable_fp_fusion": False}
 _EPS_MODES = {EpsMode.ABSOLUTE: 0, EpsMode.RELATIVE: 1, EpsMode.NONE: 2}
 _DIRECTIONS = {Direction.FREE: 0, Direction.GROW: 1, Direction.SHRINK: 2}
 _SPLIT_BLOCKS = 8  # blocks that are summed in float32 before they go to float64
-
-
-@dataclass
-class Rows:
-    """What calibration says of the rows: ``coefficient`` float32 [rows], ``repaired`` bool [rows],
-    ``norms2`` float64 [K + 2]; ``counts`` int32 [programs, K] of kept entries."""
-
-    coefficient: Tensor
-    repaired: Tensor
-    norms2: Tensor
-    counts: Tensor
 
 
 @dataclass

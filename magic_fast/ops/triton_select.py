@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from magic_fast.kernels import cut, launch, norms, ranked, select
-from magic_fast.ops.triton_jobs import BYTES, KEEP_ALL, Device, Target
-from magic_fast.recipe import Rescale, TrimRule
+from magic_fast.ops.gpu_jobs import (
+    BYTES,
+    KEEP_ALL,
+    POWERS,
+    RUN,
+    SAMPLE,
+    Device,
+    Target,
+    factors_of,
+    multiprocessors,
+    places_of,
+)
+from magic_fast.recipe import TrimRule
 
-_SAMPLE = 32768  # magnitudes per expert at most
-_RUN = 16  # taken side by side
-_TINY_NORM = 1e-7  # below it a norm is not restored
 _RANKED_ELEMENTS = 1 << 22  # sorted at a time: bounds the sort's workspace to some 64 MiB
 _OPTIONS = {"enable_fp_fusion": False}
 _PLAIN = (0,) * 10  # a rule without factors and weights
-
-
-def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 def prepare(d: Device) -> None:
@@ -46,27 +47,12 @@ def prepare(d: Device) -> None:
 
 
 # ---- thresholds ----
-def _places(targets: list[Target], sample: int, total: int) -> list[int]:
-    """Positions in the ascending sample: bracket's low end, expected threshold, high end."""
-    places = []
-    for t in targets:
-        q = t.count / total
-        rank, margin = q * sample, 4.5 * math.sqrt(sample * q * (1 - q)) + 6
-        if sample == total:  # the sample is all there is
-            places += [total - t.count] * 3
-            continue
-        low = sample - int(rank + margin) if rank + margin <= sample else -1
-        high = sample - int(rank - margin) if rank - margin >= 1 else sample
-        places += [low, min(max(sample - int(rank), 0), sample - 1), high]
-    return places
-
-
 def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.device) -> int:
     """Bytes that a select of one tensor takes beside its inputs."""
     shape = launch.block_shape(num_experts, 2)
     segments = launch.segments_for(-(-total // shape.block), multiprocessors(device))[0]
     bins = 8 if total >= 1 << 31 else 4
-    sample = 12 * num_experts * min(_SAMPLE, total)  # the magnitudes, sorted, and their places
+    sample = 12 * num_experts * min(SAMPLE, total)  # the magnitudes, sorted, and their places
     size: int = targets * ((bins << _log_bins(targets, total)) + 80 + segments * (8 + 8)) + sample
     return size
 
@@ -83,8 +69,8 @@ def find_thresholds(d: Device, targets: list[Target]) -> None:
     as a rule."""
     base, experts, n, k = d.base, d.experts, d.n, len(d.experts)
     device, count = base.device, len(targets)
-    run = 1 if n <= _SAMPLE else _RUN
-    runs = min(n, _SAMPLE) // run
+    run = 1 if n <= SAMPLE else RUN
+    runs = min(n, SAMPLE) // run
     size = runs * run
     sample = torch.empty((k, size), dtype=torch.int32, device=device)
     has_base = d.has_base
@@ -94,7 +80,7 @@ def find_thresholds(d: Device, targets: list[Target]) -> None:
         base, experts, sample, n, n // runs, runs, k, has_base, per_program, run, **_OPTIONS
     )
     ordered = torch.sort(sample, dim=1).values
-    words = [*_places(targets, size, n), *(t.count for t in targets), *(t.owner for t in targets)]
+    words = [*places_of(targets, size, n), *(t.count for t in targets), *(t.owner for t in targets)]
     host = torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
     places, counts, owners_at = host[: 3 * count], host[3 * count : 4 * count], host[4 * count :]
     owners = tuple(t.owner for t in targets)
@@ -172,8 +158,7 @@ def _rank(d: Device, i: int, part: slice, cols: int, chances: Tensor, mask: Tens
 # ---- norms and votes ----
 def _norm_factors(d: Device) -> None:
     """factor = norm before ÷ norm after the trim, from float64 sums, into the device's numbers."""
-    rescale, k = d.job.recipe.rescale, len(d.experts)
-    power = {Rescale.L1: 1, Rescale.L2: 2, Rescale.LINF: 0}[rescale]
+    k, power = len(d.experts), POWERS[d.job.recipe.rescale]
     shape = launch.block_shape(k, d.widest, True)
     blocks = -(-d.n // shape.block)
     chunks = min(64, max(1, blocks // 64))
@@ -184,10 +169,7 @@ def _norm_factors(d: Device) -> None:
         k, d.has_base, d.numbers.kinds, _PLAIN, power, d.aligned(), shape.lanes, shape.vec,
         num_warps=shape.warps, **_OPTIONS,
     )  # fmt: skip
-    sums = partial.amax(0) if power == 0 else partial.sum(0)
-    before, after = (sums.sqrt() if power == 2 else sums).unbind(1)
-    usable = (before >= _TINY_NORM) & (after >= _TINY_NORM)
-    d.floats[:k] = torch.where(usable, before / after, torch.ones_like(before)).float()
+    d.floats[:k] = factors_of(partial, power)
 
 
 def _majority(d: Device) -> None:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from magic_fast.ops.backend import Stats
-from magic_fast.ops.triton_jobs import MERGED_RULE, Device, float_of
-from magic_fast.ops.triton_rows import Rows
+from magic_fast.ops.gpu_jobs import MERGED_RULE, Device, float_of
 from magic_fast.recipe import Selection
 
 NO_INDEX = (1 << 63) - 1  # nothing bad so far
+
+
+@dataclass
+class Rows:
+    """What calibration says of the rows: ``coefficient`` float32 [rows], ``repaired`` bool [rows],
+    ``norms2`` float64 [K + 2]; ``counts`` int32 [programs, K] of kept entries."""
+
+    coefficient: Tensor
+    repaired: Tensor
+    norms2: Tensor
+    counts: Tensor
 
 
 class Pending:
@@ -78,4 +89,17 @@ def selection_of(d: Device, integers: list[int], floats: list[float]) -> Selecti
         top_cut,
         tuple(floats[:k]),
         integers[6 * k + 1],
+    )
+
+
+def no_rows(d: Device) -> Rows:
+    """A tensor without elements: its rows have no norm, which the guards repair."""
+    c, k = d.job.calibration, len(d.experts)
+    assert c is not None
+    device = d.base.device
+    return Rows(
+        torch.full((c.rows,), float("nan"), device=device),
+        torch.full((c.rows,), c.guards, dtype=torch.bool, device=device),
+        torch.zeros(k + 2, dtype=torch.float64, device=device),
+        torch.zeros((0, k), dtype=torch.int32, device=device),
     )

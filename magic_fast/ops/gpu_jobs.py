@@ -1,4 +1,4 @@
-"""Jobs as the Triton kernels take them: compile-time words, and numbers on the device."""
+"""Jobs as the kernels of a GPU take them, Triton's and CUDA's: words, and numbers on the device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops.backend import Job
+from magic_fast.ops.backend import Job, View
 from magic_fast.recipe import (
     Contributors,
     Recipe,
     Reduce,
     Rescale,
+    Selection,
     TieRule,
     TrimRule,
     Vote,
@@ -34,6 +35,10 @@ _ZEROS = {ZeroVote.POSITIVE: 0, ZeroVote.NEGATIVE: 1, ZeroVote.MAJORITY: 2, Zero
 _WHO = {Contributors.AGREEING: 0, Contributors.NONZERO: 1, Contributors.ALL: 2}
 _HOW = {Reduce.SUM: 0, Reduce.MEAN: 1, Reduce.WEIGHTED_MEAN: 2, Reduce.MAX: 3}
 _TIES = {TieRule.EXACT: 0, TieRule.KEEP_ALL: 1, TieRule.DROP_ALL: 2}
+SAMPLE = 32768  # magnitudes per expert at most, for the bracket of a threshold
+RUN = 16  # of them side by side
+POWERS = {Rescale.L1: 1, Rescale.L2: 2, Rescale.LINF: 0}  # 0: the largest
+_TINY_NORM = 1e-7  # below it a norm is not restored
 #: RULE of d = merged − base
 MERGED_RULE = (0, 0, 2, 0, 0, 0, 0, 0, 0, 1)
 
@@ -265,3 +270,54 @@ def to_device(jobs: Sequence[Job]) -> list[Device]:
         )
         i, f = i + 6 * k + 2, f + 3 * k + 2
     return ready
+
+
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def places_of(targets: list[Target], sample: int, total: int) -> list[int]:
+    """Positions in the ascending sample: bracket's low end, expected threshold, high end."""
+    places = []
+    for t in targets:
+        q = t.count / total
+        rank, margin = q * sample, 4.5 * math.sqrt(sample * q * (1 - q)) + 6
+        if sample == total:  # the sample is all there is
+            places += [total - t.count] * 3
+            continue
+        low = sample - int(rank + margin) if rank + margin <= sample else -1
+        high = sample - int(rank - margin) if rank - margin >= 1 else sample
+        places += [low, min(max(sample - int(rank), 0), sample - 1), high]
+    return places
+
+
+def factors_of(partial: Tensor, power: int) -> Tensor:
+    """factor float32 [K] = norm before ÷ norm after the trim, from ``partial`` float64
+    [programs, K, 2] sums of |τ|^power (0: the largest |τ|)."""
+    sums = partial.amax(0) if power == 0 else partial.sum(0)
+    before, after = (sums.sqrt() if power == 2 else sums).unbind(1)
+    usable = (before >= _TINY_NORM) & (after >= _TINY_NORM)
+    return torch.where(usable, before / after, torch.ones_like(before)).float()
+
+
+def everything(job: Job) -> Selection:
+    return Selection.keep_everything(len(job.experts), job.experts[0].numel())
+
+
+def unfit(job: Job) -> str | None:
+    """Why the arrays of a job are none that kernels of a GPU take; None where they are."""
+    arrays = [a for a in (job.base, job.out, *job.experts) if a is not None]
+    if any(isinstance(a, View) for a in arrays):
+        return "it takes torch tensors only"
+    for a in arrays:
+        if a.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it takes float32, float16 and bfloat16, not {a.dtype}"
+        if not a.is_contiguous():
+            return "it takes contiguous tensors only"
+    for masks in (job.masks, job.task_masks):
+        if masks is not None and not all(m is None or m.is_contiguous() for m in masks):
+            return "it takes contiguous masks only"
+    return "it does not keep masks and votes" if job.details else None

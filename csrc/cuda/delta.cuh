@@ -1,0 +1,202 @@
+// From the bytes of K experts to d = scale * delta of eight neighbouring elements.
+#pragma once
+
+#include "trim.cuh"
+
+namespace mf {
+namespace cuda {
+
+// What a thread has seen of its elements.
+template <int K>
+struct Seen {
+  int kept[K > 0 ? K : 1];
+  uint32_t top;  // largest |tau| or |d| bits: infinity or more where something is not finite
+
+  MF_DEVICE_METHOD void begin() {
+    MF_UNROLL for (int k = 0; k < (K > 0 ? K : 1); ++k) kept[k] = 0;
+    top = 0;
+  }
+  MF_DEVICE_METHOD void note(float x) {
+    const uint32_t bits = bits_of(x) & kAbsMask;
+    top = bits > top ? bits : top;
+  }
+};
+
+// Recipes that K registers per element carry: sums, and those that agree with a vote of masses on
+// weighted values. Everything else, and more experts, goes through `any_delta`.
+template <int K>
+struct Loaded {
+  Eight base, expert[K], merged;
+};
+
+template <int K>
+MF_DEVICE void load_all(const Job& job, const Place& p, Loaded<K>* x) {
+  Raw raw[K], base, merged;
+  MF_UNROLL for (int k = 0; k < K; ++k) load_raw<true>(job.expert(k), job.dtype(k), p, &raw[k]);
+  if (job.base) load_raw<false>(job.base, job.all->base_dtype, p, &base);
+  if (job.all->rule.merged) load_raw<true>(job.all->merged, job.all->merged_dtype, p, &merged);
+  MF_UNROLL for (int k = 0; k < K; ++k) widen(raw[k], job.dtype(k), &x->expert[k]);
+  if (job.all->rule.merged) widen(merged, job.all->merged_dtype, &x->merged);
+  if (job.base) {
+    widen(base, job.all->base_dtype, &x->base);
+  } else {
+    MF_UNROLL for (int e = 0; e < kVec; ++e) x->base.v[e] = 0;
+  }
+}
+
+// d of the elements of `x`; sink(e, tau, d) sees K raw task vectors and d of each. The experts
+// become their task vectors.
+template <int K, bool TRIM, class Sink>
+MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d,
+                          Seen<K>* seen, Sink sink) {
+  Keep keep[K];
+  float factor[K], weight[K], divisor = 0;
+  MF_UNROLL for (int k = 0; k < K; ++k) {
+    MF_UNROLL for (int e = 0; e < kVec; ++e)
+      x->expert[k].v[e] = less_base(job, x->expert[k].v[e], x->base.v[e]);
+    if (TRIM) keep[k] = keep_of(job, k, p, x->expert[k]);
+    factor[k] = number(job, kFactor, k), weight[k] = number(job, kWeight, k);
+    divisor += job.all->rule.reduce == MF_MEAN ? 1.0f : weight[k];
+  }
+  const float scale = scale_of(job);
+  const float at_zero = zero_elects(job.all->rule.zero_vote, job.all->rule.reduce, majority_of(job));
+  const bool votes = job.all->rule.vote != MF_VOTE_NONE;
+  MF_UNROLL for (int e = 0; e < kVec; ++e) {
+    float tau[K], v[K], total = 0;
+    MF_UNROLL for (int k = 0; k < K; ++k) {
+      tau[k] = x->expert[k].v[e];
+      seen->note(tau[k]);
+      float y = tau[k];
+      if (TRIM) {
+        const bool in = stays(keep[k], y, e);
+        seen->kept[k] += in && e < p.count ? 1 : 0;
+        y = in ? y : 0.0f;
+      }
+      v[k] = y * factor[k] * weight[k];
+      total += v[k];
+    }
+    if (job.all->rule.merged) {
+      total = less_base(job, x->merged.v[e], x->base.v[e]);
+    } else if (!votes) {
+      total = divided(job.all->rule.reduce, MF_VOTE_NONE, total, divisor);
+    } else {
+      const float elected = elected_sign(total, at_zero);
+      Reduced r = nothing_reduced();
+      MF_UNROLL for (int k = 0; k < K; ++k)
+        reduce_one(job.all->rule.reduce, MF_VOTE_MASS, contributes(MF_AGREEING, v[k], elected), v[k],
+                   weight[k], &r);
+      total = divided(job.all->rule.reduce, MF_VOTE_MASS, r.total, r.count);
+    }
+    d->v[e] = job.all->rule.merged ? total : total * scale;
+    seen->note(d->v[e]);
+    sink(e, tau, d->v[e]);
+  }
+}
+
+// Whether `fast_delta` runs the recipe.
+MF_HD bool is_fast(const mf_gpu_job& job) {
+  const mf_gpu_rule& r = job.rule;
+  if (job.k > 8) return false;
+  if (r.merged) return true;
+  if (r.consensus != MF_CONSENSUS_NONE || r.reduce == MF_MAX || r.unweighted) return false;
+  if (r.vote == MF_VOTE_NONE) return r.contributors == MF_ALL;
+  return r.vote == MF_VOTE_MASS && r.contributors == MF_AGREEING;
+}
+
+// The weighted value of an entry. Where the vote is on unweighted ones, before its weight.
+MF_DEVICE float value_of(const Job& job, int k, float tau, bool in) {
+  const float y = (in ? tau : 0.0f) * number(job, kFactor, k);
+  return job.all->rule.unweighted ? y : y * number(job, kWeight, k);
+}
+
+// Sum_k v_k, or of their signs, of eight elements; `each(k, tau, keep)` sees every expert.
+template <class Each>
+MF_DEVICE void tally(const Job& job, const Place& p, const Eight& b, Eight* s, Each each) {
+  MF_UNROLL for (int e = 0; e < kVec; ++e) s->v[e] = 0;
+  for (int k = 0; k < job.k; ++k) {
+    Eight tau;
+    load_tau(job, k, p, b, &tau);
+    const Keep keep = keep_of(job, k, p, tau);
+    each(k, tau, keep);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) {
+      const float v = value_of(job, k, tau.v[e], stays(keep, tau.v[e], e));
+      s->v[e] += job.all->rule.vote == MF_VOTE_COUNT ? sign_of_value(v) : v;
+    }
+  }
+}
+
+// Any recipe, any K: the experts are read once for the vote and again (from the caches) for what
+// follows. `stayed`: shared memory [K] that counts what the trims left, or null.
+MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* d,
+                        uint32_t* top, int32_t* stayed) {
+  Seen<0> seen;
+  seen.begin();
+  if (job.all->rule.merged) {
+    load_eight<true>(job.all->merged, job.all->merged_dtype, p, d);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) {
+      d->v[e] = less_base(job, d->v[e], b.v[e]);
+      seen.note(d->v[e]);
+    }
+    for (int k = 0; k < job.k; ++k) {
+      Eight tau;
+      load_tau(job, k, p, b, &tau);
+      MF_UNROLL for (int e = 0; e < kVec; ++e) seen.note(tau.v[e]);
+    }
+    *top = seen.top > *top ? seen.top : *top;
+    return;
+  }
+  const mf_gpu_rule rule = job.all->rule;
+  Eight elected;
+  tally(job, p, b, &elected, [&](int k, const Eight& tau, const Keep& keep) {
+    int n = 0;
+    MF_UNROLL for (int e = 0; e < kVec; ++e) {
+      seen.note(tau.v[e]);
+      n += e < p.count && stays(keep, tau.v[e], e) ? 1 : 0;
+    }
+    if (stayed && n && job.kind(k) != MF_GPU_ALL) add_to(stayed + k, n);
+  });
+  const float at_zero = zero_elects(rule.zero_vote, rule.reduce, majority_of(job));
+  MF_UNROLL for (int e = 0; e < kVec; ++e)
+    elected.v[e] = elected_sign(elected.v[e], at_zero);
+  Reduced r[kVec];
+  MF_UNROLL for (int e = 0; e < kVec; ++e) r[e] = nothing_reduced();
+  for (int k = 0; k < job.k; ++k) {
+    Eight tau;
+    load_tau(job, k, p, b, &tau);
+    const Keep keep = keep_of(job, k, p, tau);
+    const float weight = number(job, kWeight, k);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) {
+      const float v = value_of(job, k, tau.v[e], stays(keep, tau.v[e], e));
+      const bool in = contributes(rule.contributors, v, elected.v[e]);
+      reduce_one(rule.reduce, rule.vote, in, rule.unweighted ? v * weight : v, weight, &r[e]);
+    }
+  }
+  MF_UNROLL for (int e = 0; e < kVec; ++e)
+    d->v[e] = divided(rule.reduce, rule.vote, r[e].total, r[e].count);
+  if (rule.consensus != MF_CONSENSUS_NONE) {
+    Eight needed;
+    MF_UNROLL for (int e = 0; e < kVec; ++e) needed.v[e] = 0;
+    for (int k = 0; k < job.k; ++k) {
+      if (rule.consensus == MF_CONSENSUS_GIVEN) {
+        const uint32_t byte = mask_byte(job.all->task_masks[k], p);
+        MF_UNROLL for (int e = 0; e < kVec; ++e) needed.v[e] += (float)(byte >> e & 1u);
+        continue;
+      }
+      Eight tau;
+      load_tau(job, k, p, b, &tau);
+      const float lambda = number(job, kLambda, k);
+      MF_UNROLL for (int e = 0; e < kVec; ++e)
+        needed.v[e] += task_needs(tau.v[e], d->v[e], lambda) ? 1.0f : 0.0f;
+    }
+    MF_UNROLL for (int e = 0; e < kVec; ++e)
+      d->v[e] = needed.v[e] >= min_tasks_of(job) ? d->v[e] : 0.0f;
+  }
+  MF_UNROLL for (int e = 0; e < kVec; ++e) {
+    d->v[e] *= scale_of(job);
+    seen.note(d->v[e]);
+  }
+  *top = seen.top > *top ? seen.top : *top;
+}
+
+}  // namespace cuda
+}  // namespace mf

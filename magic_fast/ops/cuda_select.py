@@ -1,0 +1,178 @@
+"""What has to be known about a whole tensor before it is merged, found by the CUDA kernels:
+thresholds and tie cuts, masks of ranked trims, norm factors, the majority sign. Nothing here waits
+for the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magic_fast.ops.cuda_calls import call_job, extension, stream_of_device
+from magic_fast.ops.gpu_jobs import (
+    BYTES,
+    KEEP_ALL,
+    POWERS,
+    RUN,
+    SAMPLE,
+    Device,
+    Target,
+    factors_of,
+    multiprocessors,
+    places_of,
+)
+from magic_fast.recipe import TrimRule
+
+_SUM_BLOCK = 1 << 16  # elements of a partial sum
+_RANKED_ELEMENTS = 1 << 22  # sorted at a time: bounds the sort's workspace to some 64 MiB
+_VECTOR = 8 * 128  # elements of one step of a block
+_SEGMENTS = 8  # of a scan, a multiprocessor
+
+
+def prepare(d: Device, report: Tensor, kept: Tensor) -> None:
+    """Runs what the recipe needs of the whole tensor; results go into the device's numbers."""
+    job = d.job
+    if d.n == 0:
+        return
+    if job.recipe.trim.rule is TrimRule.RANKED:
+        _ranked_masks(d, report, kept)
+    if job.selection is not None:
+        return
+    if d.numbers.targets:
+        _find_thresholds(d, d.numbers.targets, report, kept)
+    if job.recipe.needs_factors and any(kind != KEEP_ALL for kind in d.numbers.kinds):
+        _norm_factors(d, report, kept)
+    if job.recipe.needs_majority:
+        _majority(d, report, kept)
+
+
+def segments_of(n: int, processors: int) -> tuple[int, int]:
+    """(segments, elements of each) of a scan: a few a multiprocessor, whole steps of a block."""
+    steps = -(-n // _VECTOR)
+    length = -(-steps // (_SEGMENTS * processors)) * _VECTOR
+    return -(-n // length), length
+
+
+def log_bins_of(targets: int, n: int) -> int:
+    """Bins of a scan: for a large tensor so many that the bracket has hardly more values than
+    bins, and one scan is enough as a rule; 4 bytes each, at most 32 MiB in all."""
+    if n < 1 << 20:
+        return 12
+    return 19 if targets <= 16 else 16
+
+
+def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.device) -> int:
+    """Bytes that a select of one tensor takes beside its inputs."""
+    segments = segments_of(total, multiprocessors(device))[0]
+    bins = 1 << log_bins_of(targets, total)
+    sample = 16 * num_experts * min(SAMPLE, total)  # the magnitudes, sorted, and their places
+    return targets * (4 * bins + 8 * (bins >> 10) + 24 * segments + 128) + sample
+
+
+def _find_thresholds(d: Device, targets: list[Target], report: Tensor, kept: Tensor) -> None:
+    n, k, count = d.n, len(d.experts), len(targets)
+    device = d.integers.device
+    run = 1 if n <= SAMPLE else RUN
+    runs = min(n, SAMPLE) // run
+    size = runs * run
+    words = [*places_of(targets, size, n), *(t.count for t in targets)]
+    host = torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
+    log_bins = log_bins_of(count, n)
+    segments, length = segments_of(n, multiprocessors(device))
+    scans = 1 if size == n and n < 1 << log_bins else 1 + math.ceil(31 / log_bins)
+
+    def room(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    sample = room(k, size, dtype=torch.int32)
+    parts = {
+        "state": room(count, 8),
+        "heavy": room(count, 2, dtype=torch.int32),
+        "bins": room(count, 1 << log_bins, dtype=torch.int32),
+        "coarse": room(count, (1 << log_bins) >> 10),
+        "above": room(segments, count),
+        "equals": room(segments, count, 2),
+    }
+    native, stream = extension(), stream_of_device(device)
+    search = native.Search(
+        sample=sample.data_ptr(),
+        **{name: x.data_ptr() for name, x in parts.items()},
+        places=host.data_ptr(),
+        counts=host[3 * count :].data_ptr(),
+        numel=n, size=size, runs=runs, run=run, segments=segments, length=length,
+        log_bins=log_bins, scans=scans,
+    )  # fmt: skip
+    job = call_job(d, report=report, kept=kept)
+    native.sample(job, search, stream)
+    ordered = torch.sort(sample, dim=1).values
+    native.select(
+        job,
+        search,
+        sorted=ordered.data_ptr(),
+        owners=[t.owner for t in targets],
+        tops=[t.top for t in targets],
+        ties=[t.ties for t in targets],
+        integers=d.integers.data_ptr(),
+        stream=stream,
+    )
+
+
+def _ranked_masks(d: Device, report: Tensor, kept: Tensor) -> None:
+    """Keep masks of the experts that coins by rank decide, one byte an element. The sort of the
+    rows is torch's: a radix sort of whole rows on the device is a solved problem."""
+    job, trim = d.job, d.job.recipe.trim
+    shape = job.experts[0].shape
+    cols = d.n if len(shape) < 2 else d.n // int(shape[0])
+    rows, k = d.n // cols, len(d.experts)
+    step = max(1, _RANKED_ELEMENTS // cols)
+    masks = list(d.masks)
+    native, device = extension(), d.integers.device
+    stream = stream_of_device(device)
+    for i, kind in enumerate(d.numbers.kinds):
+        if kind != BYTES or (job.masks is not None and job.masks[i] is not None):
+            continue
+        mask = masks[i] = torch.empty(d.n, dtype=torch.uint8, device=device)
+        one = _only(d, i)
+        for first in range(0, rows, step):
+            part = min(rows, first + step) - first
+            bits = torch.empty(part * cols, dtype=torch.int32, device=device)
+            expert = call_job(one, report=report, kept=kept, start=first * cols)
+            native.magnitudes(expert, part * cols, bits.data_ptr(), stream)
+            order = torch.sort(bits.view(-1, cols), dim=1, stable=True).indices
+            low = trim.density[i] - trim.epsilon[i]
+            native.keep_ranked(
+                order.data_ptr(), mask[first * cols :].data_ptr(), part, cols,
+                job.offset + first * cols, d.numbers.integers[4 * k + i], d.numbers.integers[6 * k], low,
+                2 * trim.epsilon[i], trim.density[i], stream,
+            )  # fmt: skip
+    d.masks = tuple(masks)
+
+
+def _only(d: Device, i: int) -> Any:
+    """The job of expert ``i`` alone."""
+    numbers = replace(d.numbers, kinds=(KEEP_ALL,))
+    job = replace(d.job, experts=[d.experts[i]], masks=None, task_masks=None)
+    return replace(d, job=job, numbers=numbers, masks=(d.masks[i],), task_masks=(d.masks[i],))
+
+
+def _norm_factors(d: Device, report: Tensor, kept: Tensor) -> None:
+    """factor = norm before ÷ norm after the trim, from float64 sums, into the device's numbers."""
+    k, power = len(d.experts), POWERS[d.job.recipe.rescale]
+    blocks = -(-d.n // _SUM_BLOCK)
+    partial = torch.zeros((blocks, k, 2), dtype=torch.float64, device=d.integers.device)
+    job = call_job(d, report=report, kept=kept)
+    stream = stream_of_device(d.integers.device)
+    extension().norm_sums(job, d.n, power, partial.data_ptr(), stream)
+    d.floats[:k] = factors_of(partial, power)
+
+
+def _majority(d: Device, report: Tensor, kept: Tensor) -> None:
+    """Sign of the sum of the elected signs, into the device's integers."""
+    total = torch.zeros(1, dtype=torch.int64, device=d.integers.device)
+    job = call_job(d, report=report, kept=kept)
+    stream = stream_of_device(d.integers.device)
+    extension().vote_sum(job, d.n, total.data_ptr(), stream)
+    d.integers[6 * len(d.experts) + 1] = torch.sign(total[0])
