@@ -8,6 +8,9 @@ Environment:
     MAGIC_FAST_SANITIZE        address,undefined (or another -fsanitize= list): an instrumented
                                build for the tests.
 
+The CUDA kernels are a module of their own, ``magic_fast._cuda``, compiled and linked by nvcc with
+its runtime inside; no GPU has to be visible, and where it cannot be built everything else is.
+
 One static library per instruction set, each compiled with its own flags, so that no code of one set
 can end up in another's functions; they are linked into ``magic_fast._native``, which chooses at run
 time.
@@ -17,8 +20,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -86,8 +92,6 @@ CFLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-
 CFLAGS += ["-fvisibility-inlines-hidden", "-fPIC", "-Wall", "-Wextra"]
 LINK = ["-pthread"] if sys.platform != "win32" else []
 MACROS: list[tuple[str, str | None]] = [(f"MF_HAVE_{isa.upper()}", None) for isa in isas()]
-if CUDA:
-    MACROS.append(("MF_HAVE_CUDA", None))
 if SANITIZE:
     CFLAGS[CFLAGS.index("-O3")] = "-O1"  # instrumented, -O3 takes many times as long to compile
     CFLAGS += [
@@ -114,8 +118,17 @@ LIBRARIES = [
     )
     for isa in isas()
 ]
+# Machine code for two generations, and PTX for what comes after. Nothing is contracted, as above.
+CUDA_TARGETS = ("sm_80", "sm_90", "PTX of sm_90")
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Icsrc/include", "-Icsrc/cuda"]
+NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"]
+NVCC_FLAGS += ["-gencode=arch=compute_90,code=compute_90", "-Xfatbin=-compress-all"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+NVCC_FLAGS += [f'-DMF_CUDA_ARCHITECTURES="{" ".join(CUDA_TARGETS)}"']
+CUDA_SOURCES = [*sorted(glob("csrc/cuda/*.cu")), "csrc/bindings/cuda_module.cpp"]
+CUDA_HEADERS = [*HEADERS, *sorted(glob("csrc/cuda/*.cuh"))]
 # What an existing build directory was built with; another setting must not reuse its objects.
-SETTINGS = repr((CUDA, SANITIZE, isas(), CFLAGS, os.environ.get("CXX"), os.environ.get("CC")))
+SETTINGS = repr((SANITIZE, isas(), CFLAGS, os.environ.get("CXX"), os.environ.get("CC")))
 
 
 BUILD_ERRORS = (BaseError, CCompilerError, OSError)
@@ -171,12 +184,56 @@ class BuildExtension(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "magic_fast._cuda":
+            self._build_cuda(ext)
+            return
         try:
             super().build_extension(ext)
         except BUILD_ERRORS as error:
             _without_native(error)
             self.extensions = []
 
+    def _build_cuda(self, ext: Extension) -> None:
+        """Every source by nvcc, two at a time, and linked by it: it knows where its runtime is."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        objects = Path(self.build_temp) / "cuda"
+        settings = repr((NVCC_FLAGS, sys.version_info[:2]))
+        stamp = objects / "magic_fast.settings"
+        fresh = stamp.exists() and stamp.read_text() == settings
+        includes = [f"-I{pybind11.get_include()}", *(f"-I{d}" for d in self.include_dirs)]
+        newest = max(Path(h).stat().st_mtime for h in CUDA_HEADERS)
+
+        def compiled(source: str) -> Path:
+            found = objects / (Path(source).name + ".o")
+            wanted = max(newest, Path(source).stat().st_mtime)
+            if not fresh or not found.exists() or found.stat().st_mtime < wanted:
+                _run(["nvcc", *NVCC_FLAGS, *includes, "-c", source, "-o", str(found)])
+            return found
+
+        try:
+            objects.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor(2) as pool:
+                parts = list(pool.map(compiled, CUDA_SOURCES))
+            _run(["nvcc", "-shared", "-cudart=static", *map(str, parts), "-o", str(target)])
+            stamp.write_text(settings)
+        except BUILD_ERRORS as error:
+            if os.environ.get("MAGIC_FAST_CUDA") == "1":
+                raise
+            say(f"the CUDA kernels were not built: {error}")
+            say("GPUs are served by Triton or PyTorch; MAGIC_FAST_CUDA=1 makes this an error.")
+
+
+def _run(command: list[str]) -> None:
+    print(shlex.join(command), flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise CCompilerError(f"{shlex.join(command[:1])} failed:\n{done.stdout[-4000:]}")
+
+
+CUDA_MODULES = [
+    Extension("magic_fast._cuda", sources=[], depends=[*CUDA_SOURCES, *CUDA_HEADERS], optional=True)
+]
 
 setup(
     packages=[
@@ -196,7 +253,8 @@ setup(
             depends=[*HEADERS, *sorted(glob("csrc/cpu/isa/*.cpp"))],
             language="c++",
             optional=not REQUIRED,
-        )
+        ),
+        *(CUDA_MODULES if CUDA else []),
     ],
     cmdclass={"build_clib": BuildLibraries, "build_ext": BuildExtension},
 )

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from support import interpreter
+from support import emulator, interpreter
 
+emulator.switch_on()
 if interpreter.switch_on():  # before anything imports Triton
     interpreter.quicken()
 

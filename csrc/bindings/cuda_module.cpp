@@ -70,12 +70,23 @@ struct Search {
   Search(Address sample, Address state, Address heavy, Address bins, Address coarse, Address above,
          Address equals, Address places, Address counts, int64_t numel, int64_t size, int64_t runs,
          int64_t run, int64_t segments, int64_t length, int log_bins, int scans) {
-    s = {pointer<int32_t>(sample), pointer<int64_t>(state),        pointer<int32_t>(heavy),
-         pointer<int32_t>(bins),   pointer<int64_t>(coarse),       pointer<int64_t>(above),
-         pointer<int64_t>(equals), pointer<const int64_t>(places), pointer<const int64_t>(counts),
-         numel,                    size,                           runs,
-         run,                      segments,                       length,
-         log_bins,                 scans};
+    s = {pointer<int32_t>(sample),
+         pointer<int64_t>(state),
+         pointer<int32_t>(heavy),
+         pointer<int32_t>(bins),
+         pointer<int64_t>(coarse),
+         pointer<int64_t>(above),
+         pointer<int64_t>(equals),
+         pointer<const int64_t>(places),
+         pointer<const int64_t>(counts),
+         numel,
+         size,
+         runs,
+         run,
+         segments,
+         length,
+         log_bins,
+         scans};
   }
 };
 
@@ -89,15 +100,13 @@ void merge_table(const Job& job, Address rows, Address block_job, Address block_
                  int64_t blocks, bool aligned, int processors, Address stream) {
   const mf_gpu_table table = {pointer<int64_t>(rows), pointer<int64_t>(block_job),
                               pointer<int64_t>(block_start), blocks};
-  check(mf_cuda_merge(&job.job, 1, 0, nullptr, aligned, &table, processors,
-                      pointer<void>(stream)));
+  check(mf_cuda_merge(&job.job, 1, 0, nullptr, aligned, &table, processors, pointer<void>(stream)));
 }
 
 void rows(const Job& job, int64_t n_rows, int64_t cols, int variant, double p, int eps_mode,
           bool guards, py::object clamp, double strength, double scale, int direction,
           const std::vector<bool>& included, Address coefficient, Address repaired, Address norms2,
-          Address pairs, Address powers, Address work, bool keeps, int processors,
-          Address stream) {
+          Address pairs, Address powers, Address work, bool keeps, int processors, Address stream) {
   mf_gpu_rows r{};
   mf_calibration& c = r.policy;
   c.rows = n_rows, c.cols = cols, c.variant = variant, c.p = p, c.eps_mode = eps_mode;
@@ -116,9 +125,9 @@ void rows(const Job& job, int64_t n_rows, int64_t cols, int variant, double p, i
   check(mf_cuda_rows(&job.job, &r, processors, pointer<void>(stream)));
 }
 
-void run_select(const Job& job, const Search& search, Address sorted, const std::vector<int>& owners,
-            const std::vector<bool>& tops, const std::vector<int>& ties, Address integers,
-            Address stream) {
+void run_select(const Job& job, const Search& search, Address sorted,
+                const std::vector<int>& owners, const std::vector<bool>& tops,
+                const std::vector<int>& ties, Address integers, Address stream) {
   mf_gpu_targets t{};
   if (owners.empty() || owners.size() > 2 * MF_GPU_MOST_EXPERTS || tops.size() != owners.size() ||
       ties.size() != owners.size())
@@ -136,16 +145,16 @@ void run_select(const Job& job, const Search& search, Address sorted, const std:
 PYBIND11_MODULE(MF_CUDA_MODULE, m) {
   m.attr("__all__") = py::list();
   m.def("build", &mf_cuda_build);
-  py::class_<Job>(m, "Job")
-      .def(py::init<Address, int, Address, int, Address, int, const std::vector<Address>&,
-                    const std::vector<int>&, const std::vector<int>&, const std::vector<Address>&,
-                    const std::vector<Address>&, Address, Address, Address, Address, int64_t,
-                    const std::vector<int>&>(),
-           py::kw_only(), py::arg("base"), py::arg("base_dtype"), py::arg("merged"),
-           py::arg("merged_dtype"), py::arg("out"), py::arg("out_dtype"), py::arg("experts"),
-           py::arg("dtypes"), py::arg("kinds"), py::arg("masks"), py::arg("task_masks"),
-           py::arg("integers"), py::arg("numbers"), py::arg("report"), py::arg("kept"),
-           py::arg("offset"), py::arg("rule"));
+  py::class_<Job>(m, "Job").def(
+      py::init<Address, int, Address, int, Address, int, const std::vector<Address>&,
+               const std::vector<int>&, const std::vector<int>&, const std::vector<Address>&,
+               const std::vector<Address>&, Address, Address, Address, Address, int64_t,
+               const std::vector<int>&>(),
+      py::kw_only(), py::arg("base"), py::arg("base_dtype"), py::arg("merged"),
+      py::arg("merged_dtype"), py::arg("out"), py::arg("out_dtype"), py::arg("experts"),
+      py::arg("dtypes"), py::arg("kinds"), py::arg("masks"), py::arg("task_masks"),
+      py::arg("integers"), py::arg("numbers"), py::arg("report"), py::arg("kept"),
+      py::arg("offset"), py::arg("rule"));
   py::class_<Search>(m, "Search")
       .def(py::init<Address, Address, Address, Address, Address, Address, Address, Address, Address,
                     int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>(),
@@ -159,20 +168,20 @@ PYBIND11_MODULE(MF_CUDA_MODULE, m) {
         py::arg("block_start"), py::arg("blocks"), py::arg("aligned"), py::arg("processors"),
         py::arg("stream"));
   m.def("rows", &rows, py::arg("job"), py::arg("rows"), py::arg("cols"), py::arg("variant"),
-        py::arg("p"), py::arg("eps_mode"), py::arg("guards"), py::arg("clamp"),
-        py::arg("strength"), py::arg("scale"), py::arg("direction"), py::arg("included"),
-        py::arg("coefficient"), py::arg("repaired"), py::arg("norms2"), py::arg("pairs"),
-        py::arg("powers"), py::arg("work"), py::arg("keeps"), py::arg("processors"),
-        py::arg("stream"));
+        py::arg("p"), py::arg("eps_mode"), py::arg("guards"), py::arg("clamp"), py::arg("strength"),
+        py::arg("scale"), py::arg("direction"), py::arg("included"), py::arg("coefficient"),
+        py::arg("repaired"), py::arg("norms2"), py::arg("pairs"), py::arg("powers"),
+        py::arg("work"), py::arg("keeps"), py::arg("processors"), py::arg("stream"));
   m.def("rows_work", &mf_cuda_rows_work);
   m.def("sample", [](const Job& job, const Search& search, Address stream) {
     check(mf_cuda_sample(&job.job, &search.s, pointer<void>(stream)));
   });
-  m.def("select", &run_select, py::arg("job"), py::arg("search"), py::arg("sorted"), py::arg("owners"),
-        py::arg("tops"), py::arg("ties"), py::arg("integers"), py::arg("stream"));
+  m.def("select", &run_select, py::arg("job"), py::arg("search"), py::arg("sorted"),
+        py::arg("owners"), py::arg("tops"), py::arg("ties"), py::arg("integers"),
+        py::arg("stream"));
   m.def("norm_sums", [](const Job& job, int64_t numel, int power, Address partial, Address stream) {
-    check(mf_cuda_norm_sums(&job.job, numel, power, pointer<double>(partial),
-                            pointer<void>(stream)));
+    check(
+        mf_cuda_norm_sums(&job.job, numel, power, pointer<double>(partial), pointer<void>(stream)));
   });
   m.def("vote_sum", [](const Job& job, int64_t numel, Address sum, Address stream) {
     check(mf_cuda_vote_sum(&job.job, numel, pointer<int64_t>(sum), pointer<void>(stream)));
@@ -180,11 +189,11 @@ PYBIND11_MODULE(MF_CUDA_MODULE, m) {
   m.def("magnitudes", [](const Job& job, int64_t numel, Address bits, Address stream) {
     check(mf_cuda_magnitudes(&job.job, numel, pointer<int32_t>(bits), pointer<void>(stream)));
   });
-  m.def("keep_ranked", [](Address order, Address mask, int64_t n_rows, int64_t cols, int64_t offset,
-                          int64_t word, int64_t seed, double low, double span, double density,
-                          Address stream) {
-    check(mf_cuda_keep_ranked(pointer<int64_t>(order), pointer<uint8_t>(mask), n_rows, cols, offset,
-                              (uint64_t)word, (uint64_t)seed, low, span, density,
-                              pointer<void>(stream)));
-  });
+  m.def("keep_ranked",
+        [](Address order, Address mask, int64_t n_rows, int64_t cols, int64_t offset, int64_t word,
+           int64_t seed, double low, double span, double density, Address stream) {
+          check(mf_cuda_keep_ranked(pointer<int64_t>(order), pointer<uint8_t>(mask), n_rows, cols,
+                                    offset, (uint64_t)word, (uint64_t)seed, low, span, density,
+                                    pointer<void>(stream)));
+        });
 }

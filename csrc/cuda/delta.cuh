@@ -47,19 +47,20 @@ MF_DEVICE void load_all(const Job& job, const Place& p, Loaded<K>* x) {
 // d of the elements of `x`; sink(e, tau, d) sees K raw task vectors and d of each. The experts
 // become their task vectors.
 template <int K, bool TRIM, class Sink>
-MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d,
-                          Seen<K>* seen, Sink sink) {
+MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d, Seen<K>* seen,
+                          Sink sink) {
   Keep keep[K];
   float factor[K], weight[K], divisor = 0;
   MF_UNROLL for (int k = 0; k < K; ++k) {
-    MF_UNROLL for (int e = 0; e < kVec; ++e)
-      x->expert[k].v[e] = less_base(job, x->expert[k].v[e], x->base.v[e]);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) x->expert[k].v[e] =
+        less_base(job, x->expert[k].v[e], x->base.v[e]);
     if (TRIM) keep[k] = keep_of(job, k, p, x->expert[k]);
     factor[k] = number(job, kFactor, k), weight[k] = number(job, kWeight, k);
     divisor += job.all->rule.reduce == MF_MEAN ? 1.0f : weight[k];
   }
   const float scale = scale_of(job);
-  const float at_zero = zero_elects(job.all->rule.zero_vote, job.all->rule.reduce, majority_of(job));
+  const float at_zero =
+      zero_elects(job.all->rule.zero_vote, job.all->rule.reduce, majority_of(job));
   const bool votes = job.all->rule.vote != MF_VOTE_NONE;
   MF_UNROLL for (int e = 0; e < kVec; ++e) {
     float tau[K], v[K], total = 0;
@@ -83,8 +84,8 @@ MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d
       const float elected = elected_sign(total, at_zero);
       Reduced r = nothing_reduced();
       MF_UNROLL for (int k = 0; k < K; ++k)
-        reduce_one(job.all->rule.reduce, MF_VOTE_MASS, contributes(MF_AGREEING, v[k], elected), v[k],
-                   weight[k], &r);
+          reduce_one(job.all->rule.reduce, MF_VOTE_MASS, contributes(MF_AGREEING, v[k], elected),
+                     v[k], weight[k], &r);
       total = divided(job.all->rule.reduce, MF_VOTE_MASS, r.total, r.count);
     }
     d->v[e] = job.all->rule.merged ? total : total * scale;
@@ -127,8 +128,8 @@ MF_DEVICE void tally(const Job& job, const Place& p, const Eight& b, Eight* s, E
 
 // Any recipe, any K: the experts are read once for the vote and again (from the caches) for what
 // follows. `stayed`: shared memory [K] that counts what the trims left, or null.
-MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* d,
-                        uint32_t* top, int32_t* stayed) {
+MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* d, uint32_t* top,
+                         int32_t* stayed) {
   Seen<0> seen;
   seen.begin();
   if (job.all->rule.merged) {
@@ -156,8 +157,7 @@ MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* 
     if (stayed && n && job.kind(k) != MF_GPU_ALL) add_to(stayed + k, n);
   });
   const float at_zero = zero_elects(rule.zero_vote, rule.reduce, majority_of(job));
-  MF_UNROLL for (int e = 0; e < kVec; ++e)
-    elected.v[e] = elected_sign(elected.v[e], at_zero);
+  MF_UNROLL for (int e = 0; e < kVec; ++e) elected.v[e] = elected_sign(elected.v[e], at_zero);
   Reduced r[kVec];
   MF_UNROLL for (int e = 0; e < kVec; ++e) r[e] = nothing_reduced();
   for (int k = 0; k < job.k; ++k) {
@@ -171,8 +171,8 @@ MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* 
       reduce_one(rule.reduce, rule.vote, in, rule.unweighted ? v * weight : v, weight, &r[e]);
     }
   }
-  MF_UNROLL for (int e = 0; e < kVec; ++e)
-    d->v[e] = divided(rule.reduce, rule.vote, r[e].total, r[e].count);
+  MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] =
+      divided(rule.reduce, rule.vote, r[e].total, r[e].count);
   if (rule.consensus != MF_CONSENSUS_NONE) {
     Eight needed;
     MF_UNROLL for (int e = 0; e < kVec; ++e) needed.v[e] = 0;
@@ -185,11 +185,11 @@ MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* 
       Eight tau;
       load_tau(job, k, p, b, &tau);
       const float lambda = number(job, kLambda, k);
-      MF_UNROLL for (int e = 0; e < kVec; ++e)
-        needed.v[e] += task_needs(tau.v[e], d->v[e], lambda) ? 1.0f : 0.0f;
+      MF_UNROLL for (int e = 0; e < kVec; ++e) needed.v[e] +=
+          task_needs(tau.v[e], d->v[e], lambda) ? 1.0f : 0.0f;
     }
-    MF_UNROLL for (int e = 0; e < kVec; ++e)
-      d->v[e] = needed.v[e] >= min_tasks_of(job) ? d->v[e] : 0.0f;
+    MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] =
+        needed.v[e] >= min_tasks_of(job) ? d->v[e] : 0.0f;
   }
   MF_UNROLL for (int e = 0; e < kVec; ++e) {
     d->v[e] *= scale_of(job);

@@ -20,10 +20,9 @@
 #define __shared__ static
 #define MF_DYNAMIC_SHARED(name) unsigned char* name = mf::cuda::emulated().shared.data()
 #define MF_UNROLL
-#define MF_LAUNCH(kernel, blocks, threads, shared, stream, ...)                 \
-  ((void)(stream),                                                              \
-   mf::cuda::emulated().launch((unsigned)(blocks), (threads), (size_t)(shared), \
-                               [&] { kernel(__VA_ARGS__); }))
+#define MF_LAUNCH(kernel, blocks, threads, shared, stream, ...)                                 \
+  ((void)(stream), mf::cuda::emulated().launch((unsigned)(blocks), (threads), (size_t)(shared), \
+                                               [&] { kernel(__VA_ARGS__); }))
 
 namespace mf {
 namespace cuda {

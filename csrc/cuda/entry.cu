@@ -52,8 +52,8 @@ const char* mf_cuda_build(void) {
 #else
 #define MF_TEXT(x) #x
 #define MF_TEXT_OF(x) MF_TEXT(x)
-  return MF_CUDA_ARCHITECTURES ", nvcc " MF_TEXT_OF(__CUDACC_VER_MAJOR__) "." MF_TEXT_OF(
-      __CUDACC_VER_MINOR__);
+  return MF_CUDA_ARCHITECTURES
+      ", nvcc " MF_TEXT_OF(__CUDACC_VER_MAJOR__) "." MF_TEXT_OF(__CUDACC_VER_MINOR__);
 #endif
 }
 
@@ -108,7 +108,8 @@ mf_status mf_cuda_magnitudes(const mf_gpu_job* job, int64_t numel, int32_t* bits
 mf_status mf_cuda_keep_ranked(const int64_t* order, uint8_t* mask, int64_t rows, int64_t cols,
                               int64_t offset, uint64_t word, uint64_t seed, double low, double span,
                               double density, void* stream) {
-  return launch_keep_ranked(order, mask, rows, cols, offset, word, seed, low, span, density, stream);
+  return launch_keep_ranked(order, mask, rows, cols, offset, word, seed, low, span, density,
+                            stream);
 }
 
 }  // extern "C"

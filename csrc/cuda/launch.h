@@ -38,8 +38,7 @@ mf_status refuse(const char* why);
 
 mf_status launch_merge(const mf_gpu_job& job, int64_t rows, int64_t cols, const float* factors,
                        bool keeps, const mf_gpu_table* table, int processors, void* stream);
-mf_status launch_rows(const mf_gpu_job& job, const mf_gpu_rows& rows, int processors,
-                      void* stream);
+mf_status launch_rows(const mf_gpu_job& job, const mf_gpu_rows& rows, int processors, void* stream);
 int64_t rows_work(int k, int variant, int64_t rows, int processors);
 mf_status launch_sample(const mf_gpu_job& job, const mf_gpu_search& search, void* stream);
 mf_status launch_select(const mf_gpu_job& job, const mf_gpu_search& search, const int32_t* sorted,

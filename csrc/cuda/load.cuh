@@ -50,8 +50,8 @@ struct Job {
 };
 
 MF_DEVICE Job job_of(const mf_gpu_job& all) {
-  return {&all,       nullptr,  all.base,   all.out, all.integers, all.numbers,
-          all.report, all.kept, all.offset, all.k};
+  return {&all,        nullptr,    all.base, all.out,    all.integers,
+          all.numbers, all.report, all.kept, all.offset, all.k};
 }
 
 // Job `n` of a table.

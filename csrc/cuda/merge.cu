@@ -63,7 +63,9 @@ MF_DEVICE void each_vector(const mf_gpu_job& all, const Shape& shape, Begin begi
 }
 
 template <int K, bool TRIM>
-MF_KERNEL MF_BOUNDS(kThreads, K <= 2 ? 5 : K <= 4 ? 3 : 2)
+MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 5
+                              : K <= 4 ? 3
+                                       : 2)
     merge_fast(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTANT Shape shape) {
   __shared__ int32_t stayed[MF_GPU_MOST_EXPERTS];
   Seen<K> seen;
@@ -133,14 +135,30 @@ mf_status launch_merge(const mf_gpu_job& job, int64_t rows, int64_t cols, const 
     return last_status();
   }
   switch (job.k) {
-    case 1: launch_fast<1>(job, shape, blocks, stream); break;
-    case 2: launch_fast<2>(job, shape, blocks, stream); break;
-    case 3: launch_fast<3>(job, shape, blocks, stream); break;
-    case 4: launch_fast<4>(job, shape, blocks, stream); break;
-    case 5: launch_fast<5>(job, shape, blocks, stream); break;
-    case 6: launch_fast<6>(job, shape, blocks, stream); break;
-    case 7: launch_fast<7>(job, shape, blocks, stream); break;
-    default: launch_fast<8>(job, shape, blocks, stream); break;
+    case 1:
+      launch_fast<1>(job, shape, blocks, stream);
+      break;
+    case 2:
+      launch_fast<2>(job, shape, blocks, stream);
+      break;
+    case 3:
+      launch_fast<3>(job, shape, blocks, stream);
+      break;
+    case 4:
+      launch_fast<4>(job, shape, blocks, stream);
+      break;
+    case 5:
+      launch_fast<5>(job, shape, blocks, stream);
+      break;
+    case 6:
+      launch_fast<6>(job, shape, blocks, stream);
+      break;
+    case 7:
+      launch_fast<7>(job, shape, blocks, stream);
+      break;
+    default:
+      launch_fast<8>(job, shape, blocks, stream);
+      break;
   }
   return last_status();
 }

@@ -70,15 +70,17 @@ MF_DEVICE void get_eight(const float* from, Eight* x) {
 }
 
 template <int K, bool TRIM>
-MF_KERNEL MF_BOUNDS(kThreads, K <= 2 ? 4 : K <= 4 ? 3 : 2)
+MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 4
+                              : K <= 4 ? 3
+                                       : 2)
     rows_fast(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTANT RowShape s) {
   constexpr int M = K + 1, P = M * (M + 1) / 2;
   MF_DYNAMIC_SHARED(room);
-  double* sums = (double*)room;           // [P]
-  double* own = sums + P;                 // [P]
-  double* scratch = own + P;              // [K + M]
+  double* sums = (double*)room;  // [P]
+  double* own = sums + P;        // [P]
+  double* scratch = own + P;     // [K + M]
   float* shared_factor = (float*)(scratch + K + M);
-  float* lanes = shared_factor + 2;       // [P * kThreads], and the same memory again:
+  float* lanes = shared_factor + 2;  // [P * kThreads], and the same memory again:
   const int64_t skip = (2 * P + K + M + 1) * 8;
   float* delta = (float*)(room + (skip + 15) / 16 * 16 + (int64_t)P * kThreads * 4);
   __shared__ int32_t stayed[MF_GPU_MOST_EXPERTS];
@@ -174,15 +176,15 @@ MF_DEVICE void tile_sums(const AnyRow& a, int first, int second, int m, double* 
     const Place p = a.place(n);
     Eight b, left[kSide], right;
     load_base(a.job, p, &b);
-    MF_UNROLL for (int i = 0; i < kSide; ++i)
-      if (first + i < m) a.vector(first + i, n, p, b, &left[i]);
+    MF_UNROLL for (int i = 0; i < kSide; ++i) if (first + i < m)
+        a.vector(first + i, n, p, b, &left[i]);
     MF_UNROLL for (int j = 0; j < kSide; ++j) {
       if (second + j >= m) continue;
       a.vector(second + j, n, p, b, &right);
       MF_UNROLL for (int i = 0; i < kSide; ++i) {
         if (first + i >= m) continue;
-        MF_UNROLL for (int e = 0; e < kVec; ++e)
-          sum[i][j] = fused((double)left[i].v[e], (double)right.v[e], sum[i][j]);
+        MF_UNROLL for (int e = 0; e < kVec; ++e) sum[i][j] =
+            fused((double)left[i].v[e], (double)right.v[e], sum[i][j]);
       }
     }
   }
@@ -222,7 +224,7 @@ MF_DEVICE void power_sums(const AnyRow& a, int m, double* powers, double* room) 
 MF_KERNEL MF_BOUNDS(kThreads, 2)
     rows_any(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTANT RowShape s) {
   MF_DYNAMIC_SHARED(room);
-  double* reduce = (double*)room;                     // [kThreads]
+  double* reduce = (double*)room;  // [kThreads]
   float* shared_factor = (float*)(reduce + kThreads);
   float* delta = shared_factor + 4;
   __shared__ int32_t stayed[MF_GPU_MOST_EXPERTS];
@@ -274,7 +276,7 @@ MF_KERNEL MF_BOUNDS(kThreads, 2)
   end_counts(job, stayed);
 }
 
-constexpr int kBlocksOfAny = 2;       // a multiprocessor
+constexpr int kBlocksOfAny = 2;         // a multiprocessor
 constexpr int kSharedMost = 160 << 10;  // bytes of a block: what sm_80 and sm_90 both have
 
 int64_t rows_work(int k, int variant, int64_t rows, int processors) {
@@ -289,8 +291,8 @@ static int64_t fast_shared(int k, int64_t cols) {
 }
 
 template <int K, bool TRIM>
-static mf_status launch_one(const mf_gpu_job& job, const RowShape& s, int64_t shared, int processors,
-                            void* stream) {
+static mf_status launch_one(const mf_gpu_job& job, const RowShape& s, int64_t shared,
+                            int processors, void* stream) {
 #if !defined(MF_EMULATE)
   if (shared > 48 << 10) {
     const cudaError_t e = cudaFuncSetAttribute(
@@ -300,7 +302,10 @@ static mf_status launch_one(const mf_gpu_job& job, const RowShape& s, int64_t sh
 #endif
   // as many blocks as the shared memory lets on a multiprocessor, at most what registers do
   const int64_t fit = kSharedMost / shared;
-  const int64_t blocks = grid_of(s.policy.rows, 1, processors, fit < 1 ? 1 : fit > 4 ? 4 : (int)fit);
+  const int64_t blocks = grid_of(s.policy.rows, 1, processors,
+                                 fit < 1   ? 1
+                                 : fit > 4 ? 4
+                                           : (int)fit);
   MF_LAUNCH((rows_fast<K, TRIM>), blocks, kThreads, shared, stream, job, s);
   return last_status();
 }
@@ -320,8 +325,8 @@ static mf_status launch_any(const mf_gpu_job& job, RowShape s, int processors, v
   s.work_of_block = rows_work(job.k, s.policy.variant, 1, 1);
   if (!s.work) return refuse("mf_cuda_rows: work memory is missing");
 #if !defined(MF_EMULATE)
-  const cudaError_t e = cudaFuncSetAttribute(
-      rows_any, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  const cudaError_t e =
+      cudaFuncSetAttribute(rows_any, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
   if (e != cudaSuccess) return refuse(cudaGetErrorString(e));
 #endif
   MF_LAUNCH(rows_any, blocks, kThreads, shared, stream, job, s);
@@ -330,26 +335,36 @@ static mf_status launch_any(const mf_gpu_job& job, RowShape s, int processors, v
 
 mf_status launch_rows(const mf_gpu_job& job, const mf_gpu_rows& rows, int processors,
                       void* stream) {
-  RowShape s = {rows.policy, 0, rows.coefficient, rows.repaired, rows.norms2, rows.pairs,
-                rows.powers, rows.work, 0, rows.keeps, 0, 0};
+  RowShape s = {rows.policy,   0,           rows.coefficient,
+                rows.repaired, rows.norms2, rows.pairs,
+                rows.powers,   rows.work,   0,
+                rows.keeps,    0,           0};
   for (int k = 0; k < job.k; ++k)
     if (!rows.included || rows.included[k]) s.included |= 1ull << k;
   if (s.policy.rows <= 0 || s.policy.cols <= 0) return MF_OK;
   s.aligned = is_aligned(job, s.policy.rows, s.policy.cols);
-  const bool simple = s.policy.variant == MF_MANIFOLD ||
-                      (s.policy.variant == MF_SPHERE && s.policy.p == 2);
+  const bool simple =
+      s.policy.variant == MF_MANIFOLD || (s.policy.variant == MF_SPHERE && s.policy.p == 2);
   const int64_t shared = job.k <= 8 ? fast_shared(job.k, s.policy.cols) : 0;
   if (!simple || !is_fast(job) || shared > kSharedMost)
     return launch_any(job, s, processors, stream);
   switch (job.k) {
-    case 1: return launch_trimmed<1>(job, s, shared, processors, stream);
-    case 2: return launch_trimmed<2>(job, s, shared, processors, stream);
-    case 3: return launch_trimmed<3>(job, s, shared, processors, stream);
-    case 4: return launch_trimmed<4>(job, s, shared, processors, stream);
-    case 5: return launch_trimmed<5>(job, s, shared, processors, stream);
-    case 6: return launch_trimmed<6>(job, s, shared, processors, stream);
-    case 7: return launch_trimmed<7>(job, s, shared, processors, stream);
-    default: return launch_trimmed<8>(job, s, shared, processors, stream);
+    case 1:
+      return launch_trimmed<1>(job, s, shared, processors, stream);
+    case 2:
+      return launch_trimmed<2>(job, s, shared, processors, stream);
+    case 3:
+      return launch_trimmed<3>(job, s, shared, processors, stream);
+    case 4:
+      return launch_trimmed<4>(job, s, shared, processors, stream);
+    case 5:
+      return launch_trimmed<5>(job, s, shared, processors, stream);
+    case 6:
+      return launch_trimmed<6>(job, s, shared, processors, stream);
+    case 7:
+      return launch_trimmed<7>(job, s, shared, processors, stream);
+    default:
+      return launch_trimmed<8>(job, s, shared, processors, stream);
   }
 }
 

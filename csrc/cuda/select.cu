@@ -175,7 +175,8 @@ MF_DEVICE int64_t reach(int64_t count, int64_t wanted, int64_t* before, int64_t*
     const int64_t i = start + thread_index();
     const int64_t own = i < count ? number(i) : 0;
     const int64_t running = passed + running_sum(own, room);
-    if (i < count && running >= wanted && running - own < wanted) found[0] = i, found[1] = running - own;
+    if (i < count && running >= wanted && running - own < wanted)
+      found[0] = i, found[1] = running - own;
     const int64_t sum = room[kThreads - 1];
     sync();
     if (found[0] >= 0) {
@@ -297,8 +298,8 @@ MF_KERNEL count_equals(const MF_GRID_CONSTANT mf_gpu_job all,
       Eight b, tau;
       load_base(job, p, &b);
       load_tau(job, targets.owner[t], p, b, &tau);
-      MF_UNROLL for (int e = 0; e < kVec; ++e)
-        own += e < p.count && (int32_t)(bits_of(tau.v[e]) & kAbsMask) == threshold ? 1 : 0;
+      MF_UNROLL for (int e = 0; e < kVec; ++e) own +=
+          e < p.count && (int32_t)(bits_of(tau.v[e]) & kAbsMask) == threshold ? 1 : 0;
     }
     if (own) add_to(&same, own);
     sync();

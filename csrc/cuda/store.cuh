@@ -45,9 +45,9 @@ MF_DEVICE void note_source(const void* data, int dtype, const Place& p, int64_t*
 
 // First NaN or infinity of every input among these elements. Called only where there is one.
 MF_DEVICE void note_inputs(const Job& job, const Place& p) {
-  for (int k = 0; k < job.k; ++k)
-    note_source(job.expert(k), job.dtype(k), p, job.report + k);
-  if (job.all->rule.merged) note_source(job.all->merged, job.all->merged_dtype, p, job.report + job.k);
+  for (int k = 0; k < job.k; ++k) note_source(job.expert(k), job.dtype(k), p, job.report + k);
+  if (job.all->rule.merged)
+    note_source(job.all->merged, job.all->merged_dtype, p, job.report + job.k);
   if (job.base) note_source(job.base, job.all->base_dtype, p, job.report + job.k + 1);
 }
 
@@ -60,8 +60,7 @@ MF_DEVICE void begin_counts(int32_t* stayed) {
 
 template <int K>
 MF_DEVICE void count(const Seen<K>& seen, int32_t* stayed) {
-  MF_UNROLL for (int k = 0; k < K; ++k)
-    if (seen.kept[k]) add_to(stayed + k, seen.kept[k]);
+  MF_UNROLL for (int k = 0; k < K; ++k) if (seen.kept[k]) add_to(stayed + k, seen.kept[k]);
 }
 
 MF_DEVICE void end_counts(const Job& job, int32_t* stayed) {

@@ -68,8 +68,9 @@ MF_KERNEL vote_sum(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, int64_t
     Eight b, s;
     load_base(job, p, &b);
     tally(job, p, b, &s, [](int, const Eight&, const Keep&) {});
-    MF_UNROLL for (int e = 0; e < kVec; ++e)
-      if (e < p.count) own += s.v[e] > 0 ? 1 : s.v[e] < 0 ? -1 : 0;
+    MF_UNROLL for (int e = 0; e < kVec; ++e) if (e < p.count) own += s.v[e] > 0   ? 1
+                                                                     : s.v[e] < 0 ? -1
+                                                                                  : 0;
   }
   const double total = block_sum((double)own, room);  // whole numbers: exact
   if (thread_index() == 0 && total != 0) add_to(sum, (int64_t)total);
@@ -84,8 +85,8 @@ MF_KERNEL magnitudes(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, int32
     Eight b, tau;
     load_base(job, p, &b);
     load_tau(job, 0, p, b, &tau);
-    MF_UNROLL for (int e = 0; e < kVec; ++e)
-      if (e < p.count) bits[at + e] = (int32_t)(bits_of(tau.v[e]) & kAbsMask);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) if (e < p.count) bits[at + e] =
+        (int32_t)(bits_of(tau.v[e]) & kAbsMask);
   }
 }
 
@@ -95,8 +96,7 @@ MF_KERNEL keep_ranked(const int64_t* order, uint8_t* mask, int64_t rows, int64_t
   for (int64_t i = (int64_t)block_index() * kThreads + thread_index(); i < rows * cols;
        i += (int64_t)blocks_of_grid() * kThreads) {
     const int64_t row = i / cols, rank = i - row * cols, flat = row * cols + order[i];
-    const double p =
-        cols == 1 ? density : low + span * (double)rank / (double)(cols - 1);
+    const double p = cols == 1 ? density : low + span * (double)rank / (double)(cols - 1);
     uint32_t words[4];
     philox((uint64_t)(flat + offset) >> 2, word, seed, words);
     const int at = (int)((flat + offset) & 3);

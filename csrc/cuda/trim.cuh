@@ -16,20 +16,16 @@ struct Keep {
 enum Row { kLow, kCut, kHigh, kTopCut, kStream, kBound, kSeed };  // of job.integers
 enum NumberRow { kFactor, kWeight, kLambda, kScale };             // of job.numbers
 
-MF_DEVICE int64_t integer(const Job& job, int row, int k) {
-  return job.integers[row * job.k + k];
-}
-MF_DEVICE float number(const Job& job, int row, int k) {
-  return job.numbers[row * job.k + k];
-}
+MF_DEVICE int64_t integer(const Job& job, int row, int k) { return job.integers[row * job.k + k]; }
+MF_DEVICE float number(const Job& job, int row, int k) { return job.numbers[row * job.k + k]; }
 MF_DEVICE uint64_t seed_of(const Job& job) { return (uint64_t)integer(job, kSeed, 0); }
 MF_DEVICE int64_t majority_of(const Job& job) { return integer(job, kSeed, 1); }
 MF_DEVICE float scale_of(const Job& job) { return number(job, kScale, 0); }
 MF_DEVICE float min_tasks_of(const Job& job) { return number(job, kScale, 1); }
 
 MF_DEVICE uint32_t random_byte(const Job& job, int k, int64_t flat) {
-  const uint64_t stream = (uint64_t)integer(job, kStream, k), bound =
-      (uint64_t)integer(job, kBound, k);
+  const uint64_t stream = (uint64_t)integer(job, kStream, k),
+                 bound = (uint64_t)integer(job, kBound, k);
   uint32_t byte = 0;
   const int64_t first = flat >> 2;
   for (int c = 0; c < 3; ++c) {
@@ -46,8 +42,7 @@ MF_DEVICE uint32_t random_byte(const Job& job, int k, int64_t flat) {
 
 MF_DEVICE uint32_t mask_byte(const uint8_t* mask, const Place& p) {
   uint32_t byte = 0;
-  MF_UNROLL for (int e = 0; e < kVec; ++e)
-    if (e < p.count) byte |= (mask[p.at + e] ? 1u : 0u) << e;
+  MF_UNROLL for (int e = 0; e < kVec; ++e) if (e < p.count) byte |= (mask[p.at + e] ? 1u : 0u) << e;
   return byte;
 }
 
@@ -55,8 +50,8 @@ MF_DEVICE uint32_t mask_byte(const uint8_t* mask, const Place& p) {
 // cut lies among them, equal ones are looked at one by one.
 MF_DEVICE uint32_t equal_byte(const Eight& tau, uint32_t threshold, int before) {
   uint32_t byte = 0;
-  MF_UNROLL for (int e = 0; e < kVec; ++e)
-    if ((bits_of(tau.v[e]) & kAbsMask) == threshold && e >= before) byte |= 1u << e;
+  MF_UNROLL for (int e = 0; e < kVec; ++e) if ((bits_of(tau.v[e]) & kAbsMask) == threshold &&
+                                               e >= before) byte |= 1u << e;
   return byte;
 }
 

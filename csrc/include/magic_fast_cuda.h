@@ -37,14 +37,15 @@ typedef struct mf_gpu_job {
   const void* base;  // [numel], or null
   const void* merged;
   void* out;
-  const void* experts[MF_GPU_MOST_EXPERTS];           // [numel] each
-  const uint8_t* masks[MF_GPU_MOST_EXPERTS];          // [numel] where the kind is MF_GPU_BYTES
-  const uint8_t* task_masks[MF_GPU_MOST_EXPERTS];     // [numel] where consensus is given
+  const void* experts[MF_GPU_MOST_EXPERTS];        // [numel] each
+  const uint8_t* masks[MF_GPU_MOST_EXPERTS];       // [numel] where the kind is MF_GPU_BYTES
+  const uint8_t* task_masks[MF_GPU_MOST_EXPERTS];  // [numel] where consensus is given
   const int64_t* integers;
   const float* numbers;
-  int64_t* report;  // [K + 3] first bad flat index: experts, merged, base, overflow; INT64_MAX: none
-  int64_t* kept;    // [K] added to: entries that stayed
-  int64_t offset;   // flat index of element 0 in the whole tensor
+  int64_t*
+      report;      // [K + 3] first bad flat index: experts, merged, base, overflow; INT64_MAX: none
+  int64_t* kept;   // [K] added to: entries that stayed
+  int64_t offset;  // flat index of element 0 in the whole tensor
   int32_t k;
   int8_t base_dtype, merged_dtype, out_dtype, unused;
   uint8_t dtypes[MF_GPU_MOST_EXPERTS], kinds[MF_GPU_MOST_EXPERTS];
@@ -53,8 +54,8 @@ typedef struct mf_gpu_job {
 
 // Many small tensors of one shape of job: of each the addresses and numbers come from a table.
 typedef struct mf_gpu_table {
-  const int64_t* rows;       // [jobs, K + 4]: base, out, K experts, elements, offset
-  const int64_t* block_job;  // [blocks]: which tensor ...
+  const int64_t* rows;         // [jobs, K + 4]: base, out, K experts, elements, offset
+  const int64_t* block_job;    // [blocks]: which tensor ...
   const int64_t* block_start;  // ... and its first element
   int64_t blocks;
 } mf_gpu_table;
@@ -68,8 +69,8 @@ typedef struct mf_gpu_rows {
   double* norms2;           // [rows, K + 2]
   double* pairs;            // [rows, (K + 1)(K + 2)/2]: only the sums are taken, nothing is merged
   double* powers;           // [rows, K + 1] with `pairs`, where p is not 2
-  double* work;  // [mf_cuda_rows_work()] or null where that is 0
-  int32_t keeps;  // bool: rows of factor 1 keep the bits of `merged`
+  double* work;             // [mf_cuda_rows_work()] or null where that is 0
+  int32_t keeps;            // bool: rows of factor 1 keep the bits of `merged`
 } mf_gpu_rows;
 
 // One threshold to find.

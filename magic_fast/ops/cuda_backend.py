@@ -2,8 +2,8 @@
 
 All work goes to the current stream of the tensors' device. Within one call nothing waits for the
 device until the end, when one copy brings what the host has to know of all jobs together. With
-MAGIC_FAST_CUDA_EMULATED the same sources, compiled for the host, run on CPU tensors, for tests: then
-only where asked for by name.
+MAGIC_FAST_CUDA_EMULATED the same sources, compiled for the host, run on CPU tensors, for tests:
+then only where asked for by name.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class CudaBackend:
             extension()
         except ImportError as error:
             return (
-                f"its kernels were not built ({error}). Reinstall where nvcc is on the PATH, or with "
-                "MAGIC_FAST_CUDA=1 to see why"
+                f"its kernels were not built ({error}). Reinstall where nvcc is on the PATH; "
+                "with MAGIC_FAST_CUDA=1 a build that fails says why"
             )
         if not emulated() and not torch.cuda.is_available():
             return "no GPU is visible to torch"

@@ -101,11 +101,12 @@ def _rows(
     native = extension()
     size = native.rows_work(k, variant, rows, processors)
     work = torch.empty(size, dtype=torch.float64, device=call.device)
+    kept = () if found is None else (found.coefficient, found.repaired, found.norms2)
+    results = [x.data_ptr() for x in kept] or [0, 0, 0]
     native.rows(
         job, rows, cols, variant, p, _EPS_MODES[c.eps_mode], c.guards, c.clamp, c.strength,
         c.scale, _DIRECTIONS[c.direction], list(c.included or (True,) * k),
-        pointer(found and found.coefficient), pointer(found and found.repaired),
-        pointer(found and found.norms2), pointer(pairs), pointer(powers), work.data_ptr(),
+        *results, pointer(pairs), pointer(powers), work.data_ptr(),
         call.merged is not None, processors, call.stream,
     )  # fmt: skip
 
@@ -119,10 +120,10 @@ def _sums(
     call: Call, c: RowCalibration, rows: int, cols: int, start: int
 ) -> tuple[Tensor, Tensor | None]:
     m = len(call.d.experts) + 1
-    room = {"dtype": torch.float64, "device": call.device}
-    pairs = torch.empty((rows, m * (m + 1) // 2), **room)
+    wide = torch.empty(0, dtype=torch.float64, device=call.device)
+    pairs = wide.new_empty((rows, m * (m + 1) // 2))
     wanted = c.variant is Variant.SPHERE and c.p != 2
-    powers = torch.empty((rows, m), **room) if wanted else None
+    powers = wide.new_empty((rows, m)) if wanted else None
     _rows(call, call.job(start, out=False), c, rows, cols, pairs=pairs, powers=powers)
     return pairs, powers
 

@@ -145,8 +145,8 @@ def _ranked_masks(d: Device, report: Tensor, kept: Tensor) -> None:
             low = trim.density[i] - trim.epsilon[i]
             native.keep_ranked(
                 order.data_ptr(), mask[first * cols :].data_ptr(), part, cols,
-                job.offset + first * cols, d.numbers.integers[4 * k + i], d.numbers.integers[6 * k], low,
-                2 * trim.epsilon[i], trim.density[i], stream,
+                job.offset + first * cols, d.numbers.integers[4 * k + i],
+                d.numbers.integers[6 * k], low, 2 * trim.epsilon[i], trim.density[i], stream,
             )  # fmt: skip
     d.masks = tuple(masks)
 

@@ -20,7 +20,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A sample far smaller than the tensor, so that brackets miss and several scans are needed."""
     from magic_fast.ops import triton_select
 
-    monkeypatch.setattr(triton_select, "_SAMPLE", 64)
+    monkeypatch.setattr(triton_select, "SAMPLE", 64)
     yield
 
 

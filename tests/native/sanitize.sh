@@ -10,7 +10,7 @@ mkdir -p "$copy"
 cp -a --update setup.py pyproject.toml README.md LICENSE magic_fast kernels csrc tests "$copy"/
 cd "$copy"
 rm -f magic_fast/_native*.so
-MAGIC_FAST_SANITIZE=${SANITIZERS:-address,undefined} "$python" setup.py -q build_ext --inplace
+MAGIC_FAST_CUDA=0 MAGIC_FAST_SANITIZE=${SANITIZERS:-address,undefined} "$python" setup.py -q build_ext --inplace
 compiler=${CXX:-g++}
 # Python itself is not instrumented: the runtime has to come first, and the interpreter's own leaks are not ours.
 preload="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
