@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-engine bench-features bench-spectral bench-sweep clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-engine bench-features bench-spectral bench-sweep cuda-check gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -119,6 +119,12 @@ bench-features: venv ## memory of calibration in feature space, layer by layer a
 bench-spectral: venv ## the spectral methods against torch.linalg.svd
 	$(BIN)/python benchmarks/spectral/bench.py
 
+cuda-check: venv ## what nvcc made of the CUDA kernels: registers, spills, widths; nothing of it runs
+	$(BIN)/python benchmarks/gpu/registers.py
+
+gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmarks (PYTHON=, MAGIC_FAST_GOLDEN=)
+	PYTHON=$(PYTHON) benchmarks/gpu/run.sh
+
 clean: ## what was built; .venv and .demo stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f magic_fast/_native*.so
+	rm -f magic_fast/_native*.so magic_fast/_cuda*.so

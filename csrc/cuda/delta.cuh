@@ -45,8 +45,10 @@ MF_DEVICE void load_all(const Job& job, const Place& p, Loaded<K>* x) {
 }
 
 // d of the elements of `x`; sink(e, tau, d) sees K raw task vectors and d of each. The experts
-// become their task vectors.
-template <int K, bool TRIM, class Sink>
+// become their task vectors. NOTES: what is not finite is looked for in d, and in the task vectors
+// where a trim may drop it (a caller that takes their norms sees it there). Without a trim there is
+// nothing to restore: the factors are 1.
+template <int K, bool TRIM, bool NOTES, class Sink>
 MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d, Seen<K>* seen,
                           Sink sink) {
   Keep keep[K];
@@ -55,7 +57,7 @@ MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d
     MF_UNROLL for (int e = 0; e < kVec; ++e) x->expert[k].v[e] =
         less_base(job, x->expert[k].v[e], x->base.v[e]);
     if (TRIM) keep[k] = keep_of(job, k, p, x->expert[k]);
-    factor[k] = number(job, kFactor, k), weight[k] = number(job, kWeight, k);
+    factor[k] = TRIM ? number(job, kFactor, k) : 1.0f, weight[k] = number(job, kWeight, k);
     divisor += job.all->rule.reduce == MF_MEAN ? 1.0f : weight[k];
   }
   const float scale = scale_of(job);
@@ -66,14 +68,14 @@ MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d
     float tau[K], v[K], total = 0;
     MF_UNROLL for (int k = 0; k < K; ++k) {
       tau[k] = x->expert[k].v[e];
-      seen->note(tau[k]);
+      if (NOTES && TRIM) seen->note(tau[k]);
       float y = tau[k];
       if (TRIM) {
         const bool in = stays(keep[k], y, e);
         seen->kept[k] += in && e < p.count ? 1 : 0;
-        y = in ? y : 0.0f;
+        y = (in ? y : 0.0f) * factor[k];
       }
-      v[k] = y * factor[k] * weight[k];
+      v[k] = y * weight[k];
       total += v[k];
     }
     if (job.all->rule.merged) {
@@ -89,7 +91,7 @@ MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d
       total = divided(job.all->rule.reduce, MF_VOTE_MASS, r.total, r.count);
     }
     d->v[e] = job.all->rule.merged ? total : total * scale;
-    seen->note(d->v[e]);
+    if (NOTES) seen->note(d->v[e]);
     sink(e, tau, d->v[e]);
   }
 }

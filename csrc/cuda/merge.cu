@@ -80,7 +80,7 @@ MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 5
         Eight d;
         seen.top = 0;
         load_all<K>(job, p, &x);
-        fast_delta<K, TRIM>(job, p, &x, &d, &seen, [](int, const float*, float) {});
+        fast_delta<K, TRIM, true>(job, p, &x, &d, &seen, [](int, const float*, float) {});
         write_result(job, p, x.base, d, factor, shape.keeps);
         if (seen.top >= kInfBits) note_inputs(job, p);
       },

@@ -92,14 +92,12 @@ MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 4
   for (int64_t row = block_index(); row < s.policy.rows; row += blocks_of_grid()) {
     float pair[P];
     MF_UNROLL for (int i = 0; i < P; ++i) pair[i] = 0;
-    uint32_t top = 0;
     for (int64_t n = thread_index(); n < vectors; n += kThreads) {
       const Place p = vector_of(row, n, cols, job.offset, s.aligned);
       Loaded<K> x;
       Eight d;
-      seen.top = 0;
       load_all<K>(job, p, &x);
-      fast_delta<K, TRIM>(job, p, &x, &d, &seen, [&](int, const float* tau, float de) {
+      fast_delta<K, TRIM, false>(job, p, &x, &d, &seen, [&](int, const float* tau, float de) {
         int at = 0;
         MF_UNROLL for (int i = 0; i < K; ++i) {
           MF_UNROLL for (int j = i; j < K; ++j, ++at) pair[at] = fused(tau[i], tau[j], pair[at]);
@@ -108,7 +106,6 @@ MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 4
         }
         pair[at] = fused(de, de, pair[at]);
       });
-      top = seen.top > top ? seen.top : top;
       put_eight(delta + n * kVec, d);
     }
     block_sums<P>(pair, lanes, sums);
@@ -117,7 +114,10 @@ MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 4
     } else if (thread_index() == 0) {
       *shared_factor = finish_row(s, row, K, sums, nullptr, own, scratch + K, scratch);
     }
-    const bool bad = any_thread(top >= kInfBits);
+    sync();
+    // what is not finite shows in the norms; finite values whose squares overflow only cost a look
+    bool bad = false;
+    for (int i = 0; i < M; ++i) bad |= !isfinite(sums[pair_index(i, i, M)]);
     const float factor = s.pairs ? 1.0f : *shared_factor;
     for (int64_t n = thread_index(); n < vectors && (bad || !s.pairs); n += kThreads) {
       const Place p = vector_of(row, n, cols, job.offset, s.aligned);
@@ -139,7 +139,7 @@ MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 4
 
 // Any recipe, variant, K and length of a row. Inner products in tiles of experts, in float64; what
 // was read once comes from the caches. d of a row too long for the shared memory is formed again.
-constexpr int kSide = 4;
+constexpr int kSide = 3;  // of a tile of inner products: with 4, registers spill
 
 struct AnyRow {
   const Job& job;

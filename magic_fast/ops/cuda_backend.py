@@ -83,12 +83,27 @@ class CudaBackend:
     def merge_many(self, jobs: Sequence[Job]) -> list[Stats]:
         if not jobs:
             return []
+        devices = self.prepare(jobs)
+        return self.finish(devices, self.launch(devices))
+
+    # ---- the same in three steps ----
+    def prepare(self, jobs: Sequence[Job]) -> list[Device]:
+        """The numbers of the recipes, copied to the device."""
         with _on(jobs[0]):
-            devices = to_device(jobs)
+            return to_device(jobs)
+
+    def launch(self, devices: Sequence[Device]) -> list[Pending]:
+        """Everything onto the current stream; waits for nothing, copies nothing from the host but
+        for calibrations that leave experts out or have one number for a tensor. Can be captured in
+        a CUDA graph and replayed: new values in the same tensors, the same recipe."""
+        with _on(devices[0].job):
             many = [d for d in devices if small(d)]
             found = _launch_small(many) if len(many) > 1 else {}
-            pending = [found.get(id(d)) or _launch(d) for d in devices]
-            return collect(devices, pending)
+            return [found.get(id(d)) or _launch(d) for d in devices]
+
+    def finish(self, devices: Sequence[Device], pending: Sequence[Pending]) -> list[Stats]:
+        """What the host has to know of all jobs, in one copy; waits for it."""
+        return collect(devices, pending)
 
     def calibrate(self, job: Job, merged: Array) -> Stats:
         """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""

@@ -67,8 +67,9 @@ class Group:
         self.report = torch.full((len(devices), k + 3), NO_INDEX, dtype=torch.int64, device=device)
         self.kept = torch.zeros((len(devices), k), dtype=torch.int64, device=device)
         numbers = Device(
-            first.job, first.numbers, self._integers, self._floats, first.masks, first.task_masks
-        )
+            first.job, first.numbers, self._integers, self._floats, first.masks, first.task_masks,
+            first.search,
+        )  # fmt: skip
         self._job = call_job(numbers, out=first.job.out, report=self.report, kept=self.kept)
 
     def launch(self) -> None:

@@ -16,13 +16,12 @@ from magic_fast.ops.gpu_jobs import (
     BYTES,
     KEEP_ALL,
     POWERS,
-    RUN,
     SAMPLE,
     Device,
     Target,
     factors_of,
     multiprocessors,
-    places_of,
+    sample_of,
 )
 from magic_fast.recipe import TrimRule
 
@@ -75,11 +74,8 @@ def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.de
 def _find_thresholds(d: Device, targets: list[Target], report: Tensor, kept: Tensor) -> None:
     n, k, count = d.n, len(d.experts), len(targets)
     device = d.integers.device
-    run = 1 if n <= SAMPLE else RUN
-    runs = min(n, SAMPLE) // run
+    runs, run = sample_of(n)
     size = runs * run
-    words = [*places_of(targets, size, n), *(t.count for t in targets)]
-    host = torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
     log_bins = log_bins_of(count, n)
     segments, length = segments_of(n, multiprocessors(device))
     scans = 1 if size == n and n < 1 << log_bins else 1 + math.ceil(31 / log_bins)
@@ -100,8 +96,8 @@ def _find_thresholds(d: Device, targets: list[Target], report: Tensor, kept: Ten
     search = native.Search(
         sample=sample.data_ptr(),
         **{name: x.data_ptr() for name, x in parts.items()},
-        places=host.data_ptr(),
-        counts=host[3 * count :].data_ptr(),
+        places=d.search.data_ptr(),
+        counts=d.search[3 * count :].data_ptr(),
         numel=n, size=size, runs=runs, run=run, segments=segments, length=length,
         log_bins=log_bins, scans=scans,
     )  # fmt: skip

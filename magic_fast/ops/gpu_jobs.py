@@ -186,7 +186,8 @@ def _rule(recipe: Recipe, factored: bool) -> tuple[int, ...]:
 
 @dataclass
 class Device:
-    """One job on the device. ``args`` are the pointers that every kernel takes first."""
+    """One job on the device. ``search``: int64 [4 · targets], what a select works with: places of
+    each bracket in the sorted sample, then ranks."""
 
     job: Job
     numbers: Numbers
@@ -194,6 +195,7 @@ class Device:
     floats: Tensor
     masks: tuple[Tensor, ...]
     task_masks: tuple[Tensor, ...]
+    search: Tensor
 
     @property
     def experts(self) -> tuple[Tensor, ...]:
@@ -250,12 +252,14 @@ def to_device(jobs: Sequence[Job]) -> list[Device]:
     found = [numbers_of(job) for job in jobs]
     device = jobs[0].experts[0].device
     # a tensor of numbers is rounded to float32 here as `weights` are everywhere: once
-    integers = torch.tensor([x for f in found for x in f.integers], dtype=torch.int64)
+    words = [x for f in found for x in f.integers]
+    searches = [search_words(f.targets, j) for f, j in zip(found, jobs, strict=True)]
+    integers = torch.tensor([*words, *(x for s in searches for x in s)], dtype=torch.int64)
     floats = torch.tensor([x for f in found for x in f.numbers], dtype=torch.float32)
     integers = integers.to(device, non_blocking=True)
     floats = floats.to(device, non_blocking=True)
-    ready, i, f = [], 0, 0
-    for job, numbers in zip(jobs, found, strict=True):
+    ready, i, f, at = [], 0, 0, len(words)
+    for job, numbers, search in zip(jobs, found, searches, strict=True):
         k = len(job.experts)
         like = integers.view(torch.uint8)
         ready.append(
@@ -266,10 +270,26 @@ def to_device(jobs: Sequence[Job]) -> list[Device]:
                 floats[f : f + 3 * k + 2],
                 _bytes(job.masks, like, k),
                 _bytes(job.task_masks, like, k),
+                integers[at : at + len(search)],
             )
         )
+        at += len(search)
         i, f = i + 6 * k + 2, f + 3 * k + 2
     return ready
+
+
+def sample_of(n: int) -> tuple[int, int]:
+    """(runs, elements of each) of the sample of a tensor of ``n`` elements."""
+    run = 1 if n <= SAMPLE else RUN
+    return min(n, SAMPLE) // run, run
+
+
+def search_words(targets: list[Target], job: Job) -> list[int]:
+    n: int = job.experts[0].numel()
+    if not targets or n == 0:
+        return []
+    runs, run = sample_of(n)
+    return [*places_of(targets, runs * run, n), *(t.count for t in targets)]
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -391,9 +391,9 @@ CASES: dict[str, tuple[Call, type[Exception], str]] = {
     ),
     # backends
     "unknown_backend": (
-        merging(base(), experts(), backend="cuda"),
+        merging(base(), experts(), backend="vulkan"),
         BackendError,
-        "backend 'cuda': expected one of 'native', 'triton', 'torch'",
+        "backend 'vulkan': expected one of 'native', 'cuda', 'triton', 'torch'",
     ),
     # trims
     "trim_rule": (

@@ -82,7 +82,7 @@ def test_the_environment_chooses_and_never_falls_back(no_environment: pytest.Mon
     with pytest.raises(BackendError, match="backend 'native'"):
         ops.merge([_job(torch.float64)])
     no_environment.setenv("MAGIC_FAST_BACKEND", "fast")
-    names = "'native', 'triton', 'torch'"
+    names = "'native', 'cuda', 'triton', 'torch'"
     with pytest.raises(BackendError, match=f"backend 'fast': expected one of {names}"):
         ops.merge([_job()])
 

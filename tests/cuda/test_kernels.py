@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.ops import cuda_select
+from magic_fast.ops import gpu_jobs
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Granularity, Recipe, RowCalibration, Trim, TrimRule, Variant, Vote
 from support.oracle import assert_within_budget, truth
@@ -95,7 +95,7 @@ def test_a_bracket_that_missed_is_opened_again(monkeypatch: pytest.MonkeyPatch) 
     one = job((256, 517), 2, ties(2), torch.float32)
     for low, middle, high in ((0, 1, 2), (-1, 0, 1), (32760, 32761, 32762)):
         monkeypatch.setattr(
-            cuda_select,
+            gpu_jobs,
             "places_of",
             lambda t, *_: [low, middle, high] * len(t),  # noqa: B023
         )
@@ -203,9 +203,9 @@ def test_workspace_is_what_is_said(calibrated: bool) -> None:
     """The tensors that a merge takes beside inputs and output, against what was announced."""
     from magic_fast.ops.cuda_backend import CudaBackend
 
-    one = job((2048, 600), 8, ties(8))
+    one = job((128, 600), 8, ties(8))
     if calibrated:
-        one = replace(one, calibration=RowCalibration(2048, 600))
+        one = replace(one, calibration=RowCalibration(128, 600))
     announced = CudaBackend().workspace_bytes(one)
     taken = 0
     real = torch.zeros, torch.empty

@@ -49,6 +49,7 @@ class GoldenCase:
     """One record of the manifest. Tensors are read on first use, after their checksum."""
 
     record: Mapping[str, Any]
+    device: str = "cpu"  # of the inputs
 
     @property
     def id(self) -> str:
@@ -84,7 +85,7 @@ class GoldenCase:
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
-        return self._group("in.")
+        return {k: v.to(self.device) for k, v in self._group("in.").items()}
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
@@ -116,7 +117,7 @@ class GoldenCase:
 
     def masks(self, num_experts: int) -> list[Tensor]:
         """The keep masks that the reference drew."""
-        return [self.outputs[f"mask{k}"] for k in range(num_experts)]
+        return [self.outputs[f"mask{k}"].to(self.device) for k in range(num_experts)]
 
     def tolerance(self, output: str, *, float32: bool) -> Mapping[str, Any]:
         outer: Mapping[str, Any] = self.record["tolerance"][output]
@@ -133,6 +134,7 @@ def mismatch(
     |got − want| <= atol + rtol·|want| in float64 in all but ``max_mismatch_frac`` of the elements.
     A NaN meets a NaN, an infinity the same one, where ``equal_nan`` is set; integers are equal.
     """
+    got = got.cpu()
     if tuple(got.shape) != tuple(want.shape):
         return f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     if not want.is_floating_point():

@@ -52,7 +52,7 @@ RECIPES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", RECIPES)
 def test_same_bits(case: str, dtype: torch.dtype, backend: str | None) -> None:
-    kernels = backend in ("native", "triton")
+    kernels = backend in ("native", "cuda", "triton")
     if kernels and (dtype is torch.float64 or case == "several methods"):
         pytest.skip(f"the {backend} backend has neither")
     base, *experts = named(*(lambda b, e: [b, *e])(*models(dtype)))

@@ -40,12 +40,12 @@ def moved(job: Job, device: str) -> Job:
     )
 
 
-def check(case: MergeCase | CalibrationCase, device: str) -> None:
+def check(case: MergeCase | CalibrationCase, backend: str, device: str) -> None:
     """One case on ``device``: values within the budget, counts exact, the same bits twice."""
     job = case.job()
     there = moved(job, device)
     try:
-        (stats,) = ops.merge([there], backend="triton")
+        (stats,) = ops.merge([there], backend=backend)
     except BackendError as refusal:
         pytest.skip(str(refusal))
     assert there.out is not None
@@ -56,15 +56,17 @@ def check(case: MergeCase | CalibrationCase, device: str) -> None:
         for e, m in zip(job.experts, found.decisions.keep, strict=True)
     )
     again = replace(there, out=torch.empty_like(there.out))
-    ops.merge([again], backend="triton")
+    ops.merge([again], backend=backend)
     assert torch.equal(there.out, again.out)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("case", _CASES, ids=lambda c: c.word)
-def test_merge_on_a_gpu(case: MergeCase) -> None:
-    check(case, "cuda")
+def test_merge_on_a_gpu(case: MergeCase, backend: str) -> None:
+    check(case, backend, "cuda")
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("case", _CALIBRATED, ids=lambda c: c.word)
-def test_calibrated_merge_on_a_gpu(case: CalibrationCase) -> None:
-    check(case, "cuda")
+def test_calibrated_merge_on_a_gpu(case: CalibrationCase, backend: str) -> None:
+    check(case, backend, "cuda")
