@@ -122,8 +122,8 @@ bench-spectral: venv ## the spectral methods against torch.linalg.svd
 cuda-check: venv ## what nvcc made of the CUDA kernels: registers, spills, widths; nothing of it runs
 	$(BIN)/python benchmarks/gpu/registers.py
 
-gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmarks (PYTHON=, MAGIC_FAST_GOLDEN=)
-	PYTHON=$(PYTHON) benchmarks/gpu/run.sh
+gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmarks, in 8 minutes (PYTHON=, MAGIC_FAST_GOLDEN=, RESULTS=)
+	$(PYTHON) benchmarks/gpu/run.py --results $(RESULTS)
 
 clean: ## what was built; .venv and .demo stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

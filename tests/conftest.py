@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from support import emulator, interpreter
 
@@ -17,9 +16,13 @@ if interpreter.switch_on():  # before anything imports Triton
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The same examples on every run: a failure in CI is a failure here.
-settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
-settings.load_profile("fixed")
+try:
+    from hypothesis import settings
+except ImportError:  # a machine with a GPU: only the tests of properties need it
+    pass
+else:  # the same examples on every run: a failure in CI is a failure here
+    settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+    settings.load_profile("fixed")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import AIMS as AIMS_OF_PEERS
+from peers import peers
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+sys.path.insert(0, str(HERE.parent))
 import machine  # noqa: E402 - benchmarks/machine.py
 
 from magic_fast import ops  # noqa: E402
@@ -256,44 +258,20 @@ def many_small(backend: str, clock: Clock, device: str, count: int = 2000) -> Ro
     )  # fmt: skip
 
 
-def peers(rows: list[Row], job: Job, clock: Clock) -> None:
-    """Eager PyTorch, torch.compile of the same, and mergekit where it is installed; TIES + WSC
-    (mergekit: without)."""
-    ours = min(r.seconds for r in rows if r.work == "TIES q 0.2 + WSC, K = 8")
+def compare(rows: list[Row], job: Job, clock: Clock) -> None:
+    """The peers of TIES + WSC (mergekit: without), those that are here."""
     work = "TIES q 0.2 + WSC, K = 8"
-    seconds = clock.median([lambda: ops.merge([job], backend="torch")])
-    rows.append(Row(work, "the formulas in eager torch", seconds, times=seconds / ours))
-    try:
-        from magic_fast.reference import merge as reference
-
-        compiled = torch.compile(reference.combine)
-        decisions = reference.decide(job.base, job.experts, job.recipe, stream=0)
-        seconds = clock.median([lambda: compiled(job.base, job.experts, job.recipe, decisions)])
-        name = "torch.compile of the merge, thresholds given, no WSC"
-        rows.append(Row(work, name, seconds, times=seconds / ours))
-    except Exception as error:  # a compiler's own failure is a result here
-        print(f"torch.compile: {str(error).splitlines()[0]}", file=sys.stderr)
-    try:
-        from mergekit.sparsify import RescaleNorm, SparsificationMethod, sparsify
-    except ImportError:
-        print("mergekit: not installed, no row", file=sys.stderr)
-        return
-
-    def ties_of_mergekit() -> torch.Tensor:
-        taus = [
-            sparsify(e - job.base, 0.2, SparsificationMethod.magnitude, rescale_norm=None)
-            for e in job.experts
-        ]
-        stacked = torch.stack(taus)
-        agree = stacked.sign() == torch.where(stacked.sum(0) >= 0, 1, -1)
-        divisor = agree.sum(0).clamp(min=1)
-        result: torch.Tensor = job.base + (stacked * agree).sum(0) / divisor
-        return result
-
-    assert RescaleNorm is not None
-    seconds = clock.median([ties_of_mergekit])
-    name = "mergekit's sparsification, the vote in eager torch, no WSC"
-    rows.append(Row(work, name, seconds, times=seconds / ours))
+    ours = min(r.seconds for r in rows if r.work == work)
+    for name, call in peers(job, clock).items():
+        try:
+            seconds = 0.0 if isinstance(call, str) else clock.median([call])
+        except RuntimeError as error:  # it needs more memory than there is, say
+            call = str(error)
+        if isinstance(call, str):
+            print(f"{name}: absent: {call.splitlines()[0]}", file=sys.stderr)
+        else:
+            words = f"{name} (aim: {AIMS_OF_PEERS[name]:.0f} times)"
+            rows.append(Row(work, words, seconds, times=seconds / ours))
 
 
 def table(rows: Sequence[Row], bandwidth: float) -> list[str]:
@@ -343,7 +321,7 @@ def measured(options: argparse.Namespace, clock: Clock, bandwidth: float) -> lis
         for backend in options.backends:
             rows.append(merges(work, sets, backend, clock, bandwidth))
         if work == "TIES q 0.2 + WSC, K = 8" and options.peers:
-            peers(rows, sets[0][0], clock)
+            compare(rows, sets[0][0], clock)
     gram = "row norms + Gram, K = 8"
     if not options.only or options.only in gram:
         jobs = [make_job((size, size), 8, Recipe((1.0,) * 8), s, device) for s in range(2)]
