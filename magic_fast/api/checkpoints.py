@@ -9,6 +9,7 @@ from typing import Any
 from magic_fast.api.collection import no_collection
 from magic_fast.api.records import verified, write_small_files
 from magic_fast.api.steps import calibration_of, cut, input_of, steps_of
+from magic_fast.api.tokenizing import align
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.checkpoint import (
     Checkpoint,
@@ -115,6 +116,8 @@ def plan_checkpoints(
     try:
         calibration = as_calibration(calibrate) or calibration_of(settings)
         chosen_seed = seed if seed is not None else (settings.seed or 0)
+        aligned = align(settings, models)
+        models = aligned.models
         steps, vocab_size = steps_of(
             settings,
             models,
@@ -137,7 +140,7 @@ def plan_checkpoints(
             target,
             backend,
             settings.num_layers,
-            vocab_size,
+            vocab_size or aligned.rows,
             settings.to_yaml(),
             warnings,
             memory,
@@ -150,7 +153,9 @@ def plan_checkpoints(
                 "out_dtype": settings.out_dtype,
                 "compat": compat,
                 "allow_embedding_truncation": allow_embedding_truncation,
+                **aligned.settings,
             },
+            aligned.tokenizer,
         )
         if not is_whole(Path(target)):
             check_disk(plan)

@@ -169,11 +169,14 @@ def write_small_files(
     dtypes = {s.dtype for s in plan.steps if s.dtype in FLOATS}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     if source is not None:
-        copy_sidecars(source, output, dtype=dtype, num_layers=plan.num_layers)
-        if plan.vocab_size is not None and "vocab_size" in source.config:
-            path = Path(output.path_of("config.json"))
-            text = json.loads(path.read_text(encoding="utf-8")) | {"vocab_size": plan.vocab_size}
-            output.write_text("config.json", json.dumps(text, indent=2, ensure_ascii=False) + "\n")
+        copy_sidecars(
+            source,
+            output,
+            dtype=dtype,
+            num_layers=plan.num_layers,
+            vocab_size=plan.vocab_size,
+            tokenizer=plan.tokenizer,
+        )
     versions = _versions()
     output.write_text(
         "README.md",

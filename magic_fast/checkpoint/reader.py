@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,10 @@ class Checkpoint:
         data = bytearray(info.nbytes)
         self._reader.read_into(info, data)
         return data
+
+    def opener(self) -> Callable[[], Checkpoint]:
+        """What opens it again, in another process too."""
+        return partial(open_checkpoint, self.path)
 
     def close(self) -> None:
         """Close the files, unless a reader was shared. Reading again opens them again."""

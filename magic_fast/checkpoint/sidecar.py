@@ -13,12 +13,12 @@ from .io_errors import reading
 from .locate import PICKLE_SUFFIXES
 from .reader import Checkpoint
 from .strict_json import load_json_object
+from .tokenizer import OutputTokenizer
 from .writer import OutputFolder
 
 CONFIG_NAME = "config.json"
-#: Names to copy, beside `CONFIG_NAME`.
-PATTERNS: tuple[str, ...] = (
-    "generation_config.json",
+#: The tokenizer's files.
+TOKENIZER: tuple[str, ...] = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -29,6 +29,11 @@ PATTERNS: tuple[str, ...] = (
     "*.tiktoken",
     "chat_template.*",
     "additional_chat_templates/*.jinja",
+)
+#: Names to copy, beside `CONFIG_NAME`.
+PATTERNS: tuple[str, ...] = (
+    *TOKENIZER,
+    "generation_config.json",
     "*preprocessor_config.json",
     "processor_config.json",
 )
@@ -89,14 +94,17 @@ def sidecar_files(folder: str) -> list[str]:
     return sorted(
         name
         for name in names
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
+        if _matches(name, patterns)
         and not name.endswith(_NEVER)
         and os.path.isfile(os.path.join(folder, name))
     )
 
 
 def updated_config(
-    config: Mapping[str, Any], dtype: str | None = None, num_layers: int | None = None
+    config: Mapping[str, Any],
+    dtype: str | None = None,
+    num_layers: int | None = None,
+    vocab_size: int | None = None,
 ) -> dict[str, Any]:
     """A copy of ``config.json`` with dtype and depth of the result, and nothing else changed.
 
@@ -107,6 +115,7 @@ def updated_config(
             leaves it.
         num_layers: replaces ``num_hidden_layers`` or its kin, at the top and in the text part. None
             leaves it.
+        vocab_size: replaces ``vocab_size`` where it is there. None leaves it.
 
     >>> updated_config({"torch_dtype": "float32", "n_layer": 4}, "BF16", 6)
     {'torch_dtype': 'bfloat16', 'n_layer': 6}
@@ -123,6 +132,9 @@ def updated_config(
     if num_layers is not None:
         for part in (result, *(result.get(key) for key in _TEXT_CONFIGS)):
             _replace(part, _LAYER_KEYS, num_layers, int)
+    if vocab_size is not None:
+        for part in (result, *(result.get(key) for key in _TEXT_CONFIGS)):
+            _replace(part, ("vocab_size",), vocab_size, int)
     return result
 
 
@@ -132,21 +144,38 @@ def copy_sidecars(
     *,
     dtype: str | None = None,
     num_layers: int | None = None,
+    vocab_size: int | None = None,
+    tokenizer: OutputTokenizer | None = None,
 ) -> list[str]:
-    """Copy small files, the configuration by way of `updated_config`; returns their names.
+    """Copy small files, the configuration by way of `updated_config`, the tokenizer's as
+    ``tokenizer`` says; returns their names.
 
     A configuration that does not change is copied byte for byte. There are none where source or
     output is a single file.
     """
     if source.folder is None or output.is_file:
         return []
-    names = sidecar_files(source.folder)
-    for name in names:
-        output.copy_file(os.path.join(source.folder, name), name)
-    config = updated_config(source.config, dtype, num_layers)
+    places = {name: source.folder for name in sidecar_files(source.folder)}
+    if tokenizer is not None:
+        places = {name: place for name, place in places.items() if not _matches(name, TOKENIZER)}
+        for name in sidecar_files(tokenizer.folder):
+            if _matches(name, TOKENIZER) and not _matches(name, tokenizer.left_out):
+                places[name] = tokenizer.folder
+    texts = {} if tokenizer is None else tokenizer.texts
+    for name, place in places.items():
+        if name not in texts:
+            output.copy_file(os.path.join(place, name), name)
+    for name, text in texts.items():
+        output.write_text(name, text)
+    names = sorted({*places, *texts})
+    config = updated_config(source.config, dtype, num_layers, vocab_size)
     if config != source.config:
         output.write_text(CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return names
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _replace(part: object, keys: Sequence[str], value: object, kind: type) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from magic_fast.config.calibrate import Strict
 from magic_fast.config.faults import UNSUPPORTED
 from magic_fast.config.problems import listed
-from magic_fast.config.references import parse_reference
+from magic_fast.config.tokens import Reference
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 _DTYPE_ALIASES = {
@@ -35,7 +35,6 @@ def canonical_dtype(value: Any) -> Any:
     return name
 
 
-Reference = Annotated[str, BeforeValidator(parse_reference)]
 Parameters = dict[str, Any]
 
 
@@ -73,11 +72,3 @@ class SliceEntry(Node):
 
     sources: tuple[SourceEntry, ...]
     parameters: Parameters = Field(default_factory=dict)
-
-
-class TokenizerEntry(Node):
-    """mergekit's ``tokenizer:`` block; only what changes nothing is accepted."""
-
-    source: str | None = None
-    tokens: dict[str, Any] | None = None
-    pad_to_multiple_of: int | None = None

@@ -29,10 +29,8 @@ from magic_fast.config.entries import (
     ModelEntry,
     Node,
     Parameters,
-    Reference,
     SliceEntry,
     SourceEntry,
-    TokenizerEntry,
     canonical_dtype,
 )
 from magic_fast.config.faults import translate
@@ -40,6 +38,7 @@ from magic_fast.config.problems import Origin, Problem, listed, raise_problems
 from magic_fast.config.problems import Path as YamlPath
 from magic_fast.config.references import references
 from magic_fast.config.semantics import Checker
+from magic_fast.config.tokens import Reference, TokenEntry, TokenizerEntry, TokenSource
 from magic_fast.errors import ConfigError
 from magic_fast.methods.parameters import PRESETS
 
@@ -62,6 +61,10 @@ class MergeConfig(Node):
         out_dtype: type of the output; None means ``dtype``.
         preset: whose rules and defaults hold; mergekit's unless said otherwise.
         seed: of random trims, below 2**64; None leaves it to the program.
+        tokenizer_source: whose vocabulary the result has: ``union``, ``base`` or a model; None
+            leaves embeddings as they are.
+        tokenizer: the same, with sources of single tokens and padding.
+        chat_template: ``auto``, a name or a Jinja template; None for the donor's.
         calibrate: weight-space calibration of the result; None for none.
 
     >>> config = MergeConfig.from_yaml('''
@@ -198,6 +201,11 @@ class MergeConfig(Node):
         return self.model_references[0]
 
     @property
+    def vocabulary(self) -> str | None:
+        """Whose vocabulary the result has: ``union``, ``base``, a model, or None (untouched)."""
+        return self.tokenizer.source if self.tokenizer is not None else self.tokenizer_source
+
+    @property
     def num_layers(self) -> int | None:
         """Layers of the output where ``slices`` fix it, else None (the donor's number)."""
         if self.slices is None:
@@ -277,6 +285,8 @@ _OWNERS: dict[YamlPath, type[BaseModel]] = {
     ("slices",): SliceEntry,
     ("slices", "sources"): SourceEntry,
     ("tokenizer",): TokenizerEntry,
+    ("tokenizer", "tokens"): TokenEntry,
+    ("tokenizer", "tokens", "source"): TokenSource,
     ("calibrate",): CalibrateConfig,
     ("calibrate", "tensors"): TensorPatterns,
     ("calibrate", "sensitive"): SensitiveScores,

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from magic_fast.config.chat_templates import check_template
 from magic_fast.config.problems import Path, Problem, listed, show_path, suggest
 from magic_fast.config.references import Entry, Groups, listed_groups, reference_or_none
 from magic_fast.config.settings import check_setting, unknown_parameter
+from magic_fast.config.tokens import check_tokenizer
 from magic_fast.errors import InputError
 from magic_fast.methods.parameters import (
     METHODS,
@@ -92,36 +94,11 @@ class Checker:
         )
 
     def _check_tokenizer(self) -> None:
-        if self.data.get("chat_template") is not None:
-            self._unsupported(
-                ("chat_template",),
-                "no chat template (the donor's comes along)",
-                self.data["chat_template"],
-            )
-        self._check_tokenizer_source(("tokenizer_source",), self.data.get("tokenizer_source"))
-        block = self.data.get("tokenizer")
-        if isinstance(block, Mapping):
-            self._check_tokenizer_source(("tokenizer", "source"), block.get("source"))
-            for key in ("tokens", "pad_to_multiple_of"):
-                if block.get(key):
-                    self._unsupported(("tokenizer", key), "none", block[key])
-
-    def _check_tokenizer_source(self, path: Path, source: Any) -> None:
-        if source is None or source == "base":
-            return
-        donor = self.base_model or next(
-            (entry.model for _, group in listed_groups(self.data) for entry in group), None
-        )
-        if reference_or_none(source) != donor or donor is None:
-            self._unsupported(path, f"'base' or {donor!r}, which change no embedding", source)
-
-    def _unsupported(self, path: Path, expected: str, got: Any) -> None:
-        self._problem(
-            path,
-            "tokenizer surgery that is not supported",
-            f"expected {expected}, got {got!r}. Remove the key, and change the tokenizer of the "
-            "merged model afterwards.",
-        )
+        groups = [entry.model for _, group in listed_groups(self.data) for entry in group]
+        self.problems.extend(check_tokenizer(self.data, {self.base_model, *groups}))
+        fault = check_template(self.data.get("chat_template"))
+        if fault is not None:
+            self._problem(("chat_template",), "unknown chat template", f"{fault} Correct it.")
 
     def _check_base(self, method: MethodSpec) -> None:
         if self.data.get("base_model") is not None:

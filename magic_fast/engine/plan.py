@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from magic_fast.checkpoint import Checkpoint, ShardPlan, TensorInfo, TensorSpec, plan_shards
 from magic_fast.checkpoint.fs import REAL
+from magic_fast.checkpoint.tokenizer import OutputTokenizer
 from magic_fast.errors import InputError
 from magic_fast.recipe import Recipe, RowCalibration
 
@@ -105,7 +106,8 @@ class MergePlan:
         out: where the result goes.
         backend: the backend asked for, or None.
         num_layers: layers of the output where slices fixed it.
-        vocab_size: where embeddings were cut, else None.
+        vocab_size: where embeddings were cut or aligned, else None.
+        tokenizer: where its files are not just those of the donor, else None.
         recipe_text: the configuration as YAML, for the model card.
         warnings: what the user should know.
         memory: bytes that the user allows; None: blocks of the default size, and for what must be
@@ -128,6 +130,7 @@ class MergePlan:
     memory: int | None = None
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: OutputTokenizer | None = None
 
     def decisions(self) -> str:
         """What is done to each tensor, as text: the same for the same merge, wherever its files

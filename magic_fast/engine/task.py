@@ -4,10 +4,10 @@ the same files can run it."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from magic_fast.checkpoint import InputFile, OutputFolder, ShardPlan, open_checkpoint
+from magic_fast.checkpoint import Checkpoint, InputFile, OutputFolder, ShardPlan
 from magic_fast.engine.journal import NoJournal, Record
 from magic_fast.engine.native import over_model
 from magic_fast.engine.plan import MergePlan, Step
@@ -23,7 +23,7 @@ class ShardTask:
     Attributes:
         shard: the output file, its header and the places in it.
         steps: its tensors.
-        models: reference → where the checkpoint lies.
+        models: reference → what opens the checkpoint.
         files: every input file as it was when the plan was made.
         method, backend, device, memory, nonfinite: as of the plan and the run.
         selections: thresholds that need the whole model, found before.
@@ -31,7 +31,7 @@ class ShardTask:
 
     shard: ShardPlan
     steps: tuple[Step, ...]
-    models: Mapping[str, str]
+    models: Mapping[str, Callable[[], Checkpoint]]
     files: tuple[InputFile, ...]
     method: str
     backend: str | None
@@ -50,7 +50,7 @@ class ShardTask:
         """
         out = os.path.join(folder, self.shard.file)
         refuse_changed_files(self.files)
-        models = {reference: open_checkpoint(path) for reference, path in self.models.items()}
+        models = {reference: opener() for reference, opener in self.models.items()}
         try:
             plan = MergePlan(
                 self.method, self.steps, [self.shard], models, "", out,
@@ -89,7 +89,7 @@ def tasks_of(plan: MergePlan, nonfinite: str = "error") -> list[ShardTask]:
             ShardTask(
                 shard,
                 own,
-                {r: m.path for r, m in models.items()},
+                {r: m.opener() for r, m in models.items()},
                 tuple(f for m in models.values() for f in m.files),
                 plan.method,
                 plan.backend,

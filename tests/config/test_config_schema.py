@@ -82,7 +82,7 @@ def test_model_references(reference: object) -> None:
 
 def test_keys_that_change_nothing_are_accepted() -> None:
     config = MergeConfig.from_dict(
-        ties(tokenizer_source="base", tokenizer={"source": "base", "tokens": None}, modules=None,
+        ties(tokenizer_source=None, tokenizer={"source": "base", "tokens": None}, modules=None,
              chat_template=None)
     )  # fmt: skip
     assert config.warnings == ()
@@ -142,10 +142,13 @@ FAULTS = [
     ("dtype: float32", "slices: []", ["one of models and slices, got both"]),
     ("dtype: float32", "modules: {x: 1}", ["unsupported key for modules"]),
     ("dtype: float32", "name: x", ["mergekit-multi"]),
-    ("dtype: float32", "tokenizer_source: union", ["tokenizer surgery", "'union'"]),
-    ("dtype: float32", "tokenizer: {tokens: {a: 1}}", ["tokenizer.tokens", "not supported"]),
+    ("dtype: float32", "tokenizer_source: onion", ["not merged", "'onion'"]),
+    ("dtype: float32", "tokenizer: {tokens: {a: {source: {kind: nil}}}}", ["kind", "'nil'"]),
+    ("dtype: float32", "tokenizer: {tokens: {a: {source: {kind: model_token, model: a}}}}",
+     ["one of token and token_id"]),
+    ("dtype: float32", "tokenizer: {pad_to_multiple_of: 0}", ["pad_to_multiple_of", "got 0"]),
     ("dtype: float32", "tokenizer: {surce: base}", ["Did you mean 'source'"]),
-    ("dtype: float32", "chat_template: auto", ["chat_template", "'auto'"]),
+    ("dtype: float32", "chat_template: atuo", ["chat_template", "'atuo'"]),
     ("dtype: float32", "ties: 1", ["Write 'merge_method: ties'"]),
     ("- model: b", "- model: b+lora", ["model+lora", "models[1].model"]),
     ("- model: b", "- model: {model: {path: b}, lora: {path: c}}", ["'lora', which is not"]),
