@@ -18,6 +18,7 @@ from magic_fast.api.checkpoints import (
 from magic_fast.api.combinations import Combination, check_settings, combinations, configure
 from magic_fast.api.records import write_small_files
 from magic_fast.api.steps import calibration_of, steps_of
+from magic_fast.api.tokenizing import align
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.config import MergeConfig
 from magic_fast.engine import MergePlan, MergeReport, place
@@ -100,6 +101,8 @@ def sweep_checkpoints(
     configs = [configure(own, combination) for combination in chosen]
     models = open_models({r: own.resolve_path(r) for r in own.model_references})
     try:
+        aligned = align(own, models)
+        models = aligned.models
         plans = []
         for combination, each in zip(chosen, configs, strict=True):
             calibration = as_calibration(calibrate) or calibration_of(each)
@@ -115,13 +118,16 @@ def sweep_checkpoints(
             plans.append(
                 MergePlan(
                     each.merge_method, steps, place(steps, folder, max_shard_size), models,
-                    each.donor, folder, backend, each.num_layers, vocab_size, each.to_yaml(),
+                    each.donor, folder, backend, each.num_layers,
+                    vocab_size or aligned.rows, each.to_yaml(),
                     list(each.warnings), memory, place_of_work,
                     {
                         "seed": each.seed or 0, "calibrate": calibration, "preset": each.preset,
                         "dtype": each.dtype, "out_dtype": each.out_dtype, "compat": compat,
                         "allow_embedding_truncation": allow_embedding_truncation,
+                        **aligned.settings,
                     },
+                    aligned.tokenizer,
                 )
             )  # fmt: skip
         warnings = _warnings(plans, settings)

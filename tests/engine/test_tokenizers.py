@@ -123,6 +123,48 @@ def test_task_vectors_of_tokens_that_only_one_model_has(folder: Path) -> None:
     assert rows[2].tolist() == [12.0, -2.0]
 
 
+def test_sweeps(folder: Path) -> None:
+    """Every combination has the bytes of its own merge."""
+    data = config(folder, tokenizer_source="union", merge_method="task_arithmetic")
+    mf.sweep_checkpoints(data, folder / "sweep", {"lambda": [0.5, 1.0]})
+    mf.merge_checkpoints(data | {"parameters": {"lambda": 0.5}}, folder / "out")
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        made = folder / "sweep" / "lambda=0.5" / name
+        assert made.read_bytes() == (folder / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("calibrate", [None, "wsc"])
+def test_streamed(calibrate: str | None, tmp_path: Path) -> None:
+    """Embeddings larger than a block, read in pieces: the bytes of a merge that holds them."""
+    names = [f"t{i}" for i in range(3000)]
+    for seed, name in enumerate("abc"):
+        path = tmp_path / name
+        write(tmp_path, name)
+        order = torch.randperm(3000, generator=torch.Generator().manual_seed(seed)).tolist()
+        kept = [names[i] for i in order][: 3000 - 400 * seed]
+        data = {"model": {"vocab": {token: row for row, token in enumerate(kept)}}}
+        (path / "tokenizer.json").write_text(json.dumps(data))
+        rows = torch.tensor([[int(t[1:]) % 251 + seed] * 512 for t in kept]).bfloat16()
+        save_file({EMBEDDING: rows}, path / "model.safetensors")
+    data = config(tmp_path, tokenizer_source="union", merge_method="task_arithmetic")
+    out = {}
+    for memory in (32 << 20, 512 << 20):
+        out[memory] = tmp_path / str(memory)
+        mf.merge_checkpoints(data, out[memory], memory=memory, calibrate=calibrate)
+    files = [(path / "model.safetensors").read_bytes() for path in out.values()]
+    assert files[0] == files[1]
+    if calibrate is None:  # base + ¼·1 + ¼·2 where both have the token
+        vocab = json.loads((tmp_path / "a" / "tokenizer.json").read_text())["model"]["vocab"]
+        others = [
+            json.loads((tmp_path / n / "tokenizer.json").read_text())["model"]["vocab"]
+            for n in "bc"
+        ]
+        merged = load_file(out[32 << 20] / "model.safetensors")[EMBEDDING]
+        for token, row in vocab.items():
+            moved = 0.25 * (token in others[0]) + 0.5 * (token in others[1])
+            assert (merged[row] == int(token[1:]) % 251 + moved).all(), token
+
+
 def test_command_line_and_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = folder / "merge.yml", str(folder / "out")
     settings = mf.MergeConfig.from_dict(config(folder, tokenizer_source="union"))
