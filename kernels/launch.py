@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-MOST_EXPERTS = 64  # every loop over experts is unrolled
 FUSED_EXPERTS = 8  # up to here all inner products of a row fit the registers beside the row
 KEPT_ELEMENTS = 32  # of d and base that a thread keeps between the sums and the store
 KEPT_EXPERTS = 4  # up to here d and the base of a row stay in registers too

@@ -8,8 +8,7 @@ then only where asked for by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,28 +17,28 @@ from torch import Tensor
 
 from magic_fast.errors import BackendError
 from magic_fast.ops import cuda_rows, cuda_select
-from magic_fast.ops.backend import Array, Job, Stats, View
+from magic_fast.ops.backend import Array, Job, Stats
 from magic_fast.ops.cuda_calls import emulated, extension
-from magic_fast.ops.cuda_many import groups_of, small
+from magic_fast.ops.cuda_many import groups_of
 from magic_fast.ops.cuda_rows import Call
+from magic_fast.ops.gpu_backend import GpuBackend, on_device_of
 from magic_fast.ops.gpu_jobs import (
     MERGED_RULE,
     Device,
     everything,
     multiprocessors,
     to_device,
-    unfit,
 )
 from magic_fast.ops.gpu_results import NO_INDEX, Pending, collect, no_rows, selection_of
-from magic_fast.ops.limits import default_rows, unsupported
+from magic_fast.ops.limits import default_rows
 from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule
 
-MOST_EXPERTS = 64
 
-
-class CudaBackend:
+class CudaBackend(GpuBackend):
     """f32, f16 and bf16 in any mix; contiguous tensors; up to 64 experts; every recipe that is not
-    reference-only."""
+    reference-only. ``launch`` can be captured in a CUDA graph and replayed (new values in the same
+    tensors, the same recipe), but for calibrations that leave experts out or have one number for a
+    tensor, and for several small tensors at once (``cuda_many.Group.launch`` can)."""
 
     name = "cuda"
 
@@ -63,54 +62,19 @@ class CudaBackend:
         where = "" if emulated() else f", {torch.cuda.get_device_name()}"
         return f"{extension().build()}{where}"
 
-    def supports(self, job: Job) -> str | None:
-        if reason := unfit(job):
-            return reason
-        if len(job.experts) > MOST_EXPERTS:
-            return f"it takes up to {MOST_EXPERTS} experts, not {len(job.experts)}"
-        return unsupported(job)
-
     # ---- the primitives ----
     def select(self, job: Job) -> Selection:
-        with _on(job):
+        with on_device_of(job):
             (d,) = to_device([job])
             cuda_select.prepare(d, _report(d), _kept(d))
             return selection_of(d, d.integers.tolist(), d.floats.tolist())
 
-    def merge(self, job: Job) -> Stats:
-        return self.merge_many([job])[0]
-
-    def merge_many(self, jobs: Sequence[Job]) -> list[Stats]:
-        if not jobs:
-            return []
-        devices = self.prepare(jobs)
-        return self.finish(devices, self.launch(devices))
-
-    # ---- the same in three steps ----
-    def prepare(self, jobs: Sequence[Job]) -> list[Device]:
-        """The numbers of the recipes, copied to the device."""
-        with _on(jobs[0]):
-            return to_device(jobs)
-
-    def launch(self, devices: Sequence[Device]) -> list[Pending]:
-        """Everything onto the current stream; waits for nothing, copies nothing from the host but
-        for calibrations that leave experts out or have one number for a tensor. Can be captured in
-        a CUDA graph and replayed: new values in the same tensors, the same recipe."""
-        with _on(devices[0].job):
-            many = [d for d in devices if small(d)]
-            found = _launch_small(many) if len(many) > 1 else {}
-            return [found.get(id(d)) or _launch(d) for d in devices]
-
-    def finish(self, devices: Sequence[Device], pending: Sequence[Pending]) -> list[Stats]:
-        """What the host has to know of all jobs, in one copy; waits for it."""
-        return collect(devices, pending)
-
     def calibrate(self, job: Job, merged: Array) -> Stats:
         """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""
-        _check_merged(job, merged)
+        self.check_merged(job, merged)
         if job.calibration is None:
             raise BackendError(f"calibrate '{job.name}': expected a calibration, got None.")
-        with _on(job):
+        with on_device_of(job):
             d = _merged_rule(job)
             (stats,) = collect([d], [_launch(d, merged)])
         stats.selection = everything(job)
@@ -119,14 +83,14 @@ class CudaBackend:
         return stats
 
     def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
-        _check_merged(job, merged)
+        self.check_merged(job, merged)
         view = job.calibration or default_rows(job.experts[0])
         k = len(job.experts)
         if view.rows * view.cols == 0:
             room = {"dtype": torch.float64, "device": merged.device}
             zeros = torch.zeros((view.rows, k + 1, k + 1), **room)
             return zeros[:, :k, :k], zeros[:, :k, k], zeros[:, k, k]
-        with _on(job):
+        with on_device_of(job):
             d = _merged_rule(job)
             plain = RowCalibration(view.rows, view.cols)
             call = Call(d, _report(d), _kept(d), merged)
@@ -134,22 +98,27 @@ class CudaBackend:
         return stats.gram, stats.dots, stats.norm2
 
     def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
-        _check_merged(job, merged)
+        self.check_merged(job, merged)
         assert job.out is not None
         factors = torch.as_tensor(coefficient, dtype=torch.float32, device=merged.device)
         factors = factors.flatten().contiguous()
         if merged.numel() == 0:
             return
-        with _on(job):
+        with on_device_of(job):
             # whatever the number of experts: they are not part of it
             d = _merged_rule(replace(job, experts=[merged]))
             call = Call(d, _report(d), _kept(d), merged, job.out)
             cuda_rows.scaled(call, factors)
 
-    def workspace_bytes(self, job: Job) -> int:
-        """Bytes of device memory that a merge of ``job`` takes beside inputs and output."""
-        with _on(job):
-            return _workspace_bytes(to_device([job])[0])
+    # ---- steps of a merge ----
+    def launch_one(self, d: Device) -> Pending:
+        return _launch(d)
+
+    def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
+        return _launch_small(devices)
+
+    def workspace_of(self, d: Device) -> int:
+        return _workspace_bytes(d)
 
 
 # ---- one job ----
@@ -210,22 +179,3 @@ def _workspace_bytes(d: Device) -> int:
         blocks = 2 * multiprocessors(device)
         total += 8 * blocks * (2 * k * k + (k + 1) * (k + 2) + 4 * (k + 1))
     return total
-
-
-@contextmanager
-def _on(job: Job) -> Iterator[None]:
-    """The device of the job's tensors is the current one inside; streams are torch's."""
-    device = job.experts[0].device
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device):
-        yield
-
-
-def _check_merged(job: Job, merged: Array) -> None:
-    if isinstance(merged, View) or unfit(replace(job, base=None, experts=[merged], out=None)):
-        raise BackendError(
-            f"merged tensor for '{job.name}': expected contiguous float32, float16 or bfloat16 for "
-            f"the cuda backend, got {merged.dtype}. Use backend='torch'."
-        )

@@ -9,23 +9,10 @@ from typing import Any
 import torch
 
 from magic_fast.ops.cuda_calls import call_job, extension, stream_of_device
-from magic_fast.ops.gpu_jobs import BYTES, Device, multiprocessors
+from magic_fast.ops.gpu_jobs import Device, multiprocessors
 from magic_fast.ops.gpu_results import NO_INDEX
 
-MOST_ELEMENTS = 1 << 18  # larger tensors fill the device by themselves
 _BLOCK = 1024  # elements of a block: 128 threads, 8 each
-
-
-def small(d: Device) -> bool:
-    """Whether the job may share a launch: nothing to find first, nothing by rows, no masks."""
-    recipe = d.job.recipe
-    return (
-        0 < d.n <= MOST_ELEMENTS
-        and d.job.calibration is None
-        and BYTES not in d.numbers.kinds
-        and (d.job.selection is not None or not recipe.needs_select)
-        and d.job.task_masks is None
-    )
 
 
 def _key(d: Device) -> tuple[Any, ...]:

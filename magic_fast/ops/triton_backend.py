@@ -10,8 +10,7 @@ only where asked for by name.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +18,11 @@ import torch
 from torch import Tensor
 
 from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Array, Job, Stats, View
-from magic_fast.ops.limits import default_rows, unsupported
+from magic_fast.ops.backend import Array, Job, Stats
+from magic_fast.ops.gpu_backend import GpuBackend, on_device_of
+from magic_fast.ops.gpu_jobs import MERGED_RULE, Device, everything, to_device
+from magic_fast.ops.gpu_results import NO_INDEX, Pending, collect, no_rows, selection_of
+from magic_fast.ops.limits import default_rows
 from magic_fast.recipe import Selection, TrimRule
 
 try:
@@ -28,21 +30,11 @@ try:
 
     from magic_fast.kernels import launch
     from magic_fast.ops import triton_rows, triton_select
-    from magic_fast.ops.gpu_jobs import (
-        MERGED_RULE,
-        Device,
-        everything,
-        to_device,
-        unfit,
-    )
-    from magic_fast.ops.gpu_results import NO_INDEX, Pending, collect, no_rows, selection_of
-    from magic_fast.ops.triton_many import groups_of, small
+    from magic_fast.ops.triton_many import groups_of
 except ImportError as error:  # remembered: the backend tells it
     missing: str | None = str(error)
 else:
     missing = None
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def interpreted() -> bool:
@@ -50,7 +42,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
-class TritonBackend:
+class TritonBackend(GpuBackend):
     """f32, f16 and bf16 in any mix; contiguous tensors; up to 64 experts; every recipe that is not
     reference-only."""
 
@@ -72,53 +64,20 @@ class TritonBackend:
         where = "interpreted" if self.interpreted else torch.cuda.get_device_name()
         return f"Triton {triton.__version__}, {where}"
 
-    def supports(self, job: Job) -> str | None:
-        if reason := unfit(job):
-            return reason
-        if len(job.experts) > launch.MOST_EXPERTS:
-            return f"it takes up to {launch.MOST_EXPERTS} experts, not {len(job.experts)}"
-        return unsupported(job)
-
     # ---- the primitives ----
     def select(self, job: Job) -> Selection:
-        with _on(job):
+        with on_device_of(job):
             (d,) = to_device([job])
             triton_select.prepare(d)
             return selection_of(d, d.integers.tolist(), d.floats.tolist())
 
-    def merge(self, job: Job) -> Stats:
-        return self.merge_many([job])[0]
-
-    def merge_many(self, jobs: Sequence[Job]) -> list[Stats]:
-        if not jobs:
-            return []
-        devices = self.prepare(jobs)
-        return self.finish(devices, self.launch(devices))
-
-    # ---- the same in three steps, as the CUDA backend has them ----
-    def prepare(self, jobs: Sequence[Job]) -> list[Device]:
-        """The numbers of the recipes, copied to the device."""
-        with _on(jobs[0]):
-            return to_device(jobs)
-
-    def launch(self, devices: Sequence[Device]) -> list[Pending]:
-        """Everything onto the current stream; waits for nothing."""
-        with _on(devices[0].job):
-            many = [d for d in devices if small(d)]
-            found = _launch_small(many) if len(many) > 1 else {}
-            return [found.get(id(d)) or _launch(d) for d in devices]
-
-    def finish(self, devices: Sequence[Device], pending: Sequence[Pending]) -> list[Stats]:
-        """What the host has to know of all jobs, in one copy; waits for it."""
-        return collect(devices, pending)
-
     def calibrate(self, job: Job, merged: Array) -> Stats:
         """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""
-        _check_merged(job, merged)
+        self.check_merged(job, merged)
         if job.calibration is None:
             raise BackendError(f"calibrate '{job.name}': expected a calibration, got None.")
         plain = replace(job, selection=everything(job), masks=None, task_masks=None)
-        with _on(job):
+        with on_device_of(job):
             (d,) = to_device([plain])
             _run_merged_rule(d)
             pending = _launch(d, merged)
@@ -129,7 +88,7 @@ class TritonBackend:
         return stats
 
     def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
-        _check_merged(job, merged)
+        self.check_merged(job, merged)
         view = job.calibration or default_rows(job.experts[0])
         k = len(job.experts)
         if view.rows * view.cols == 0:
@@ -138,7 +97,7 @@ class TritonBackend:
             )
             return zeros[:, :k, :k], zeros[:, :k, k], zeros[:, k, k]
         plain = replace(job, selection=everything(job), masks=None, task_masks=None)
-        with _on(job):
+        with on_device_of(job):
             (d,) = to_device([plain])
             _run_merged_rule(d)
             sources = triton_rows.Sources(d, merged, merged, _report(d), False)
@@ -146,20 +105,25 @@ class TritonBackend:
         return stats.gram, stats.dots, stats.norm2
 
     def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
-        _check_merged(job, merged)
+        self.check_merged(job, merged)
         assert job.out is not None
         factors = torch.as_tensor(coefficient, dtype=torch.float32, device=merged.device)
         factors = factors.flatten().contiguous()
         if merged.numel() == 0:
             return
-        with _on(job):
+        with on_device_of(job):
             (d,) = to_device([replace(job, selection=everything(job))])
             triton_rows.scaled(d, merged, job.out, factors.numel(), factors)
 
-    def workspace_bytes(self, job: Job) -> int:
-        """Bytes of device memory that a merge of ``job`` takes beside inputs and output."""
-        with _on(job):
-            return _workspace_bytes(to_device([job])[0])
+    # ---- steps of a merge ----
+    def launch_one(self, d: Device) -> Pending:
+        return _launch(d)
+
+    def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
+        return _launch_small(devices)
+
+    def workspace_of(self, d: Device) -> int:
+        return _workspace_bytes(d)
 
 
 # ---- one job ----
@@ -217,22 +181,3 @@ def _workspace_bytes(d: Device) -> int:
     if job.calibration is not None:
         total += 8 * job.calibration.rows * (k + 1) * (k + 2)
     return total
-
-
-@contextmanager
-def _on(job: Job) -> Iterator[None]:
-    """The device of the job's tensors is the current one inside; streams are torch's."""
-    device = job.experts[0].device
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device):
-        yield
-
-
-def _check_merged(job: Job, merged: Array) -> None:
-    if isinstance(merged, View) or merged.dtype not in _DTYPES or not merged.is_contiguous():
-        raise BackendError(
-            f"merged tensor for '{job.name}': expected contiguous float32, float16 or bfloat16 for "
-            f"the triton backend, got {merged.dtype}. Use backend='torch'."
-        )

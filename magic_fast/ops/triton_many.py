@@ -9,23 +9,10 @@ import torch
 import triton.language as tl
 
 from magic_fast.kernels import launch, table
-from magic_fast.ops.gpu_jobs import BYTES, Device
+from magic_fast.ops.gpu_jobs import Device
 from magic_fast.ops.gpu_results import NO_INDEX
 
-MOST_ELEMENTS = 1 << 18  # larger tensors fill the device by themselves
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def small(d: Device) -> bool:
-    """Whether the job may share a launch: nothing to find first, nothing by rows, no masks."""
-    recipe = d.job.recipe
-    return (
-        0 < d.n <= MOST_ELEMENTS
-        and d.job.calibration is None
-        and BYTES not in d.numbers.kinds
-        and (d.job.selection is not None or not recipe.needs_select)
-        and d.job.task_masks is None
-    )
 
 
 def _key(d: Device) -> tuple[Any, ...]:
