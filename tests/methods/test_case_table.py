@@ -1,0 +1,115 @@
+"""The corners that every method meets: one expert, a zero task vector, all of them zero, vectors,
+filters and scalars, with and without WSC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import magic_fast as mf
+from magic_fast.methods.arguments import find_method
+from magic_fast.methods.parameters import available_methods
+
+# parameters that make a method act on tensors this small; others run with their defaults
+SETTINGS: dict[str, dict[str, Any]] = {
+    "slerp": {"t": 0.3},
+    "nearswap": {"t": 0.1},
+    "sce": {"select_topk": 0.5},
+    "ties": {"density": 0.5},
+    "magnitude_prune": {"density": 0.5},
+    "dare_linear": {"density": 0.5},
+    "dare_ties": {"density": 0.5},
+    "della": {"density": 0.5, "epsilon": 0.1},
+    "della_linear": {"density": 0.5, "epsilon": 0.1},
+    "breadcrumbs": {"density": 0.5, "gamma": 0.1},
+    "breadcrumbs_ties": {"density": 0.5, "gamma": 0.1},
+}
+METHODS = sorted(m for m in available_methods() if find_method(m).base != "none")
+BY_ROWS = {"arcee_fusion", "della", "della_linear"}  # a softmax, or ranks, within a row
+# one expert has no second task to agree with, and no variance to be chosen by
+NOTHING_OF_ONE = {"consensus_ta", "sce"}
+BY_MATRICES = {"iso_c", "iso_cts", "tsv_m", "star"}
+WSC = pytest.mark.parametrize("calibrate", [None, "wsc"])
+
+
+def counts(method: str) -> list[int]:
+    """The fewest experts it takes, and three or as many as it takes."""
+    spec = find_method(method)
+    return sorted({spec.min_experts, min(spec.max_experts or 3, 3)})
+
+
+def models(shape: tuple[int, ...], k: int) -> tuple[Tensor, list[Tensor]]:
+    g = torch.Generator().manual_seed(11)
+    base = torch.randn(shape, generator=g)
+    return base, [base + 0.3 * torch.randn(shape, generator=g) for _ in range(k)]
+
+
+def merge(method: str, base: Tensor, experts: list[Tensor], **more: Any) -> Tensor:
+    settings = {**SETTINGS.get(method, {}), **more}
+    merged: Tensor = mf.merge(base, experts, method, name="w", **settings)
+    return merged
+
+
+@WSC
+@pytest.mark.parametrize("shape", [(8, 16), (65,), (4, 3, 2, 2), ()])
+@pytest.mark.parametrize("method", METHODS)
+def test_shapes(method: str, shape: tuple[int, ...], calibrate: str | None) -> None:
+    for k in counts(method):
+        base, experts = models(shape, k)
+        kept = [x.clone() for x in (base, *experts)]
+        merged = merge(method, base, experts, calibrate=calibrate)
+        assert merged.shape == base.shape
+        assert merged.dtype == base.dtype
+        assert bool(merged.isfinite().all())
+        if base.dim() > 1:
+            assert torch.equal(merged, base) == (k == 1 and method in NOTHING_OF_ONE)
+        for x, before in zip((base, *experts), kept, strict=True):
+            assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - BY_ROWS - BY_MATRICES))
+def test_a_filter_is_its_elements(method: str) -> None:
+    """What looks at elements, or at a tensor as one vector, does not see its shape."""
+    for k in counts(method):
+        base, experts = models((4, 3, 2, 2), k)
+        flat = merge(method, base.flatten(), [e.flatten() for e in experts])
+        torch.testing.assert_close(merge(method, base, experts).flatten(), flat)
+
+
+@WSC
+@pytest.mark.parametrize("shape", [(8, 16), (65,)])
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_that_are_the_base(
+    method: str, shape: tuple[int, ...], calibrate: str | None
+) -> None:
+    for k in counts(method):
+        base, _ = models(shape, k)
+        merged = merge(method, base, [base.clone() for _ in range(k)], calibrate=calibrate)
+        torch.testing.assert_close(merged, base)
+
+
+@WSC
+@pytest.mark.parametrize("method", [m for m in METHODS if find_method(m).max_experts is None])
+def test_one_expert_that_is_the_base(method: str, calibrate: str | None) -> None:
+    """Among others that are not: no division by its norm."""
+    base, experts = models((8, 16), 3)
+    experts[1] = base.clone()
+    merged = merge(method, base, experts, calibrate=calibrate)
+    assert bool(merged.isfinite().all())
+    assert not torch.equal(merged, base)
+
+
+@WSC
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_zeros(method: str, calibrate: str | None) -> None:
+    """A row that is zero in every model stays zero."""
+    for k in counts(method):
+        base, experts = models((8, 16), k)
+        for x in (base, *experts):
+            x[2] = 0
+        merged = merge(method, base, experts, calibrate=calibrate)
+        assert bool(merged.isfinite().all())
+        torch.testing.assert_close(merged[2], torch.zeros(16), rtol=0, atol=1e-6)
