@@ -382,11 +382,6 @@ py::dict build_config() {
 #endif
   d["isas"] = compiled;
   d["supported_isas"] = supported;
-#if defined(MF_HAVE_CUDA)
-  d["cuda"] = true;
-#else
-  d["cuda"] = false;
-#endif
 #if defined(MF_SANITIZED)
   d["sanitized"] = true;
 #else

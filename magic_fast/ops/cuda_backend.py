@@ -54,7 +54,7 @@ class CudaBackend(GpuBackend):
                 "with MAGIC_FAST_CUDA=1 a build that fails says why"
             )
         if not emulated() and not torch.cuda.is_available():
-            return "no GPU is visible to torch"
+            return f"no GPU is visible to torch (built for {extension().build()})"
         return None
 
     def details(self) -> str:

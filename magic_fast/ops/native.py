@@ -67,7 +67,7 @@ class NativeBackend:
         config = _native.build_config()
         return (
             f"{_native.isa()}, {_native.num_threads()} threads; built by {config['compiler']} "
-            f"for {', '.join(config['isas'])}; CUDA {'yes' if config['cuda'] else 'no'}"
+            f"for {', '.join(config['isas'])}"
         )
 
     def supports(self, job: Job) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,3 +57,14 @@ def test_accesses_are_16_bytes_wide(found: list[Any]) -> None:
     reads = [k for k in found if k.name in ("scan", "count_equals", "norm_sums", "vote_sum")]
     assert both and [k for k in both if min(k.load, k.store) < 16] == []
     assert reads and [k for k in reads if k.load < 16] == []
+
+
+def test_doctor_tells_what_was_built(found: list[Any]) -> None:
+    """In a process of its own, without the emulated kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "MAGIC_FAST_CUDA_EMULATED"}
+    done = subprocess.run(
+        [sys.executable, "-m", "magic_fast", "doctor"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = (x for x in done.stdout.splitlines() if x.startswith("cuda "))
+    assert "sm_80 sm_90 PTX of sm_90, nvcc " in line
