@@ -56,8 +56,8 @@ def segments_of(n: int, processors: int) -> tuple[int, int]:
 
 
 def log_bins_of(targets: int, n: int) -> int:
-    """Bins of a scan: for a large tensor so many that the bracket has hardly more values than
-    bins, and one scan is enough as a rule; 4 bytes each, at most 32 MiB in all."""
+    """Bins of a scan; 4 bytes each, at most 32 MiB in all. One scan is enough where the bracket has
+    no more bit patterns than bins, else the next one looks into one bin."""
     if n < 1 << 20:
         return 12
     return 19 if targets <= 16 else 16
