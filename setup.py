@@ -176,8 +176,9 @@ class BuildExtension(build_ext):
 
     def run(self) -> None:
         self.run_command("build_clib")  # `build_ext --inplace` alone would not
-        if BuildLibraries.failed is not None:
-            self.extensions = []
+        if BuildLibraries.failed is not None:  # the CUDA kernels do without them
+            self.extensions = [e for e in self.extensions if e.name == "magic_fast._cuda"]
+        if not self.extensions:
             return
         if _settings_changed(self.build_temp):
             self.force = True
@@ -218,7 +219,7 @@ class BuildExtension(build_ext):
             _run(["nvcc", "-shared", "-cudart=static", *map(str, parts), "-o", str(target)])
             stamp.write_text(settings)
         except BUILD_ERRORS as error:
-            if os.environ.get("MAGIC_FAST_CUDA") == "1":
+            if CUDA_WANTED:
                 raise
             say(f"the CUDA kernels were not built: {error}")
             say("GPUs are served by Triton or PyTorch; MAGIC_FAST_CUDA=1 makes this an error.")
@@ -231,8 +232,14 @@ def _run(command: list[str]) -> None:
         raise CCompilerError(f"{shlex.join(command[:1])} failed:\n{done.stdout[-4000:]}")
 
 
+CUDA_WANTED = os.environ.get("MAGIC_FAST_CUDA") == "1"
 CUDA_MODULES = [
-    Extension("magic_fast._cuda", sources=[], depends=[*CUDA_SOURCES, *CUDA_HEADERS], optional=True)
+    Extension(
+        "magic_fast._cuda",
+        sources=[],
+        depends=[*CUDA_SOURCES, *CUDA_HEADERS],
+        optional=not CUDA_WANTED,  # setuptools passes over what fails and is optional
+    )
 ]
 
 setup(

@@ -28,6 +28,7 @@ from magic_fast.recipe import TrimRule
 _SUM_BLOCK = 1 << 16  # elements of a partial sum
 _RANKED_ELEMENTS = 1 << 22  # sorted at a time: bounds the sort's workspace to some 64 MiB
 _VECTOR = 8 * 128  # elements of one step of a block
+_BIN_BYTES = 32 << 20  # of all targets of a select
 _SEGMENTS = 8  # of a scan, a multiprocessor
 
 
@@ -56,11 +57,12 @@ def segments_of(n: int, processors: int) -> tuple[int, int]:
 
 
 def log_bins_of(targets: int, n: int) -> int:
-    """Bins of a scan; 4 bytes each, at most 32 MiB in all. One scan is enough where the bracket has
-    no more bit patterns than bins, else the next one looks into one bin."""
+    """Bins of a scan. One scan is enough where the bracket has no more bit patterns than bins, else
+    the next one looks into one bin: so as many as 32 MiB hold for all targets, 4 bytes each, and as
+    are worth clearing for a tensor of ``n`` elements."""
     if n < 1 << 20:
         return 12
-    return 19 if targets <= 16 else 16
+    return min((_BIN_BYTES // (4 * targets)).bit_length() - 1, (n // 2).bit_length() - 1, 22)
 
 
 def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.device) -> int:

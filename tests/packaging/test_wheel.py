@@ -99,3 +99,25 @@ def test_compiled_wheel_holds_the_extension(root: Path, tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     wheel = build_wheel(root, tmp_path, MAGIC_FAST_REQUIRE_NATIVE="1", MAGIC_FAST_CUDA="0")
     assert [n for n in names(wheel) if n.startswith("magic_fast/_native") and n.endswith(".so")]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_an_nvcc_that_fails(root: Path, tmp_path: Path, wanted: str) -> None:
+    """An error where the kernels are insisted on; else everything but them is there."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'no such card' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    environment = {
+        "PATH": f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}",
+        "MAGIC_FAST_CUDA": wanted,
+        "MAGIC_FAST_REQUIRE_NATIVE": "0",
+        "CC": "false",
+        "CXX": "false",
+    }
+    if wanted == "1":
+        with pytest.raises(AssertionError, match="no such card"):
+            build_wheel(root, tmp_path, **environment)
+        return
+    wheel = build_wheel(root, tmp_path, **environment)
+    assert not [n for n in names(wheel) if n.endswith(".so")]
