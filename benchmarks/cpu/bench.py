@@ -32,47 +32,12 @@ from magic_fast import _native
 from magic_fast.ops.backend import Job
 from magic_fast.ops.native import NativeBackend
 from magic_fast.ops.torch_backend import TorchBackend
-from magic_fast.recipe import (
-    Contributors,
-    Recipe,
-    Reduce,
-    Rescale,
-    RowCalibration,
-    Trim,
-    TrimRule,
-    Vote,
-)
+from magic_fast.recipe import RowCalibration
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import machine  # noqa: E402 - benchmarks/machine.py
-
-
-def recipes(k: int) -> dict[str, Recipe]:
-    """The methods of the table, for ``k`` experts."""
-    ones = (1.0,) * k
-    voted = {"vote": Vote.MASS, "contributors": Contributors.AGREEING}
-    return {
-        "task_arithmetic": Recipe((0.3,) * k),
-        "ties": Recipe(
-            ones,
-            Trim(TrimRule.MAGNITUDE, density=(0.2,) * k),
-            reduce=Reduce.WEIGHTED_MEAN,
-            **voted,
-        ),
-        "dare_ties": Recipe(
-            ones,
-            Trim(TrimRule.RANDOM, density=(0.5,) * k, seed=42),
-            rescale=Rescale.KEEP_PROBABILITY,
-            **voted,
-        ),
-        "della": Recipe(
-            ones,
-            Trim(TrimRule.RANKED, density=(0.5,) * k, epsilon=(0.15,) * k, seed=42),
-            reduce=Reduce.WEIGHTED_MEAN,
-            **voted,
-        ),
-    }
+from recipes import recipes  # noqa: E402 - benchmarks/recipes.py
 
 
 @dataclass

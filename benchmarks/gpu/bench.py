@@ -28,20 +28,12 @@ from peers import peers
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import machine  # noqa: E402 - benchmarks/machine.py
+from recipes import recipes  # noqa: E402 - benchmarks/recipes.py
 
 from magic_fast import ops  # noqa: E402
 from magic_fast.ops.backend import Job  # noqa: E402
-from magic_fast.ops.registry import _loaded, why_unavailable  # noqa: E402
-from magic_fast.recipe import (  # noqa: E402
-    Contributors,
-    Recipe,
-    Reduce,
-    Rescale,
-    RowCalibration,
-    Trim,
-    TrimRule,
-    Vote,
-)
+from magic_fast.ops.registry import implementation, why_unavailable  # noqa: E402
+from magic_fast.recipe import Recipe, RowCalibration  # noqa: E402
 
 #: share of the copy bandwidth that is aimed at, and predicted: (cuda, triton) each
 AIMS = {
@@ -74,22 +66,6 @@ class Row:
     predicted: float | None = None
     times: float | None = None
     extra_mib: float | None = None
-
-
-def ties(k: int) -> Recipe:
-    trim = Trim(TrimRule.MAGNITUDE, (0.2,) * k)
-    return Recipe(
-        (1.0,) * k, trim=trim, vote=Vote.MASS, contributors=Contributors.AGREEING,
-        reduce=Reduce.WEIGHTED_MEAN,
-    )  # fmt: skip
-
-
-def dare(k: int) -> Recipe:
-    trim = Trim(TrimRule.RANDOM, (0.5,) * k, seed=42)
-    return Recipe(
-        (1.0,) * k, trim=trim, vote=Vote.MASS, contributors=Contributors.AGREEING,
-        rescale=Rescale.KEEP_PROBABILITY,
-    )  # fmt: skip
 
 
 def make_job(
@@ -201,8 +177,7 @@ def merges(
     work: str, sets: Sequence[Sequence[Job]], backend: str, clock: Clock, bandwidth: float
 ) -> Row:
     check(sets[0], backend)
-    runs = _loaded(backend)[0]
-    assert runs is not None
+    runs: Any = implementation(backend)
     replays = []
     for jobs in sets:
         devices = runs.prepare(jobs)
@@ -231,8 +206,7 @@ def extra_memory(run: Callable[[], object], device: str) -> float | None:
 def row_statistics(
     work: str, sets: Sequence[Job], backend: str, clock: Clock, bandwidth: float
 ) -> Row:
-    runs = _loaded(backend)[0]
-    assert runs is not None
+    runs: Any = implementation(backend)
     replays = [clock.captured(lambda j=j: runs.row_stats(j, j.experts[0])) for j in sets]
     seconds = clock.median(replays)
     first = sets[0]
@@ -248,8 +222,7 @@ def many_small(backend: str, clock: Clock, device: str, count: int = 2000) -> Ro
     jobs = [make_job((4096,), 4, recipe, n, device, wsc=False) for n in range(count)]
     check(jobs[:8], backend)
     module = __import__(f"magic_fast.ops.{backend}_many", fromlist=["groups_of"])
-    runs = _loaded(backend)[0]
-    assert runs is not None
+    runs: Any = implementation(backend)
     (group,) = module.groups_of(runs.prepare(jobs))
     seconds = clock.median([clock.captured(group.launch)])
     return Row(
@@ -301,13 +274,21 @@ def table(rows: Sequence[Row], bandwidth: float) -> list[str]:
 
 def measured(options: argparse.Namespace, clock: Clock, bandwidth: float) -> list[Row]:
     size, device = options.size, clock.device
+
+    def square(k: int, kind: str, seed: int) -> list[Job]:
+        return [make_job((size, size), k, recipes(k)[kind], seed, device)]
+
     works: dict[str, Callable[[int], list[Job]]] = {
-        "task arithmetic + WSC, K = 8": lambda s: [
-            make_job((size, size), 8, Recipe((0.3,) * 8), s, device)
+        "task arithmetic + WSC, K = 8": lambda s: square(8, "task_arithmetic", s),
+        "TIES q 0.2 + WSC, K = 3": lambda s: [
+            make_job((size, size), 3, recipes(3)["ties"], s, device)
         ],
-        "TIES q 0.2 + WSC, K = 3": lambda s: [make_job((size, size), 3, ties(3), s, device)],
-        "TIES q 0.2 + WSC, K = 8": lambda s: [make_job((size, size), 8, ties(8), s, device)],
-        "DARE-TIES + WSC, K = 8": lambda s: [make_job((size, size), 8, dare(8), s, device)],
+        "TIES q 0.2 + WSC, K = 8": lambda s: [
+            make_job((size, size), 8, recipes(8)["ties"], s, device)
+        ],
+        "DARE-TIES + WSC, K = 8": lambda s: [
+            make_job((size, size), 8, recipes(8)["dare_ties"], s, device)
+        ],
         "a block of Llama 8B, task arithmetic + WSC, K = 4": lambda s: [
             make_job([max(x * size // 8192, 1) for x in shape], 4, Recipe((0.3,) * 4), s, device)
             for shape in LLAMA_8B
@@ -353,7 +334,8 @@ def facts(device: str) -> dict[str, Any]:
     for name in ("cuda", "triton"):
         reason = why_unavailable(name)
         if reason is None:
-            found[name] = _loaded(name)[0].details()  # type: ignore[union-attr]
+            runs: Any = implementation(name)
+            found[name] = runs.details()
     found["magic_fast"] = version("magic_fast") if _installed() else "in place"
     return found
 

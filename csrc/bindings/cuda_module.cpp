@@ -99,8 +99,8 @@ void merge(const Job& job, int64_t rows, int64_t cols, Address factors, bool kee
 void merge_table(const Job& job, Address rows, Address block_job, Address block_start,
                  int64_t blocks, bool aligned, int processors, Address stream) {
   const mf_gpu_table table = {pointer<int64_t>(rows), pointer<int64_t>(block_job),
-                              pointer<int64_t>(block_start), blocks};
-  check(mf_cuda_merge(&job.job, 1, 0, nullptr, aligned, &table, processors, pointer<void>(stream)));
+                              pointer<int64_t>(block_start), blocks, aligned};
+  check(mf_cuda_merge(&job.job, 1, 0, nullptr, 0, &table, processors, pointer<void>(stream)));
 }
 
 void rows(const Job& job, int64_t n_rows, int64_t cols, int variant, double p, int eps_mode,

@@ -14,6 +14,38 @@ inline int64_t grid_of(int64_t work, int threads, int processors, int per_proces
   return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
+// Blocks of kernels that walk over vectors without a plan for the device: 16 on each of 132
+// multiprocessors; fewer of them take turns.
+constexpr int kManyBlocks = 16 * 132;
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// body(Count<k>()) for k = 1 ... 8.
+template <class Body>
+auto by_experts(int k, Body body) {
+  switch (k) {
+    case 1:
+      return body(Count<1>());
+    case 2:
+      return body(Count<2>());
+    case 3:
+      return body(Count<3>());
+    case 4:
+      return body(Count<4>());
+    case 5:
+      return body(Count<5>());
+    case 6:
+      return body(Count<6>());
+    case 7:
+      return body(Count<7>());
+    default:
+      return body(Count<8>());
+  }
+}
+
 inline bool pointer_aligned(const void* p) { return ((uintptr_t)p & 15u) == 0; }
 
 // Whether vectors of eight of every row are aligned accesses in every array.

@@ -123,8 +123,7 @@ mf_status launch_merge(const mf_gpu_job& job, int64_t rows, int64_t cols, const 
   if (table) {
     shape.table = *table;
     work = table->blocks * kThreads;
-    shape.aligned = factors == nullptr && keeps;  // of a table, the caller knows
-    shape.keeps = false;
+    shape.aligned = table->aligned != 0;
   } else {
     shape.aligned = is_aligned(job, rows, cols);
   }
@@ -134,32 +133,7 @@ mf_status launch_merge(const mf_gpu_job& job, int64_t rows, int64_t cols, const 
     MF_LAUNCH(merge_any, blocks, kThreads, 0, stream, job, shape);
     return last_status();
   }
-  switch (job.k) {
-    case 1:
-      launch_fast<1>(job, shape, blocks, stream);
-      break;
-    case 2:
-      launch_fast<2>(job, shape, blocks, stream);
-      break;
-    case 3:
-      launch_fast<3>(job, shape, blocks, stream);
-      break;
-    case 4:
-      launch_fast<4>(job, shape, blocks, stream);
-      break;
-    case 5:
-      launch_fast<5>(job, shape, blocks, stream);
-      break;
-    case 6:
-      launch_fast<6>(job, shape, blocks, stream);
-      break;
-    case 7:
-      launch_fast<7>(job, shape, blocks, stream);
-      break;
-    default:
-      launch_fast<8>(job, shape, blocks, stream);
-      break;
-  }
+  by_experts(job.k, [&](auto k) { launch_fast<decltype(k)::value>(job, shape, blocks, stream); });
   return last_status();
 }
 

@@ -348,24 +348,9 @@ mf_status launch_rows(const mf_gpu_job& job, const mf_gpu_rows& rows, int proces
   const int64_t shared = job.k <= 8 ? fast_shared(job.k, s.policy.cols) : 0;
   if (!simple || !is_fast(job) || shared > kSharedMost)
     return launch_any(job, s, processors, stream);
-  switch (job.k) {
-    case 1:
-      return launch_trimmed<1>(job, s, shared, processors, stream);
-    case 2:
-      return launch_trimmed<2>(job, s, shared, processors, stream);
-    case 3:
-      return launch_trimmed<3>(job, s, shared, processors, stream);
-    case 4:
-      return launch_trimmed<4>(job, s, shared, processors, stream);
-    case 5:
-      return launch_trimmed<5>(job, s, shared, processors, stream);
-    case 6:
-      return launch_trimmed<6>(job, s, shared, processors, stream);
-    case 7:
-      return launch_trimmed<7>(job, s, shared, processors, stream);
-    default:
-      return launch_trimmed<8>(job, s, shared, processors, stream);
-  }
+  return by_experts(job.k, [&](auto k) {
+    return launch_trimmed<decltype(k)::value>(job, s, shared, processors, stream);
+  });
 }
 
 }  // namespace cuda

@@ -113,7 +113,7 @@ mf_status launch_norm_sums(const mf_gpu_job& job, int64_t numel, int power, doub
 }
 
 static int64_t vectors_grid(int64_t numel) {
-  return grid_of((numel + kVec - 1) / kVec, kThreads, 132, 16);
+  return grid_of((numel + kVec - 1) / kVec, kThreads, 1, kManyBlocks);
 }
 
 mf_status launch_vote_sum(const mf_gpu_job& job, int64_t numel, int64_t* sum, void* stream) {

@@ -58,6 +58,7 @@ typedef struct mf_gpu_table {
   const int64_t* block_job;    // [blocks]: which tensor ...
   const int64_t* block_start;  // ... and its first element
   int64_t blocks;
+  int32_t aligned;  // bool: all addresses are multiples of 16
 } mf_gpu_table;
 
 // WSC by rows. Policy as in magic_fast.h; the outputs are the caller's.

@@ -155,9 +155,10 @@ def device_of(device: str) -> str:
     if kind == "auto":
         return "cuda" if count else "cpu"
     if int(index or 0) >= count:
+        here = "none" if count == 0 else f"{count}, numbered from 0"
         raise InputError(
-            f"device {device!r}: expected one of {count} CUDA devices of this machine. "
-            "Use --device cpu, or check the driver with `magic-fast doctor`."
+            f"device {device!r}: expected a GPU that PyTorch sees, got {here}. Use --device cpu; "
+            "`magic-fast doctor` says why."
         )
     return device
 

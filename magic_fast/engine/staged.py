@@ -84,7 +84,7 @@ class StagedLoader(Loader):
             stop = max(to + n for _, _, to, n in parts)
             mark = device.upload(memory[start : start + stop], block[:stop])
             self._blocks.queued(block, device, mark)
-        return memory, mark
+        return memory, mark if mark is not None else device.upload(memory[:0], memory[:0])
 
     def _checksum(self, piece: Piece) -> str:
         """Of what an earlier run wrote, read back."""
@@ -122,9 +122,7 @@ class StagedWorker(Worker):
         for step in steps:
             arena = arena_of([Piece(step, 0, step.numel)])
             memory, mark = self._loader.upload(arena, 0)
-            lane = self._lanes[0]
-            if mark is not None:
-                lane.wait(mark)
+            self._lanes[0].wait(mark)
             base, experts, _ = self._split(step, self._inputs_in(memory, arena.inputs[0], step))
             yield base, experts
 

@@ -15,23 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.errors import BackendError
 from magic_fast.ops import cuda_rows, cuda_select
-from magic_fast.ops.backend import Array, Job, Stats
+from magic_fast.ops.backend import Array, Job
 from magic_fast.ops.cuda_calls import emulated, extension
 from magic_fast.ops.cuda_many import groups_of
 from magic_fast.ops.cuda_rows import Call
-from magic_fast.ops.gpu_backend import GpuBackend, on_device_of
+from magic_fast.ops.gpu_backend import GpuBackend, merged_rule, on_device_of
 from magic_fast.ops.gpu_jobs import (
-    MERGED_RULE,
     Device,
-    everything,
     multiprocessors,
     to_device,
 )
-from magic_fast.ops.gpu_results import NO_INDEX, Pending, collect, no_rows, selection_of
-from magic_fast.ops.limits import default_rows
+from magic_fast.ops.gpu_results import NO_INDEX, Pending, no_rows, selection_of
 from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule
+from magic_fast.reference.calibration import RowStats
 
 
 class CudaBackend(GpuBackend):
@@ -69,34 +66,6 @@ class CudaBackend(GpuBackend):
             cuda_select.prepare(d, _report(d), _kept(d))
             return selection_of(d, d.integers.tolist(), d.floats.tolist())
 
-    def calibrate(self, job: Job, merged: Array) -> Stats:
-        """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""
-        self.check_merged(job, merged)
-        if job.calibration is None:
-            raise BackendError(f"calibrate '{job.name}': expected a calibration, got None.")
-        with on_device_of(job):
-            d = _merged_rule(job)
-            (stats,) = collect([d], [_launch(d, merged)])
-        stats.selection = everything(job)
-        stats.first_nonfinite = (*stats.first_nonfinite, stats.extra.pop("merged_nonfinite"))
-        stats.kept = ()
-        return stats
-
-    def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
-        self.check_merged(job, merged)
-        view = job.calibration or default_rows(job.experts[0])
-        k = len(job.experts)
-        if view.rows * view.cols == 0:
-            room = {"dtype": torch.float64, "device": merged.device}
-            zeros = torch.zeros((view.rows, k + 1, k + 1), **room)
-            return zeros[:, :k, :k], zeros[:, :k, k], zeros[:, k, k]
-        with on_device_of(job):
-            d = _merged_rule(job)
-            plain = RowCalibration(view.rows, view.cols)
-            call = Call(d, _report(d), _kept(d), merged)
-            stats = cuda_rows.row_sums(call, plain, view.rows, view.cols)
-        return stats.gram, stats.dots, stats.norm2
-
     def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
         self.check_merged(job, merged)
         assert job.out is not None
@@ -106,16 +75,20 @@ class CudaBackend(GpuBackend):
             return
         with on_device_of(job):
             # whatever the number of experts: they are not part of it
-            d = _merged_rule(replace(job, experts=[merged]))
+            d = merged_rule(replace(job, experts=[merged]))
             call = Call(d, _report(d), _kept(d), merged, job.out)
             cuda_rows.scaled(call, factors)
 
     # ---- steps of a merge ----
-    def launch_one(self, d: Device) -> Pending:
-        return _launch(d)
+    def launch_one(self, d: Device, merged: Array | None = None) -> Pending:
+        return _launch(d, merged)
 
     def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
         return _launch_small(devices)
+
+    def sums_of(self, d: Device, merged: Array, rows: int, cols: int) -> RowStats:
+        call = Call(d, _report(d), _kept(d), merged)
+        return cuda_rows.row_sums(call, RowCalibration(rows, cols), rows, cols)
 
     def workspace_of(self, d: Device) -> int:
         return _workspace_bytes(d)
@@ -154,14 +127,6 @@ def _launch_small(devices: Sequence[Device]) -> dict[int, Pending]:
         for i, d in enumerate(group.devices):
             pending[id(d)] = Pending(group.report[i], group.kept[i])
     return pending
-
-
-def _merged_rule(job: Job) -> Device:
-    """The job with d = merged − base instead of its recipe."""
-    (d,) = to_device([replace(job, selection=everything(job), masks=None, task_masks=None)])
-    d.numbers.rule = MERGED_RULE
-    d.numbers.kinds = (0,) * len(d.experts)
-    return d
 
 
 def _workspace_bytes(d: Device) -> int:

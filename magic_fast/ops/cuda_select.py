@@ -65,6 +65,12 @@ def log_bins_of(targets: int, n: int) -> int:
     return min((_BIN_BYTES // (4 * targets)).bit_length() - 1, (n // 2).bit_length() - 1, 22)
 
 
+def scans_for(sampled_all: bool, log_bins: int) -> int:
+    """Launches of a scan: one where the sample is the tensor, else as many as a bracket that missed
+    needs; those with nothing left to do return at once."""
+    return 1 if sampled_all else 1 + math.ceil(31 / log_bins)
+
+
 def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.device) -> int:
     """Bytes that a select of one tensor takes beside its inputs."""
     segments = segments_of(total, multiprocessors(device))[0]
@@ -80,7 +86,7 @@ def _find_thresholds(d: Device, targets: list[Target], report: Tensor, kept: Ten
     size = runs * run
     log_bins = log_bins_of(count, n)
     segments, length = segments_of(n, multiprocessors(device))
-    scans = 1 if size == n and n < 1 << log_bins else 1 + math.ceil(31 / log_bins)
+    scans = scans_for(size == n, log_bins)
 
     def room(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Array, Job, Stats, View
-from magic_fast.ops.gpu_jobs import BYTES, Device, to_device, unfit
+from magic_fast.ops.gpu_jobs import BYTES, MERGED_RULE, Device, everything, to_device, unfit
 from magic_fast.ops.gpu_results import Pending, collect
-from magic_fast.ops.limits import unsupported
+from magic_fast.ops.limits import default_rows, unsupported
+from magic_fast.reference.calibration import RowStats
 
 MOST_EXPERTS = 64
 MOST_ELEMENTS = 1 << 18  # of a small tensor; larger ones fill the device by themselves
 
 
-class GpuBackend:
+class GpuBackend(ABC):
     """Merges in three steps: ``prepare`` copies numbers to the device, ``launch`` queues everything
     and waits for nothing, ``finish`` fetches what the host has to know. A backend says how one job
     is launched, and many small ones together."""
@@ -62,17 +65,45 @@ class GpuBackend:
         with on_device_of(job):
             return self.workspace_of(to_device([job])[0])
 
-    def launch_one(self, d: Device) -> Pending:
-        """One job."""
-        raise NotImplementedError
+    def calibrate(self, job: Job, merged: Array) -> Stats:
+        """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""
+        self.check_merged(job, merged)
+        if job.calibration is None:
+            raise BackendError(f"calibrate '{job.name}': expected a calibration, got None.")
+        with on_device_of(job):
+            d = merged_rule(job)
+            (stats,) = collect([d], [self.launch_one(d, merged)])
+        stats.selection = everything(job)
+        stats.first_nonfinite = (*stats.first_nonfinite, stats.extra.pop("merged_nonfinite"))
+        stats.kept = ()
+        return stats
 
+    def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
+        self.check_merged(job, merged)
+        view = job.calibration or default_rows(job.experts[0])
+        k = len(job.experts)
+        if view.rows * view.cols == 0:
+            zeros = merged.new_zeros((view.rows, k + 1, k + 1), dtype=torch.float64)
+            return zeros[:, :k, :k], zeros[:, :k, k], zeros[:, k, k]
+        with on_device_of(job):
+            stats = self.sums_of(merged_rule(job), merged, view.rows, view.cols)
+        return stats.gram, stats.dots, stats.norm2
+
+    @abstractmethod
+    def launch_one(self, d: Device, merged: Array | None = None) -> Pending:
+        """One job; with ``merged`` its rule is that of d = merged − base."""
+
+    @abstractmethod
     def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
         """Small jobs by the ``id`` of their device, one launch for those of one kind."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def sums_of(self, d: Device, merged: Array, rows: int, cols: int) -> RowStats:
+        """Inner products of the rows of the task vectors and merged − base; nothing is merged."""
+
+    @abstractmethod
     def workspace_of(self, d: Device) -> int:
         """See ``workspace_bytes``."""
-        raise NotImplementedError
 
     def check_merged(self, job: Job, merged: Array) -> None:
         """Raises:
@@ -83,6 +114,14 @@ class GpuBackend:
                 f"merged tensor for '{job.name}': expected contiguous float32, float16 or bfloat16 "
                 f"for the {self.name} backend, got {merged.dtype}. Use backend='torch'."
             )
+
+
+def merged_rule(job: Job) -> Device:
+    """The job with d = merged − base instead of its recipe."""
+    (d,) = to_device([replace(job, selection=everything(job), masks=None, task_masks=None)])
+    d.numbers.rule = MERGED_RULE
+    d.numbers.kinds = (0,) * len(d.experts)
+    return d
 
 
 def small(d: Device) -> bool:

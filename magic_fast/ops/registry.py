@@ -103,6 +103,18 @@ def backends() -> list[BackendStatus]:
     return found
 
 
+def implementation(name: str) -> Backend:
+    """A backend itself, for what is more than a merge (graphs, workspaces).
+
+    Raises:
+        BackendError: it cannot run here.
+    """
+    backend, reason = _loaded(name)
+    if backend is None or reason is not None:
+        raise BackendError(f"backend {name!r}: expected one that can run here, got: {reason}.")
+    return backend
+
+
 def best_backend(device: str) -> str:
     """The first backend that can run on ``device`` (``cpu``, ``cuda``) here."""
     return next(s.name for s in SPECS if device in s.devices and why_unavailable(s.name) is None)

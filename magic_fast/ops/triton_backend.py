@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Array, Job, Stats
+from magic_fast.ops.backend import Array, Job
 from magic_fast.ops.gpu_backend import GpuBackend, on_device_of
-from magic_fast.ops.gpu_jobs import MERGED_RULE, Device, everything, to_device
-from magic_fast.ops.gpu_results import NO_INDEX, Pending, collect, no_rows, selection_of
-from magic_fast.ops.limits import default_rows
+from magic_fast.ops.gpu_jobs import Device, everything, to_device
+from magic_fast.ops.gpu_results import NO_INDEX, Pending, no_rows, selection_of
 from magic_fast.recipe import Selection, TrimRule
+from magic_fast.reference.calibration import RowStats
 
 try:
     import triton
@@ -71,39 +70,6 @@ class TritonBackend(GpuBackend):
             triton_select.prepare(d)
             return selection_of(d, d.integers.tolist(), d.floats.tolist())
 
-    def calibrate(self, job: Job, merged: Array) -> Stats:
-        """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""
-        self.check_merged(job, merged)
-        if job.calibration is None:
-            raise BackendError(f"calibrate '{job.name}': expected a calibration, got None.")
-        plain = replace(job, selection=everything(job), masks=None, task_masks=None)
-        with on_device_of(job):
-            (d,) = to_device([plain])
-            _run_merged_rule(d)
-            pending = _launch(d, merged)
-            (stats,) = collect([d], [pending])
-        stats.selection = everything(job)
-        stats.first_nonfinite = (*stats.first_nonfinite, stats.extra.pop("merged_nonfinite"))
-        stats.kept = ()
-        return stats
-
-    def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
-        self.check_merged(job, merged)
-        view = job.calibration or default_rows(job.experts[0])
-        k = len(job.experts)
-        if view.rows * view.cols == 0:
-            zeros = torch.zeros(
-                (view.rows, k + 1, k + 1), dtype=torch.float64, device=merged.device
-            )
-            return zeros[:, :k, :k], zeros[:, :k, k], zeros[:, k, k]
-        plain = replace(job, selection=everything(job), masks=None, task_masks=None)
-        with on_device_of(job):
-            (d,) = to_device([plain])
-            _run_merged_rule(d)
-            sources = triton_rows.Sources(d, merged, merged, _report(d), False)
-            stats = triton_rows.row_sums(sources, view.rows, view.cols, p=2, wide=False)
-        return stats.gram, stats.dots, stats.norm2
-
     def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
         self.check_merged(job, merged)
         assert job.out is not None
@@ -116,11 +82,15 @@ class TritonBackend(GpuBackend):
             triton_rows.scaled(d, merged, job.out, factors.numel(), factors)
 
     # ---- steps of a merge ----
-    def launch_one(self, d: Device) -> Pending:
-        return _launch(d)
+    def launch_one(self, d: Device, merged: Array | None = None) -> Pending:
+        return _launch(d, merged)
 
     def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
         return _launch_small(devices)
+
+    def sums_of(self, d: Device, merged: Array, rows: int, cols: int) -> RowStats:
+        sources = triton_rows.Sources(d, merged, merged, _report(d), False)
+        return triton_rows.row_sums(sources, rows, cols, p=2, wide=False)
 
     def workspace_of(self, d: Device) -> int:
         return _workspace_bytes(d)
@@ -162,12 +132,6 @@ def _launch_small(devices: Sequence[Device]) -> dict[int, Pending]:
         for i, d in enumerate(group.devices):
             pending[id(d)] = Pending(group.report[i], kept[i][: group.k])
     return pending
-
-
-def _run_merged_rule(d: Device) -> None:
-    """d = merged − base instead of the recipe."""
-    d.numbers.rule = MERGED_RULE
-    d.numbers.kinds = (0,) * len(d.experts)
 
 
 def _workspace_bytes(d: Device) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.ops import gpu_jobs
+from magic_fast.ops import cuda_select, gpu_jobs
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Granularity, Recipe, RowCalibration, Trim, TrimRule, Variant, Vote
 from support.oracle import assert_within_budget, truth
@@ -87,6 +87,13 @@ def test_selections_that_mislead_a_sample(values: str, density: float) -> None:
     }[values]
     recipe = Recipe((1.0,), trim=Trim(TrimRule.MAGNITUDE, (density,)))
     one = Job(None, [x], recipe, torch.empty(n), "w")
+    assert_same_selection(one)
+
+
+def test_one_scan_is_enough_as_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bins of a large tensor hold every bit pattern of its bracket: the second read goes."""
+    one = job((1 << 9, 1 << 12), 1, ties(1), torch.float32)
+    monkeypatch.setattr(cuda_select, "scans_for", lambda *_: 1)
     assert_same_selection(one)
 
 

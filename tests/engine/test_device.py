@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ def test_calibrating_a_model_merged_elsewhere(
     assert different(read_out(tmp_path / "gpu"), read_out(tmp_path / "cpu")) == []
 
 
+def test_a_unit_without_a_byte(lanes: list[FakeLane], tmp_path: Path) -> None:
+    models = Models(tmp_path / "m", {"a.weight": (0, 8), "b.weight": (0,)})
+    run(models.config("average"), tmp_path / "out")
+    assert {n: tuple(t.shape) for n, t in read_out(tmp_path / "out").items()} == {
+        "a.weight": (0, 8),
+        "b.weight": (0,),
+    }
+
+
 def test_a_device_that_is_too_small(models: Models, lanes: list[FakeLane], tmp_path: Path) -> None:
     lanes[1]._free = 4 * MIB
     with pytest.raises(mf.InputError, match=r"not enough memory on cuda:1 for tensor .*Pass --dev"):
@@ -180,7 +190,9 @@ def test_what_waits_for_nothing_is_seen(
 ) -> None:
     """The fake finds a forgotten wait: without the mark of the uploads the result is another."""
     merging = FakeLane.merging
-    monkeypatch.setattr(FakeLane, "merging", lambda self, after: merging(self, None))
+    passed = threading.Event()
+    passed.set()
+    monkeypatch.setattr(FakeLane, "merging", lambda self, after: merging(self, passed))
     run(models.config("average"), tmp_path / "out", memory=4 * MIB, nonfinite="propagate")
     want = models.merged("average", backend="torch")
     assert different(read_out(tmp_path / "out"), want)

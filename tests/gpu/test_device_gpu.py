@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from magic_fast import ops
 from magic_fast.ops.backend import Job
-from magic_fast.ops.registry import why_unavailable
+from magic_fast.ops.registry import implementation, why_unavailable
 from magic_fast.recipe import Recipe, RowCalibration, Trim, TrimRule, Vote
 
 pytestmark = [
@@ -27,12 +26,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     yield request.param
-
-
-def implementation(name: str) -> Any:
-    from magic_fast.ops.registry import _loaded
-
-    return _loaded(name)[0]
 
 
 def ties(k: int, density: float = 0.2) -> Recipe:
