@@ -280,15 +280,9 @@ def measured(options: argparse.Namespace, clock: Clock, bandwidth: float) -> lis
 
     works: dict[str, Callable[[int], list[Job]]] = {
         "task arithmetic + WSC, K = 8": lambda s: square(8, "task_arithmetic", s),
-        "TIES q 0.2 + WSC, K = 3": lambda s: [
-            make_job((size, size), 3, recipes(3)["ties"], s, device)
-        ],
-        "TIES q 0.2 + WSC, K = 8": lambda s: [
-            make_job((size, size), 8, recipes(8)["ties"], s, device)
-        ],
-        "DARE-TIES + WSC, K = 8": lambda s: [
-            make_job((size, size), 8, recipes(8)["dare_ties"], s, device)
-        ],
+        "TIES q 0.2 + WSC, K = 3": lambda s: square(3, "ties", s),
+        "TIES q 0.2 + WSC, K = 8": lambda s: square(8, "ties", s),
+        "DARE-TIES + WSC, K = 8": lambda s: square(8, "dare_ties", s),
         "a block of Llama 8B, task arithmetic + WSC, K = 4": lambda s: [
             make_job([max(x * size // 8192, 1) for x in shape], 4, Recipe((0.3,) * 4), s, device)
             for shape in LLAMA_8B
