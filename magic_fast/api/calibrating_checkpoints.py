@@ -28,6 +28,7 @@ from magic_fast.engine import MergePlan, MergeReport, Step, Written, common_shap
 from magic_fast.engine.native import device_of
 from magic_fast.engine.plan import FLOATS
 from magic_fast.errors import InputError
+from magic_fast.ops import refuse_backend
 from magic_fast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def calibrate_checkpoints(
     names = [str(merged), str(base), *(str(e) for e in experts)]
     target = check_out(out, resume)
     device = device_of(device)
+    refuse_backend(backend, device)
     options: dict[str, Any] = {"backend": backend, "memory": memory, "device": device}
     models = open_models({name: name for name in names})
     try:

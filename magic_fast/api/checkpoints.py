@@ -28,6 +28,7 @@ from magic_fast.engine.native import device_of
 from magic_fast.engine.plan import FLOATS, free_bytes
 from magic_fast.engine.run import Finish
 from magic_fast.errors import InputError, OutputError
+from magic_fast.ops import refuse_backend
 
 ProgressCall = Callable[[Progress], None]
 
@@ -112,6 +113,7 @@ def plan_checkpoints(
     settings = read_config(config)
     target = check_out(out, resume)
     place_of_work = device_of(device)
+    refuse_backend(backend, place_of_work)
     models = open_models({r: settings.resolve_path(r) for r in settings.model_references})
     try:
         calibration = as_calibration(calibrate) or calibration_of(settings)

@@ -26,6 +26,7 @@ from magic_fast.engine.native import device_of
 from magic_fast.engine.plan import free_bytes
 from magic_fast.engine.sweep import run_sweep
 from magic_fast.errors import InputError, OutputError
+from magic_fast.ops import refuse_backend
 
 INDEX = "sweep.json"
 
@@ -98,6 +99,7 @@ def sweep_checkpoints(
         raise InputError(f"output for a sweep: expected a folder, got the file {str(out)!r}.")
     target = check_out(out, False)
     place_of_work = device_of(device)
+    refuse_backend(backend, place_of_work)
     configs = [configure(own, combination) for combination in chosen]
     models = open_models({r: own.resolve_path(r) for r in own.model_references})
     try:

@@ -15,15 +15,14 @@ from magic_fast.engine.units import (
     search_grain,
 )
 from magic_fast.errors import InputError
-from magic_fast.ops import best_backend, why_unavailable
+from magic_fast.ops import asked_for, best_backend, why_unavailable
 from magic_fast.ops.backend import Job, View
 from magic_fast.recipe import Recipe, TrimScope
 
 
 def wanted_backend(plan: MergePlan) -> str | None:
     """The backend asked for by name, or None."""
-    name = plan.backend or os.environ.get("MAGIC_FAST_BACKEND") or None
-    return None if name == "auto" else name
+    return asked_for(plan.backend)
 
 
 def native_missing() -> str | None:
@@ -85,8 +84,9 @@ def _why_torch(plan: MergePlan, step: Step, device: str, known: _Known) -> str |
     if device != "cpu":
         return f"it runs on {device}"
     if "every step" not in known:
-        asked = wanted_backend(plan) == "torch"
-        known["every step"] = "backend torch was asked for" if asked else native_missing()
+        asked = wanted_backend(plan)
+        other = asked not in (None, "native")
+        known["every step"] = f"backend {asked} was asked for" if other else native_missing()
     if known["every step"] is not None:
         return known["every step"]
     dtypes = [i.info.dtype for i in step.inputs]

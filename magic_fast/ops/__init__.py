@@ -11,9 +11,11 @@ from magic_fast.ops.backend import Array, Backend, Job, Stats, View
 from magic_fast.ops.checks import check, dtype_word
 from magic_fast.ops.registry import (
     BackendStatus,
+    asked_for,
     backends,
     best_backend,
     choose,
+    refuse_backend,
     why_unavailable,
 )
 from magic_fast.recipe import Selection
@@ -25,11 +27,13 @@ __all__ = [
     "Job",
     "Stats",
     "View",
+    "asked_for",
     "backends",
     "best_backend",
     "calibrate",
     "dtype_word",
     "merge",
+    "refuse_backend",
     "row_stats",
     "run_function",
     "scale",

@@ -115,6 +115,47 @@ def implementation(name: str) -> Backend:
     return backend
 
 
+def asked_for(name: str | None) -> str | None:
+    """The backend that the caller or else MAGIC_FAST_BACKEND names; None where the choice is free.
+
+    Raises:
+        BackendError: there is none of that name.
+    """
+    wanted = name or os.environ.get("MAGIC_FAST_BACKEND") or "auto"
+    if wanted == "auto":
+        return None
+    if wanted not in [s.name for s in SPECS]:
+        names = ", ".join(repr(s.name) for s in SPECS)
+        raise BackendError(
+            f"backend {wanted!r}: expected one of {names} or 'auto', got an unknown name."
+        )
+    return wanted
+
+
+def refuse_backend(name: str | None, device: str) -> None:
+    """Before anything is read: a backend that is asked for is never replaced.
+
+    Args:
+        name: as the caller has it, or None.
+        device: ``cpu``, ``cuda`` or ``cuda:i``, where the tensors will be.
+
+    Raises:
+        BackendError: no such backend, or it cannot run here, or not on that device.
+    """
+    wanted, kind = asked_for(name), device.partition(":")[0]
+    if wanted is None:
+        return
+    spec = next(s for s in SPECS if s.name == wanted)
+    reason = _loaded(wanted)[1]
+    if reason is None and kind not in _devices(spec):
+        reason = f"the tensors are on {kind}, it runs on {', '.join(_devices(spec))}"
+    if reason is not None:
+        raise BackendError(
+            f"backend {wanted!r}: expected one that can run on {device}, got: {reason}. Leave it "
+            "out, or see `magic-fast doctor`."
+        )
+
+
 def best_backend(device: str) -> str:
     """The first backend that can run on ``device`` (``cpu``, ``cuda``) here."""
     return next(s.name for s in SPECS if device in s.devices and why_unavailable(s.name) is None)
@@ -152,14 +193,7 @@ def _say_once(message: str) -> None:
 
 def choose(jobs: Sequence[Job], wanted: str | None = None) -> list[Backend]:
     """A backend for each job: the one asked for, else the first that can run it."""
-    wanted = wanted or os.environ.get("MAGIC_FAST_BACKEND") or None
-    if wanted in ("auto", ""):
-        wanted = None
-    if wanted is not None and wanted not in [s.name for s in SPECS]:
-        names = ", ".join(repr(s.name) for s in SPECS)
-        raise BackendError(
-            f"backend {wanted!r}: expected one of {names} or 'auto', got an unknown name."
-        )
+    wanted = asked_for(wanted)
     chosen = []
     for job in jobs:
         refused = []

@@ -175,6 +175,33 @@ def test_nan_is_found_and_named(lanes: list[FakeLane], tmp_path: Path) -> None:
     assert {t.name: t.nonfinite for t in report.tensors} == {"a.weight": 0, "b.weight": 1}
 
 
+@pytest.mark.parametrize("way", ["merge", "sweep", "calibrate"])
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("vulkan", "backend 'vulkan': expected one of 'native', 'cuda', 'triton', 'torch'"),
+        ("native", "backend 'native': expected one that can run on cuda, got: the tensors are on"),
+    ],
+)
+def test_a_backend_that_is_asked_for_is_never_replaced(
+    models: Models, lanes: list[FakeLane], way: str, backend: str, message: str, tmp_path: Path
+) -> None:
+    config, out = models.config("average"), tmp_path / "out"
+    experts = [models.folder / f"expert-{k}" for k in range(3)]
+    calls = {
+        "merge": lambda: run(config, out, backend),
+        "sweep": lambda: mf.sweep_checkpoints(
+            config, out, {"scale": [1.0, 2.0]}, device="cuda", backend=backend
+        ),
+        "calibrate": lambda: mf.calibrate_checkpoints(
+            models.folder / "base", experts, experts[0], out, device="cuda", backend=backend
+        ),
+    }
+    with pytest.raises(mf.BackendError, match=message):
+        calls[way]()
+    assert not out.exists()
+
+
 def test_integers_must_agree(lanes: list[FakeLane], tmp_path: Path) -> None:
     models = Models(tmp_path / "m", {"w": (8, 8)}, extra={"ids": torch.arange(5)})
     path = models.folder / "expert-0" / "model.safetensors"

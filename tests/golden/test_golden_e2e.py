@@ -204,7 +204,9 @@ def test_golden_e2e_python(case: GoldenCase, backend: str, tmp_path: Path) -> No
             mf.merge_checkpoints(text, out, **options)
         assert not out.exists()
         options["allow_embedding_truncation"] = True
-    mf.merge_checkpoints(text, out, **options)
+    report = mf.merge_checkpoints(text, out, **options)
+    if options["backend"] is not None:  # asked for by name: never replaced
+        assert report.backend == backend
     _check(case, out)
 
 
