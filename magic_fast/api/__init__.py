@@ -12,12 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from magic_fast.api.calibrate import calibrate_weights
     from magic_fast.api.calibrating_checkpoints import calibrate_checkpoints
-    from magic_fast.api.checkpoints import (
-        inspect_checkpoints,
-        merge_checkpoints,
-        plan_checkpoints,
-    )
+    from magic_fast.api.checkpoints import merge_checkpoints, plan_checkpoints
     from magic_fast.api.features import calibrate_features
+    from magic_fast.api.inspecting import inspect_checkpoints
     from magic_fast.api.masks import EmrModels, consensus_mask, emr, task_masks
     from magic_fast.api.merging import merge, merge_task_vectors
     from magic_fast.api.results import (
@@ -46,11 +43,8 @@ _HOMES = {
     "magic_fast.api.calibrate": ("calibrate_weights",),
     "magic_fast.api.features": ("calibrate_features",),
     "magic_fast.api.calibrating_checkpoints": ("calibrate_checkpoints",),
-    "magic_fast.api.checkpoints": (
-        "inspect_checkpoints",
-        "merge_checkpoints",
-        "plan_checkpoints",
-    ),
+    "magic_fast.api.checkpoints": ("merge_checkpoints", "plan_checkpoints"),
+    "magic_fast.api.inspecting": ("inspect_checkpoints",),
     "magic_fast.api.masks": ("EmrModels", "consensus_mask", "emr", "task_masks"),
     "magic_fast.api.merging": ("merge", "merge_task_vectors"),
     "magic_fast.api.results": (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from magic_fast.api.collection import no_collection
 from magic_fast.api.records import verified, write_small_files
-from magic_fast.api.steps import calibration_of, cut, input_of, steps_of
+from magic_fast.api.steps import calibration_of, steps_of
 from magic_fast.api.tokenizing import align
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.checkpoint import (
@@ -20,14 +20,13 @@ from magic_fast.engine import (
     MergePlan,
     MergeReport,
     Progress,
-    common_shape,
     place,
 )
 from magic_fast.engine import run as run_plan
 from magic_fast.engine.native import device_of
-from magic_fast.engine.plan import FLOATS, free_bytes
+from magic_fast.engine.plan import free_bytes
 from magic_fast.engine.run import Finish
-from magic_fast.errors import InputError, OutputError
+from magic_fast.errors import OutputError
 from magic_fast.ops import refuse_backend
 
 ProgressCall = Callable[[Progress], None]
@@ -246,52 +245,3 @@ def run_and_close(
     finally:
         for model in plan.models.values():
             model.close()
-
-
-def inspect_checkpoints(
-    base: str | Path,
-    experts: Sequence[str | Path],
-    merged: str | Path | None = None,
-    *,
-    progress: ProgressCall | None = None,
-) -> list[Any]:
-    """Norms, cosines, sign conflicts and magnitude deviations of every floating tensor.
-
-    Args:
-        base, experts, merged: checkpoints of one architecture.
-        progress: called after each tensor.
-
-    Returns:
-        One :class:`TensorStatistics` per tensor, in the base's order.
-    """
-    from magic_fast.api.stats import statistics_of
-    from magic_fast.engine.tensors import tensor_of
-
-    names = [str(base), *(str(e) for e in experts), *([str(merged)] if merged is not None else [])]
-    if not experts:
-        raise InputError("experts: expected at least one checkpoint, got none.")
-    models = open_models({name: name for name in names})
-    try:
-        found, done = [], 0
-        rows = {
-            name: [input_of(models, m, name) for m in names]
-            for name in models[names[0]]
-            if models[names[0]].resolve(name).dtype in FLOATS
-        }
-        total = sum(i.nbytes for row in rows.values() for i in row)
-        for name, row in rows.items():
-            shape, _ = common_shape(name, row)
-            tensors = []
-            for i in row:
-                data = bytearray(i.nbytes)
-                models[i.model].read_into(i.info.name, data)
-                tensors.append(tensor_of(cut(i, shape), data))
-            other = tensors.pop() if merged is not None else None
-            found.append(statistics_of(tensors[0], tensors[1:], other, name))
-            done += sum(i.nbytes for i in row)
-            if progress is not None:
-                progress(Progress(done, total, name))
-    finally:
-        for model in models.values():
-            model.close()
-    return found

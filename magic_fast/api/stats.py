@@ -12,9 +12,12 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.api.tensors import Named, models_of, state_dict_of
+from magic_fast.calibration import WeightCalibration
+from magic_fast.engine import quantiles_of
 from magic_fast.errors import InputError
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe, RowCalibration, Selection
+from magic_fast.reference import calibration
 from magic_fast.reference import merge as reference
 from magic_fast.reference import trim as trimming
 
@@ -32,6 +35,12 @@ class TensorStatistics:
         magnitude: ‖Δ‖_F ÷ mean_k ‖τ_k‖_F, 1 where the merge kept the experts' magnitude; None
             without a merged model or where all experts are zero.
         row_deviation: mean over rows of | ‖Δ_r‖ ÷ mean_k ‖τ_{k,r}‖ − 1 |, or None.
+        magnitude_before: ``magnitude`` before calibration, or None where that is not known.
+        coefficients: 5, 25, 50, 75 and 95 % points over the rows of the raw ξ: of those that were
+            applied where ``calibrated``; else of what WSC (``manifold``) would apply to the merged
+            tensor, or to what it was before. None without a merged model, and for tensors that WSC
+            leaves alone.
+        calibrated: whether the record of the merged model has this tensor's calibration.
     """
 
     name: str
@@ -42,51 +51,79 @@ class TensorStatistics:
     merged_norm: float | None = None
     magnitude: float | None = None
     row_deviation: float | None = None
+    magnitude_before: float | None = None
+    coefficients: tuple[float, ...] | None = None
+    calibrated: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def statistics_of(
-    base: Tensor | None, experts: Sequence[Tensor], merged: Tensor | None, name: str = ""
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    merged: Tensor | None,
+    name: str = "",
+    *,
+    before: Tensor | None = None,
+    model_type: str | None = None,
 ) -> TensorStatistics:
-    """Statistics of one tensor, sums in float64."""
-    dtype = reference.decision_dtype(base, experts)
-    taus = reference.task_vectors(base, experts, dtype)
-    k = len(taus)
-    recipe = Recipe(weights=(1.0,) * k)
+    """Statistics of one tensor, sums in float64; ``model_type`` tells which axis its rows are."""
+    taus = reference.task_vectors(base, experts, reference.decision_dtype(base, experts))
     shape = tuple(experts[0].shape)
-    other = merged if merged is not None else experts[0]
-    if experts[0].numel() == 0 or not experts[0].dim():
-        rows = [t.reshape(1, -1).double() for t in taus]
-        stacked = torch.stack(rows, 1)
-        gram = stacked @ stacked.transpose(1, 2)
-        norm2 = reference.task_vectors(base, [other], dtype)[0].double().square().sum().reshape(1)
-    else:
-        gram, _, norm2 = ops.row_stats(
-            Job(base, experts, recipe, name=name), other, backend="torch"
-        )
-    total = gram.sum(0)
+    rows = WeightCalibration().resolve(name, shape, (1.0,) * len(taus), model_type=model_type)
+    sums = _sums(base, experts, experts[0] if merged is None else merged, rows)
+    total = sums.gram.sum(0)
     norms = total.diagonal().sqrt()
     scale = norms[:, None] * norms[None, :]
     cosines = torch.where(scale > 0, total / scale, torch.zeros_like(total))
-    positive = torch.zeros(shape, dtype=torch.bool, device=experts[0].device)
+    found = TensorStatistics(
+        name, shape, tuple(norms.tolist()), cosines.tolist(), _sign_conflict(taus)
+    )
+    if merged is None:
+        return found
+    mean = float(norms.mean())
+    found.merged_norm = float(sums.norm2.sum().sqrt())
+    if mean > 0:
+        found.magnitude = found.merged_norm / mean
+        row_mean = sums.gram.diagonal(dim1=-2, dim2=-1).sqrt().mean(-1)
+        live = row_mean > 0
+        found.row_deviation = float((sums.norm2[live].sqrt() / row_mean[live] - 1).abs().mean())
+    if before is not None:
+        sums = _sums(base, experts, before, rows)
+        found.magnitude_before = float(sums.norm2.sum().sqrt()) / mean if mean > 0 else None
+    if rows is not None:
+        live = (sums.norm2 > 0) & (sums.gram.diagonal(dim1=-2, dim2=-1).sum(-1) > 0)
+        coefficients = calibration.coefficient(sums, rows)[live]  # else the guards leave the row
+        found.coefficients = quantiles_of(coefficients[coefficients.isfinite()].tolist())
+    return found
+
+
+def _sums(
+    base: Tensor | None, experts: Sequence[Tensor], other: Tensor, rows: RowCalibration | None
+) -> calibration.RowStats:
+    """Sums over the rows of the raw task vectors and of ``other − base``."""
+    if other.numel() == 0 or not other.dim():  # one row
+        taus = reference.task_vectors(
+            base, [*experts, other], reference.decision_dtype(base, experts)
+        )
+        *own, delta = (t.reshape(1, -1) for t in taus)
+        return calibration.row_stats(own, delta)
+    recipe = Recipe(weights=(1.0,) * len(experts))
+    job = Job(base, experts, recipe, calibration=rows)
+    return calibration.RowStats(*ops.row_stats(job, other, backend="torch"))
+
+
+def _sign_conflict(taus: Sequence[Tensor]) -> float:
+    """Share of elements where two task vectors pull to opposite sides."""
+    if not taus[0].numel():
+        return 0.0
+    positive = torch.zeros(taus[0].shape, dtype=torch.bool, device=taus[0].device)
     negative = torch.zeros_like(positive)
     for t in taus:
         positive |= t > 0
         negative |= t < 0
-    conflict = float((positive & negative).double().mean()) if positive.numel() else 0.0
-    found = TensorStatistics(name, shape, tuple(norms.tolist()), cosines.tolist(), conflict)
-    if merged is not None:
-        found.merged_norm = float(norm2.sum().sqrt())
-        mean = float(norms.mean())
-        if mean > 0:
-            found.magnitude = found.merged_norm / mean
-            row_mean = gram.diagonal(dim1=-2, dim2=-1).sqrt().mean(-1)
-            live = row_mean > 0
-            ratio = norm2[live].sqrt() / row_mean[live]
-            found.row_deviation = float((ratio - 1).abs().mean())
-    return found
+    return float((positive & negative).double().mean())
 
 
 def task_vector_stats(base: Any, experts: Any, merged: Any = None) -> Any:

@@ -1,10 +1,18 @@
 """Merging checkpoints on disk: plan, run, report."""
 
 from magic_fast.engine.plan import Input, MergePlan, Step, common_shape, place
-from magic_fast.engine.report import MergeReport, Progress, TensorReport, Written
+from magic_fast.engine.report import (
+    QUANTILES,
+    MergeReport,
+    Progress,
+    TensorReport,
+    Written,
+    quantiles_of,
+)
 from magic_fast.engine.run import run
 
 __all__ = [
+    "QUANTILES",
     "Input",
     "MergePlan",
     "MergeReport",
@@ -14,5 +22,6 @@ __all__ = [
     "Written",
     "common_shape",
     "place",
+    "quantiles_of",
     "run",
 ]

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from magic_fast.engine.identity import Identity
+
+
+#: What a distribution over rows is told by.
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def quantiles_of(values: Iterable[float]) -> tuple[float, ...] | None:
+    """The values at :data:`QUANTILES` (nearest rank: each is one of ``values``), None without any.
+
+    >>> quantiles_of([4.0, 1.0, 2.0, 3.0, 5.0])
+    (1.0, 2.0, 3.0, 4.0, 5.0)
+    """
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    return tuple(ordered[round(q * (len(ordered) - 1))] for q in QUANTILES)
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,7 @@ class TensorReport:
     Attributes:
         rows: rows that were calibrated, 0 without calibration.
         coefficient_mean, coefficient_min, coefficient_max: of the raw ξ over the rows.
+        coefficient_quantiles: of the same, at :data:`QUANTILES`; None where none is finite.
         magnitude_before, magnitude_after: ‖Δ‖_F ÷ mean_k ‖τ_k‖_F; None where not computed.
         rows_repaired: rows that the guards left as merged.
         nonfinite: values of the result that are NaN or infinite; counted where they are allowed.
@@ -38,6 +55,7 @@ class TensorReport:
     coefficient_mean: float | None = None
     coefficient_min: float | None = None
     coefficient_max: float | None = None
+    coefficient_quantiles: tuple[float, ...] | None = None
     magnitude_before: float | None = None
     magnitude_after: float | None = None
     rows_repaired: int = 0

@@ -20,7 +20,7 @@ from magic_fast.engine.native import Mode, over_model
 from magic_fast.engine.pipeline import Pipeline
 from magic_fast.engine.plan import MergePlan, Step
 from magic_fast.engine.recheck import drop_damaged
-from magic_fast.engine.report import MergeReport, Progress, TensorReport, Written
+from magic_fast.engine.report import MergeReport, Progress, TensorReport, Written, quantiles_of
 from magic_fast.engine.stages import BadRecord, Loader, Streamed, Writer, magnitudes
 from magic_fast.engine.units import UNIT_BYTES, Piece, Unit, cut, fits, group
 from magic_fast.errors import NonFiniteError
@@ -324,6 +324,7 @@ def _tensor_report(step: Step, records: Sequence[Record]) -> TensorReport:
     if values:
         found.coefficient_mean = math.fsum(values) / len(values)
         found.coefficient_min, found.coefficient_max = min(values), max(values)
+        found.coefficient_quantiles = quantiles_of(values)
     found.magnitude_before, found.magnitude_after = magnitudes(records)
     found.rows_repaired = sum(r.repaired for r in records)
     return found

@@ -129,6 +129,7 @@ def inspect_table(statistics: Sequence[TensorStatistics], top: int | None = None
     """Norms, cosines and sign conflict of each tensor; the largest task vectors first."""
     ordered = sorted(statistics, key=lambda tensor: max(tensor.norms, default=0.0), reverse=True)
     has_merged = any(tensor.magnitude is not None for tensor in statistics)
+    has_before = any(tensor.magnitude_before is not None for tensor in statistics)
     rows = [
         (
             tensor.name,
@@ -136,11 +137,14 @@ def inspect_table(statistics: Sequence[TensorStatistics], top: int | None = None
             " ".join(f"{norm:.4g}" for norm in tensor.norms),
             _cosine_range(tensor.cosines),
             f"{tensor.sign_conflict:.1%}",
+            *([_ratio(tensor.magnitude_before)] if has_before else []),
             *((_ratio(tensor.magnitude), _ratio(tensor.row_deviation)) if has_merged else ()),
         )
         for tensor in ordered[:top]
     ]
     columns = ["tensor", "shape", "norms", "cosines", "sign conflict"]
+    if has_before:
+        columns.append("magnitude before")
     if has_merged:
         columns += ["magnitude", "row deviation"]
     return Table(

@@ -107,6 +107,7 @@ def test_inspect_table_puts_the_largest_first() -> None:
             sign_conflict=0.5,
             magnitude=magnitude,
             row_deviation=None if magnitude is None else 0.1,
+            magnitude_before=None,
         )
 
     table = inspect_table([statistics("small", 2.0, 1.5), statistics("large", 9.0, 0.5)])
