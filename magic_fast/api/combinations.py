@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from magic_fast.config import MergeConfig
-from magic_fast.config.problems import suggest
-from magic_fast.config.references import listed_groups
+from magic_fast.config.problems import show_path, suggest
+from magic_fast.config.references import listed_groups, owners
 from magic_fast.config.settings import check_setting
 from magic_fast.errors import ConfigError
 from magic_fast.methods.parameters import METHODS, ParameterSpec
@@ -132,8 +132,7 @@ def _refuse_finer(config: MergeConfig, spec: ParameterSpec, name: str) -> None:
     data = config.as_dict()
     places: list[tuple[str, Any]] = []
     for path, group in listed_groups(data):
-        if path[0] == "slices":
-            places.append((f"slices[{path[1]}]", data["slices"][path[1]]))
+        places += [(show_path(place), owner) for place, owner in owners(data, path)]
         places += [(entry.model or "a model", entry.raw) for entry in group]
     for where, owner in places:
         block = owner.get("parameters")

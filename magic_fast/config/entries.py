@@ -68,7 +68,21 @@ class SourceEntry(Node):
 
 
 class SliceEntry(Node):
-    """One item of ``slices:``: layers of several models that are merged with one another."""
+    """One item of ``slices:``: layers of several models that are merged with one another.
+
+    ``base_model`` goes before the top level's. ``residual_weight`` is mergekit's, which reads it
+    and does nothing with it.
+    """
 
     sources: tuple[SourceEntry, ...]
+    base_model: Reference | None = None
+    residual_weight: float | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class ModuleEntry(Node):
+    """One item of ``modules:``: how one part of the model is merged."""
+
+    models: tuple[ModelEntry, ...] | None = None
+    slices: tuple[SliceEntry, ...] | None = None
     parameters: Parameters = Field(default_factory=dict)

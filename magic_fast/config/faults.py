@@ -14,9 +14,7 @@ Owners = Mapping[Path, type[BaseModel]]
 
 #: Keys that mergekit has and magic_fast does not: what they are, to say so. Null is accepted.
 UNSUPPORTED = {
-    "modules": "several modules in one merge are not supported. Merge one module a file",
     "name": "it belongs to mergekit-multi files, which are not supported. Run one merge a file",
-    "residual_weight": "it is not supported. Remove it",
     "lora": "adapters are not supported here. Merge the adapter into its model first",
 }
 
@@ -70,5 +68,8 @@ def _unknown_key(path: Path, owners: Owners) -> Problem:
 
 def _fields_at(path: Path, owners: Owners) -> tuple[str, ...]:
     """The keys that are known at a place of the document."""
-    owner = owners.get(tuple(part for part in path if isinstance(part, str)))
+    words = tuple(part for part in path if isinstance(part, str))
+    if words[:1] == ("modules",):  # what a module is called is its user's choice
+        words = words[2:] or words[:1]
+    owner = owners.get(words)
     return tuple(owner.model_fields) if owner is not None else ()

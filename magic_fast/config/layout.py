@@ -13,7 +13,8 @@ from magic_fast.config.blocks import (
     gradient_position,
     split_name,
 )
-from magic_fast.config.groups import Group, Member, build_groups
+from magic_fast.config.groups import Group, Member, Part, build_parts
+from magic_fast.config.modules import REST, split_modules
 from magic_fast.config.outputs import ModelView, OutputTensor
 from magic_fast.config.presence import Presence
 from magic_fast.config.schema import MergeConfig
@@ -32,7 +33,7 @@ def resolve_layout(config: MergeConfig, models: Mapping[str, ModelView]) -> list
     name. With ``slices:`` layers are renumbered in the order of the slices; tensors before the
     blocks (embeddings) take the first slice's sources, those after (final norm, head) the last
     slice's. A gradient is taken at index ÷ (n − 1) inside the slice, at 1 for a single layer, at 0
-    outside the blocks.
+    outside the blocks. With ``modules:`` each module's tensors are merged in one of these ways.
 
     Args:
         config: a validated configuration.
@@ -40,7 +41,8 @@ def resolve_layout(config: MergeConfig, models: Mapping[str, ModelView]) -> list
 
     Raises:
         CheckpointError: a tensor that one model has and another lacks (tied ones are not lacking).
-        ConfigError: a layer_range beyond the model, or no stack of layers to slice.
+        ConfigError: a layer_range beyond the model, no stack of layers to slice, or a module that
+            is not in the model.
     """
     absent = [name for name in config.model_references if name not in models]
     if absent:
@@ -49,18 +51,38 @@ def resolve_layout(config: MergeConfig, models: Mapping[str, ModelView]) -> list
             "Open it first."
         )
     presence = Presence(models)
-    groups = build_groups(config)
-    if config.slices is None:
-        outputs = list(_whole_models(config.donor, groups[0], presence))
-    else:
-        outputs = list(_Slices(config.donor, groups, presence).outputs())
+    outputs: list[OutputTensor] = []
+    for part, view in _parts(config, presence):
+        if part.sliced:
+            outputs += _Slices(config.donor, part, view).outputs()
+        else:
+            outputs += _whole_models(config.donor, part, view)
     _warn_unused_filters(config, outputs)
     return outputs
 
 
-def _whole_models(donor: str, group: Group, presence: Presence) -> Iterator[OutputTensor]:
+def _parts(config: MergeConfig, presence: Presence) -> Iterator[tuple[Part, Presence]]:
+    """The parts of a configuration, each with a view of its own tensors."""
+    parts = build_parts(config)
+    if config.modules is None:
+        yield parts[0], presence
+        return
+    modules = tuple(config.modules)
+    split = {
+        model: split_modules(presence.stored(model), modules, model)
+        for model in config.model_references
+    }
+    for part in parts:
+        yield (
+            part,
+            presence.only({m: {n for n in s if s[n] == part.module} for m, s in split.items()}),
+        )
+
+
+def _whole_models(donor: str, part: Part, presence: Presence) -> Iterator[OutputTensor]:
+    (group,) = part.groups
     names = presence.stored(donor)
-    structure = find_blocks(names, presence.config(donor), donor)
+    structure = find_blocks(names, presence.config(donor) if part.counted else {}, donor)
     main, declared = structure.main, structure.declared
     if main is not None and declared is not None and main.count < declared:
         _LOG.warning(
@@ -84,9 +106,10 @@ def _whole_models(donor: str, group: Group, presence: Presence) -> Iterator[Outp
 class _Slices:
     """Layers of several models, stacked in a new order."""
 
-    def __init__(self, donor: str, groups: list[Group], presence: Presence) -> None:
+    def __init__(self, donor: str, part: Part, presence: Presence) -> None:
         self.donor = donor
-        self.groups = groups
+        self.part = part
+        self.groups = part.groups
         self.presence = presence
         self.structures: dict[str, Structure] = {}
         self.prefix = self._stack(donor).prefix
@@ -95,6 +118,7 @@ class _Slices:
         for group in self.groups:
             for member in group.members:
                 self._check_range(group, member)
+        self._check_count()
         outside = [n for n in self.presence.stored(self.donor) if not self._in_stack(n)]
         tensors = [
             *self._outside(self.groups[0], [n for n in outside if comes_before(n)], True),
@@ -106,7 +130,8 @@ class _Slices:
 
     def _structure(self, model: str) -> Structure:
         if model not in self.structures:
-            names, config = self.presence.stored(model), self.presence.config(model)
+            names = self.presence.stored(model)
+            config = self.presence.config(model) if self.part.counted else {}
             self.structures[model] = find_blocks(names, config, model)
         return self.structures[model]
 
@@ -144,6 +169,16 @@ class _Slices:
                 f"layer_range past the end for {group.path}, source {member.model}: expected at "
                 f"most {stack.count}, the number of its layers, got [{member.start}, {end}]. "
                 "Correct the layer_range."
+            )
+
+    def _check_count(self) -> None:
+        """config.json counts the layers of the main module; of others it has to stay true."""
+        count, now = self._stack(self.donor).count, sum(g.length or 0 for g in self.groups)
+        if not self.part.counted and count != now:
+            raise ConfigError(
+                f"other number of layers for module {self.part.module}: expected {count} as in "
+                f"{self.donor}, whose config.json stays, got {now}. Only the layers of "
+                f"{' or '.join(REST)} may become more or fewer."
             )
 
     def _outside(self, group: Group, names: list[str], before: bool) -> Iterator[OutputTensor]:
@@ -186,9 +221,11 @@ class _Slices:
 
 def _warn_unused_filters(config: MergeConfig, outputs: list[OutputTensor]) -> None:
     """A filter that matches no tensor is most likely misspelt."""
-    blocks = [config.parameters, *(entry.parameters for entry in config.models or ())]
-    for part in config.slices or ():
-        blocks += [part.parameters, *(source.parameters for source in part.sources)]
+    blocks = []
+    for part in config.listings:
+        blocks += [part.parameters, *(entry.parameters for entry in part.models or ())]
+        for piece in part.slices or ():
+            blocks += [piece.parameters, *(source.parameters for source in piece.sources)]
     words = dict.fromkeys(
         w for block in blocks for value in block.values() for w in filters_of(value)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from magic_fast.config.blocks import is_derived
@@ -21,6 +21,13 @@ class Presence:
         self._stored: dict[str, dict[str, None]] = {}
         self._missing: dict[tuple[str, str], str] = {}
         self._tied: set[tuple[str, str]] = set()
+
+    def only(self, names: Mapping[str, Collection[str]]) -> Presence:
+        """The same models, of each of which only ``names[model]`` count as stored."""
+        part = Presence(self._models)
+        for model, chosen in names.items():
+            part._stored[model] = {n: None for n in self.stored(model) if n in chosen}
+        return part
 
     def stored(self, model: str) -> dict[str, None]:
         """The names that ``model`` stores, in its order."""

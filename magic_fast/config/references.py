@@ -58,17 +58,56 @@ class Entry:
 Groups = list[tuple[Path, list[Entry]]]
 
 
+def parts(data: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
+    """What may list models or slices, with its place: the top level, and each of ``modules:``."""
+    found: list[tuple[Path, Mapping[str, Any]]] = [((), data)]
+    if isinstance(data.get("modules"), Mapping):
+        for name, module in data["modules"].items():
+            if isinstance(module, Mapping):
+                found.append((("modules", name), module))
+    return found
+
+
 def listed_groups(data: Mapping[str, Any]) -> Groups:
-    """The lists of models that are merged with one another: one, or one for each slice."""
+    """The lists of models that are merged with one another: one, or one for each slice, of the top
+    level or of each module."""
     groups: Groups = []
-    if isinstance(data.get("models"), list | tuple):
-        groups.append((("models",), _entries(("models",), data["models"])))
-    if isinstance(data.get("slices"), list | tuple):
-        for index, part in enumerate(data["slices"]):
-            if isinstance(part, Mapping) and isinstance(part.get("sources"), list | tuple):
-                path: Path = ("slices", index, "sources")
-                groups.append((path, _entries(path, part["sources"])))
+    for place, part in parts(data):
+        if isinstance(part.get("models"), list | tuple):
+            path: Path = (*place, "models")
+            groups.append((path, _entries(path, part["models"])))
+        if isinstance(part.get("slices"), list | tuple):
+            for index, piece in enumerate(part["slices"]):
+                if isinstance(piece, Mapping) and isinstance(piece.get("sources"), list | tuple):
+                    path = (*place, "slices", index, "sources")
+                    groups.append((path, _entries(path, piece["sources"])))
     return groups
+
+
+def slice_of(path: Path) -> Path | None:
+    """The slice that a list of models belongs to; None for whole models."""
+    return path[:-1] if path[-1] == "sources" else None
+
+
+def owners(data: Mapping[str, Any], path: Path) -> list[tuple[Path, Mapping[str, Any]]]:
+    """What stands between the top level and a list of models, outermost first: its module, its
+    slice. Each may have ``parameters:`` of its own."""
+    places = [path[:2]] if path[0] == "modules" else []
+    piece = slice_of(path)
+    found = []
+    for place in (*places, *([piece] if piece is not None else [])):
+        owner: Any = data
+        for key in place:
+            owner = owner[key]
+        found.append((place, owner))
+    return found
+
+
+def base_of(data: Mapping[str, Any], path: Path) -> str | None:
+    """What the task vectors of a list start from: its slice's ``base_model``, or all's."""
+    piece = slice_of(path)
+    own = owners(data, path)[-1][1].get("base_model") if piece is not None else None
+    return reference_or_none(own) or reference_or_none(data.get("base_model"))
 
 
 def _entries(path: Path, items: Any) -> list[Entry]:
@@ -84,7 +123,11 @@ def references(data: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
     base = reference_or_none(data.get("base_model"))
     if base is not None:
         yield ("base_model",), base
-    for _, group in listed_groups(data):
+    for path, group in listed_groups(data):
+        piece = slice_of(path)
+        own = reference_or_none(owners(data, path)[-1][1].get("base_model")) if piece else None
+        if piece is not None and own is not None:
+            yield (*piece, "base_model"), own
         for entry in group:
             if entry.model is not None:
                 yield (*entry.path, "model"), entry.model

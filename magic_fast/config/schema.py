@@ -27,6 +27,7 @@ from magic_fast.config.document import read_document
 from magic_fast.config.entries import (
     Dtype,
     ModelEntry,
+    ModuleEntry,
     Node,
     Parameters,
     SliceEntry,
@@ -34,6 +35,7 @@ from magic_fast.config.entries import (
     canonical_dtype,
 )
 from magic_fast.config.faults import translate
+from magic_fast.config.modules import REST
 from magic_fast.config.problems import Origin, Problem, listed, raise_problems
 from magic_fast.config.problems import Path as YamlPath
 from magic_fast.config.references import references
@@ -56,6 +58,7 @@ class MergeConfig(Node):
         base_model: the base checkpoint.
         models: whole models; exclusive with ``slices``.
         slices: ranges of layers, stacked in this order.
+        modules: name of a part of the model → its own models or slices; instead of both.
         parameters: settings for all models (scalar, gradient, ``{filter, value}`` list).
         dtype: type that inputs are cast to before the merge; None keeps each tensor's own.
         out_dtype: type of the output; None means ``dtype``.
@@ -83,6 +86,7 @@ class MergeConfig(Node):
     base_model: Reference | None = None
     models: tuple[ModelEntry, ...] | None = None
     slices: tuple[SliceEntry, ...] | None = None
+    modules: dict[str, ModuleEntry] | None = None
     parameters: Parameters = Field(default_factory=dict)
     dtype: Annotated[Dtype | None, BeforeValidator(canonical_dtype)] = None
     out_dtype: Annotated[Dtype | None, BeforeValidator(canonical_dtype)] = None
@@ -191,9 +195,17 @@ class MergeConfig(Node):
     def model_references(self) -> tuple[str, ...]:
         """Every model named, once: ``base_model`` first, then in the order of the document."""
         names = [self.base_model] if self.base_model is not None else []
-        names += [entry.model for entry in self.models or ()]
-        names += [source.model for part in self.slices or () for source in part.sources]
+        for part in self.listings:
+            names += [entry.model for entry in part.models or ()]
+            for piece in part.slices or ():
+                names += [piece.base_model] if piece.base_model is not None else []
+                names += [source.model for source in piece.sources]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def listings(self) -> tuple[MergeConfig | ModuleEntry, ...]:
+        """What lists models or slices: the configuration itself, and each of its modules."""
+        return (self, *(self.modules or {}).values())
 
     @property
     def donor(self) -> str:
@@ -208,9 +220,11 @@ class MergeConfig(Node):
     @property
     def num_layers(self) -> int | None:
         """Layers of the output where ``slices`` fix it, else None (the donor's number)."""
-        if self.slices is None:
+        main = [module for name, module in (self.modules or {}).items() if name in REST]
+        slices = main[0].slices if main else self.slices
+        if slices is None:
             return None
-        ranges = [part.sources[0].layer_range for part in self.slices]
+        ranges = [part.sources[0].layer_range for part in slices]
         return sum(end - start for start, end in ranges)
 
     def resolve_path(self, reference: str) -> Path:
@@ -284,6 +298,7 @@ _OWNERS: dict[YamlPath, type[BaseModel]] = {
     ("models",): ModelEntry,
     ("slices",): SliceEntry,
     ("slices", "sources"): SourceEntry,
+    ("modules",): ModuleEntry,
     ("tokenizer",): TokenizerEntry,
     ("tokenizer", "tokens"): TokenEntry,
     ("tokenizer", "tokens", "source"): TokenSource,

@@ -12,7 +12,16 @@ from typing import Any
 
 from magic_fast.config.chat_templates import check_template
 from magic_fast.config.problems import Path, Problem, listed, show_path, suggest
-from magic_fast.config.references import Entry, Groups, listed_groups, reference_or_none
+from magic_fast.config.references import (
+    Entry,
+    Groups,
+    base_of,
+    listed_groups,
+    owners,
+    parts,
+    reference_or_none,
+    slice_of,
+)
 from magic_fast.config.settings import check_setting, unknown_parameter
 from magic_fast.config.tokens import check_tokenizer
 from magic_fast.errors import InputError
@@ -82,16 +91,26 @@ class Checker:
             self._problem(("preset",), "preset without this method", str(error))
 
     def _check_shape(self) -> None:
-        given = [key for key in ("models", "slices") if self.data.get(key) is not None]
-        if len(given) == 1 or any(self.data.get(key) for key in ("modules", "name")):
-            return
-        got = "both" if given else "neither"
-        self._problem(
-            ("slices",) if given else (),
-            "what to merge is not clear",
-            f"expected one of models and slices, got {got}. List whole models under 'models:', or "
-            "ranges of layers under 'slices:'.",
-        )
+        for path, part in parts(self.data):
+            keys = ("models", "slices") if path else ("models", "slices", "modules")
+            given = [key for key in keys if part.get(key) is not None]
+            if len(given) == 1:
+                continue
+            got = " and ".join(given) if given else "none of them"
+            self._problem(
+                (*path, given[-1]) if given else path,
+                "what to merge is not clear",
+                f"expected one of {listed(keys)}, got {got}. List whole models under 'models:', or "
+                "ranges of layers under 'slices:'.",
+            )
+        if isinstance(self.data.get("modules"), Mapping) and not self.data["modules"]:
+            self._problem(
+                ("modules",), "empty", "expected at least one module, got none. Name one."
+            )
+        for path, _ in listed_groups(self.data):
+            piece = slice_of(path)
+            if piece is not None and owners(self.data, path)[-1][1].get("residual_weight"):
+                self._warn((*piece, "residual_weight"), "no effect, as in mergekit")
 
     def _check_tokenizer(self) -> None:
         groups = [entry.model for _, group in listed_groups(self.data) for entry in group]
@@ -101,9 +120,10 @@ class Checker:
             self._problem(("chat_template",), "unknown chat template", f"{fault} Correct it.")
 
     def _check_base(self, method: MethodSpec) -> None:
-        if self.data.get("base_model") is not None:
-            entries = [entry.model for _, group in listed_groups(self.data) for entry in group]
-            if method.base == "none" and self.base_model not in entries:
+        groups = listed_groups(self.data)
+        if groups and all(base_of(self.data, path) is not None for path, _ in groups):
+            entries = [entry.model for _, group in groups for entry in group]
+            if method.base == "none" and self.base_model not in (None, *entries):
                 self._warn(
                     ("base_model",),
                     f"{method.name} has no base; it only donates config and tokenizer",
@@ -128,7 +148,8 @@ class Checker:
         if not group:
             self._problem(path, "empty list", "expected at least one model, got []. Add one.")
             return
-        base = self.base_model if method.uses_base(self.base_model) else None
+        base = base_of(self.data, path)
+        base = base if method.uses_base(base) else None
         bases = [entry for entry in group if base is not None and entry.model == base]
         if len(bases) > 1:
             self._problem(
@@ -155,9 +176,10 @@ class Checker:
         names = [entry.model for entry in group if entry.model is not None and entry not in bases]
         for name in sorted({name for name in names if names.count(name) > 1}):
             self.warnings.append(f"{show_path(path)}: {name} is listed twice; each counts.")
-        if path[0] == "slices":
+        if slice_of(path) is not None:
             needs = base is not None or self.data.get("calibrate") is not None
-            self._check_ranges(path, group, appended=self.base_model if needs else None)
+            appended = base_of(self.data, path) if needs else None
+            self._check_ranges(path, group, appended=appended)
 
     def _check_ranges(self, path: Path, group: list[Entry], appended: str | None) -> None:
         ranges: list[tuple[int, int]] = []
@@ -178,7 +200,7 @@ class Checker:
                     (*entry.path, "layer_range"),
                     "unequal number of layers",
                     f"expected {ranges[0][1] - ranges[0][0]} layers as in the first source of "
-                    f"{show_path(path[:2])}, got {list(given)} for {entry.model}. Correct it.",
+                    f"{show_path(path[:-1])}, got {list(given)} for {entry.model}. Correct it.",
                 )
             ranges.append((start, end))
         listed_base = any(entry.model == appended for entry in group)
@@ -193,15 +215,17 @@ class Checker:
     def _check_parameters(self, method: MethodSpec, groups: Groups) -> None:
         top = self._block(method, (), self.data, "shared")
         for path, group in groups:
-            part = self.data["slices"][path[1]] if path[0] == "slices" else {}
-            shared = top | self._block(method, path[:2], part, "shared")
+            shared = top
+            above = owners(self.data, path)
+            for place, owner in above:
+                shared |= self._block(method, place, owner, "shared")
+            base = base_of(self.data, path)
             for entry in group:
-                is_base = method.uses_base(self.base_model) and entry.model == self.base_model
+                is_base = method.uses_base(base) and entry.model == base
                 self._block(method, entry.path, entry.raw, "base" if is_base else "expert")
             for spec in method.parameters:
                 if spec.required and spec.scope == "per_tensor" and shared.isdisjoint(spec.names):
-                    where: Path = (*path[:2], "parameters") if path[0] == "slices" else ()
-                    where = where or ("parameters",)
+                    where: Path = (*(above[-1][0] if above else ()), "parameters")
                     self._problem(
                         (*where, spec.name),
                         "missing parameter",

@@ -231,6 +231,112 @@ def test_an_unlisted_base_takes_the_slices_range() -> None:
     ]  # fmt: skip
 
 
+def test_a_slice_may_have_a_base_of_its_own() -> None:
+    pieces = [
+        {"sources": [source("a", 0, 1), source("b", 0, 1)], "base_model": "other"},
+        {"sources": [source("a", 1, 2), source("b", 1, 2)]},
+    ]
+    data = {"merge_method": "task_arithmetic", "base_model": "base", "slices": pieces}
+    tensors = layout(data)
+    assert source_models(tensors[UP.format(0)]) == ["a", "b", "other"]
+    assert source_models(tensors[UP.format(1)]) == ["a", "b", "base"]
+    assert MergeConfig.from_dict(data).model_references == ("base", "other", "a", "b")
+    del data["base_model"]
+    with pytest.raises(ConfigError, match="missing key for base_model"):
+        MergeConfig.from_dict(data)
+
+
+def test_residual_weight_does_what_it_does_in_mergekit() -> None:
+    pieces = [{"sources": [source("a", 0, 1), source("b", 0, 1)], "residual_weight": 0.5}]
+    data = {"merge_method": "linear", "slices": pieces}
+    config = MergeConfig.from_dict(data)
+    assert config.warnings == ("slices[0].residual_weight: no effect, as in mergekit.",)
+
+
+VISION = "vision_tower.encoder.layers.{}.fc.weight"
+
+
+def vision_language(layers: int = 3) -> View:
+    """Three layers of text beside ``layers`` of vision, and what is between them."""
+    names = [f"language_model.{name}" for name in llama_names(3)]
+    names += ["multi_modal_projector.linear.weight", "vision_tower.norm.weight"]
+    config = {"text_config": {"num_hidden_layers": 3}}
+    return View(names + [VISION.format(i) for i in range(layers)], config)
+
+
+def modular(modules: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    return {"merge_method": "task_arithmetic", "base_model": "base", "modules": modules, **more}
+
+
+def test_each_module_is_merged_in_its_own_way() -> None:
+    pieces = [{"sources": [source("a", 0, 1)]}, {"sources": [source("b", 0, 3)]}]
+    modules = {
+        "text_decoder": {"slices": pieces},
+        "multi_modal_projector": {"models": [{"model": "b"}], "parameters": {"weight": 0.2}},
+        "vision_tower": {"models": [{"model": "a"}, {"model": "c"}]},
+    }
+    data = modular(modules, parameters={"weight": [0.0, 1.0]})
+    views = {name: vision_language() for name in ("base", "a", "b", "c")}
+    tensors = layout(data, views)
+    names = {name for name in tensors if name.startswith("language_model")}
+    assert names == {f"language_model.{name}" for name in llama_names(4)}
+    assert MergeConfig.from_dict(data).num_layers == 4
+    head = tensors[f"language_model.{UP.format(0)}"]
+    assert source_models(head) == ["a", "base"]
+    projector = tensors["multi_modal_projector.linear.weight"]
+    assert source_models(projector) == ["b", "base"]
+    assert projector.expert_parameters["weight"] == (0.2,)  # the module's before all's
+    vision = [tensors[VISION.format(i)] for i in range(3)]
+    assert [source_models(t) for t in vision] == [["a", "c", "base"]] * 3
+    assert [t.expert_parameters["weight"] for t in vision] == [(0, 0), (0.5, 0.5), (1, 1)]
+    config = MergeConfig.from_dict(data)
+    assert MergeConfig.from_yaml(config.to_yaml()) == config
+
+
+def test_default_is_the_whole_model() -> None:
+    modules = {"default": {"models": [{"model": "a"}, {"model": "b"}]}}
+    tensors = layout(modular(modules))
+    same = layout({"merge_method": "task_arithmetic", "base_model": "base", **modules["default"]})
+    assert tensors == same
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        (
+            {"vision_tower": {"models": [{"model": "a"}]}},
+            "tensor in no module for language_model.model.embed_tokens.weight of base: expected it "
+            "in one of vision_tower, got a name with none of them. Add a module 'default:' for all "
+            "that no other module has.",
+        ),
+        (
+            {"audio": {"models": [{"model": "a"}]}, "default": {"models": [{"model": "a"}]}},
+            "module without tensors for 'audio': expected it as a component of the names of base, "
+            "such as language_model, multi_modal_projector, vision_tower, got none with it. "
+            "Correct the name.",
+        ),
+        (
+            {"default": {"models": [{"model": "a"}]}, "text_decoder": {"models": [{"model": "a"}]}},
+            "two modules for the rest of base: expected one of default and text_decoder, got both. "
+            "Remove one.",
+        ),
+        (
+            {
+                "default": {"models": [{"model": "a"}]},
+                "vision_tower": {"slices": [{"sources": [source("a", 0, 2)]}]},
+            },
+            "other number of layers for module vision_tower: expected 3 as in base, whose "
+            "config.json stays, got 2. Only the layers of default or text_decoder may become more "
+            "or fewer.",
+        ),
+    ],
+)
+def test_modules_that_do_not_fit_the_model(modules: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        layout(modular(modules), {"base": vision_language(), "a": vision_language()})
+    assert str(caught.value) == words
+
+
 def test_layer_range_past_the_end_names_slice_and_source() -> None:
     parts = [[source("a", 0, 2)], [source("b", 2, 4)]]
     data = {"merge_method": "passthrough", "slices": [{"sources": part} for part in parts]}
