@@ -1,0 +1,1 @@
+"""Whether calibration helps, measured on tasks that are trained here (PROTOCOL.md)."""
