@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-engine bench-features bench-spectral bench-sweep cuda-check gpu clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -119,12 +119,22 @@ bench-features: venv ## memory of calibration in feature space, layer by layer a
 bench-spectral: venv ## the spectral methods against torch.linalg.svd
 	$(BIN)/python benchmarks/spectral/bench.py
 
+# Trains everything it needs; the digits come in scikit-learn's wheel.
+quality: venv ## whether calibration helps: one seed, three scenarios, five λ (benchmarks/quality/PROTOCOL.md)
+	$(BIN)/python -c 'import sklearn' 2>/dev/null || $(PIP) scikit-learn
+	$(BIN)/python benchmarks/quality/run.py --reduced --workers 2
+
+quality-full: venv ## the whole experiment; resumes where it was stopped (.quality)
+	$(BIN)/python -c 'import sklearn' 2>/dev/null || $(PIP) scikit-learn
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/quality/run.py --workers 2 --markdown $(RESULTS)/quality.md --json $(RESULTS)/quality.json
+
 cuda-check: venv ## what nvcc made of the CUDA kernels: registers, spills, widths; nothing of it runs
 	$(BIN)/python benchmarks/gpu/registers.py
 
 gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmarks, in 8 minutes (PYTHON=, MAGIC_FAST_GOLDEN=, RESULTS=)
 	$(PYTHON) benchmarks/gpu/run.py --results $(RESULTS)
 
-clean: ## what was built; .venv and .demo stay
+clean: ## what was built; .venv, .demo and .quality stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f magic_fast/_native*.so magic_fast/_cuda*.so

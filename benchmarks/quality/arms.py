@@ -11,7 +11,7 @@ from torch import Tensor
 
 import magic_fast as mf
 from quality.problem import Problem, State, moved, own_scale
-from quality.settings import CLAMPS, DRAW_SIZE, DRAWS, MASKS, VARIED, Scenario
+from quality.settings import CLAMPED, CLAMPS, DRAW_SIZE, DRAWN, DRAWS, MASKS, Scenario
 
 #: The package's defaults.
 MERGES = (
@@ -119,8 +119,8 @@ def calibrated(problem: Problem, merged: State, arm: Arm) -> State:
     return permuted_rows(problem, merged, PERMUTED[name], seed=0)
 
 
-def arms(scenario: Scenario) -> Iterator[Arm]:
-    """Every arm of a scenario, those that set a λ before those that reuse it."""
+def arms(scenario: Scenario, *, development: bool = False) -> Iterator[Arm]:
+    """Every arm of a scenario."""
     names = ["none", *CALIBRATIONS, *CONTROLS]
     if scenario.regime == "tiny":
         names.append(ABSOLUTE)
@@ -129,11 +129,11 @@ def arms(scenario: Scenario) -> Iterator[Arm]:
     if not scenario.full:
         return
     for arm in main:
-        if arm.merge in RANDOM:
+        if arm.merge in RANDOM and arm.calibration not in CONTROLS and not development:
             yield from (replace(arm, mask=m, role="mask") for m in range(1, MASKS))
-        if arm.merge in VARIED and arm.calibration in FEATURE:
+        if arm.merge in DRAWN and arm.calibration in FEATURE and not development:
             yield from (replace(arm, draw=d, role="draw") for d in range(1, DRAWS))
-        if arm.merge in VARIED and arm.calibration in CALIBRATIONS:
+        if arm.merge in CLAMPED and arm.calibration in CALIBRATIONS:
             yield from (replace(arm, clamp=c, role="clamp") for c in CLAMPS)
 
 

@@ -92,7 +92,7 @@ def deviations(
     layers: dict[str, list[float]] = {}
     for record in records:
         for row in rows_of(record, merge=merge, calibration=calibration):
-            for layer, value in row["deviation"].items():
+            for layer, value in row.get("deviation", {}).items():
                 layers.setdefault(layer, []).append(value)
     return {layer: spread(values) for layer, values in layers.items()}
 
@@ -119,5 +119,5 @@ def within_seed_spread(
 
 def edges(records: Iterable[Record], calibration: str) -> tuple[int, int]:
     """How often the best λ lay at an end of its grid, of how many."""
-    rows = [row for r in records for row in rows_of(r, calibration=calibration)]
+    rows = [x for r in records for x in rows_of(r, calibration=calibration) if "edge" in x]
     return sum(row["edge"] for row in rows), len(rows)

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from quality.arms import CALIBRATIONS, MERGES
 from quality.collect import AS_IT_COMES, Record, cells, pooled
-from quality.settings import CLAMPS, FIXED, VARIED
+from quality.settings import CLAMPED, CLAMPS, FIXED
 
 SCALES = (AS_IT_COMES, *(f"{s:.2f}" for s in FIXED))
 PACKAGE = {"WSC": "WSC manifold", "FSC": "FSC", "DSC": "DSC"}
@@ -70,7 +70,7 @@ def choose(development: Sequence[Record]) -> dict[str, tuple[Setting, list[tuple
         clamped = [
             (s, v)
             for clamp in ("", *CLAMPS)
-            if (v := value(development, s := Setting(best.calibration, best.scale, clamp), VARIED))
+            if (v := value(development, s := Setting(best.calibration, best.scale, clamp), CLAMPED))
             is not None
         ]
         final = max(clamped, key=lambda pair: pair[1])[0] if clamped else best
@@ -79,7 +79,7 @@ def choose(development: Sequence[Record]) -> dict[str, tuple[Setting, list[tuple
 
 
 def merges_for(setting: Setting) -> Sequence[str]:
-    return VARIED if setting.clamp else MERGES
+    return CLAMPED if setting.clamp else MERGES
 
 
 def compared(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quality import images, text
-from quality.arms import CALIBRATIONS, USUAL_SCALE, Arm, Merged, arms, calibrated, deviation
+from quality.arms import CALIBRATIONS, SCALAR, USUAL_SCALE, Arm, Merged, arms, calibrated, deviation
 from quality.problem import Problem, Score, State, cosine, element_std, moved, own_scale
 from quality.settings import DEVIATION_SIZE, FIXED, MARGINS, Scenario
 
@@ -65,7 +65,6 @@ def row_of(
     arm: Arm,
     state: State,
     grid: Sequence[float],
-    tuned: Mapping[tuple[str, str], float],
     *,
     full: bool,
     development: bool,
@@ -78,18 +77,19 @@ def row_of(
 
     def at(name: str, scale: float) -> None:
         model = moved(start, state, scale)
-        test[name] = judge(model, "test")
         if development:
             validation[name] = judge(model, "validation")
+        else:
+            test[name] = judge(model, "test")
 
     usual = USUAL_SCALE.get(arm.merge, 1.0) if arm.calibration == "none" else 1.0
     at("as it comes", usual)
     if usual != 1.0:
         at("1", 1.0)
-    if full and arm.role in ("main", "clamp") and arm.calibration in CALIBRATIONS:
-        for scale in FIXED:
+    if full and arm.calibration in CALIBRATIONS and arm.role in ("main", "clamp"):
+        for scale in FIXED if development or arm.role == "main" else ():
             at(f"{scale:.2f}", scale)
-    if arm.role == "main":
+    if arm.role == "main" and arm.calibration != SCALAR:  # its grid would be that of none
         centre = own_scale(start, problem.experts, state)
         offered = {c: judge(moved(start, state, centre * c), "validation") for c in grid}
         chosen = best_scale(offered)
@@ -98,11 +98,10 @@ def row_of(
             "scale": centre * chosen,
             "edge": chosen in (min(grid), max(grid)),
             "grid": {f"{c:.3g}": mean(scores) for c, scores in offered.items()},
-            "deviation": deviation(problem, state, "validation", DEVIATION_SIZE),
         }
         at("best", row["scale"])
-    elif arm.role in ("mask", "draw"):
-        at("best", tuned[arm.merge, arm.calibration])
+    if arm.role == "main" and arm.calibration in ("none", *CALIBRATIONS) and not development:
+        row["deviation"] = deviation(problem, state, "validation", DEVIATION_SIZE)
     return row | {"test": test, "validation": validation}
 
 
@@ -142,18 +141,13 @@ def measure(
     average = judge(merged("average"), "validation")
     kept = kept_tasks(bounds["validation"]["base"], average, bounds["validation"]["experts"])
     rows: list[dict[str, Any]] = []
-    tuned: dict[tuple[str, str], float] = {}
     opened = None
-    for arm in arms(scenario):
+    for arm in arms(scenario, development=development):
         state = calibrated(problem, merged(arm.merge, arm.mask), arm)
-        row = row_of(
-            problem, judge, arm, state, grid, tuned, full=scenario.full, development=development
-        )
+        row = row_of(problem, judge, arm, state, grid, full=scenario.full, development=development)
         rows.append(row)
-        if arm.role == "main":
-            tuned[arm.merge, arm.calibration] = row["scale"]
         if arm == Arm("average", "DSC") and scenario.regime != "tiny":
-            opened = reloads(problem, state, row["test"]["as it comes"])
+            opened = reloads(problem, state, judge(state, "test"))
         if arm.role == "main" and arm.calibration == "none":
             say(f"{arm.merge} after {time.perf_counter() - began[1]:.0f} s")
     record = {

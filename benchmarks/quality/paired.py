@@ -41,16 +41,20 @@ def difference(a: Cells, b: Cells, resamples: int, seed: int = 0) -> Difference 
         rows.setdefault(cell[0], []).append(a[cell] - b[cell])
     if not rows:
         return None
-    by_seed = [np.array(r) for r in rows.values()]
+    by_seed = list(rows.values())
+    sizes = np.array([len(r) for r in by_seed])
+    padded = np.zeros((len(by_seed), sizes.max()))
+    for i, row in enumerate(by_seed):
+        padded[i, : len(row)] = row
     random = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = [by_seed[i] for i in random.integers(len(by_seed), size=len(by_seed))]
-        cells = [r[random.integers(len(r), size=len(r))] for r in drawn]
-        means.append(np.concatenate(cells).mean())
+    seeds = random.integers(len(by_seed), size=(resamples, len(by_seed)))
+    drawn = sizes[seeds][..., None]  # tasks of each drawn seed, as many of which are drawn
+    tasks = (random.random((*seeds.shape, sizes.max())) * drawn).astype(int)
+    counts = np.arange(sizes.max()) < drawn
+    means = (padded[seeds[..., None], tasks] * counts).sum((1, 2)) / counts.sum((1, 2))
     low, high = np.percentile(means, [2.5, 97.5])
-    flat = np.concatenate(by_seed)
-    return Difference(float(flat.mean()), float(low), float(high), len(flat), len(by_seed))
+    flat = [value for row in by_seed for value in row]
+    return Difference(sum(flat) / len(flat), float(low), float(high), len(flat), len(by_seed))
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -30,9 +30,12 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     """Seed and scenario, in an order in which whatever was done first is of use."""
     if options.reduced:
         return [(0, name) for name in settings.REDUCED]
-    known = [(seed, name) for seed in settings.DEVELOPMENT_SEEDS for name in settings.DEVELOPMENT]
+    development = [[(s, name) for name in settings.DEVELOPMENT] for s in settings.DEVELOPMENT_SEEDS]
     seeds = range(options.seeds)
-    return known + [(seed, name) for seed in seeds for name in settings.SCENARIOS]
+    first = [[(s, name) for name in settings.FIRST] for s in seeds]
+    rest = [[(s, n) for n in settings.SCENARIOS if n not in settings.FIRST] for s in seeds]
+    ordered = [*development[:1], *first[:2], *development[1:], *first[2:], *rest]
+    return [job for group in ordered for job in group]
 
 
 def file_of(folder: Path, job: Job) -> Path:

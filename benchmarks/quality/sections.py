@@ -191,7 +191,7 @@ def deviation_lines(results: Results) -> Iterator[str]:
     rows = []
     for scenario in results.scenarios:
         row = [scenario]
-        for calibration in COLUMNS:
+        for calibration in ("none", *CALIBRATIONS):
             values = [
                 value[0]
                 for merge in MERGES
@@ -199,7 +199,7 @@ def deviation_lines(results: Results) -> Iterator[str]:
             ]
             row.append(f"{fmean(values):.2f}" if values else "–")
         rows.append(row)
-    yield from table(["scenario", *COLUMNS], rows)
+    yield from table(["scenario", "none", *CALIBRATIONS], rows)
     for scenario in results.scenarios:
         yield f"### {scenario}: average, layer by layer"
         yield ""
@@ -238,11 +238,12 @@ def spread_lines(results: Results) -> Iterator[str]:
 def edge_lines(results: Results) -> Iterator[str]:
     yield "## Best λ at an edge of its grid"
     yield ""
+    tuned = [c for c in COLUMNS if c != SCALAR]
     rows = []
     for scenario in results.scenarios:
-        counts = [collect.edges(results.of(scenario), c) for c in COLUMNS]
+        counts = [collect.edges(results.of(scenario), c) for c in tuned]
         rows.append([scenario, *(f"{a} of {b}" for a, b in counts)])
-    yield from table(["scenario", *COLUMNS], rows)
+    yield from table(["scenario", *tuned], rows)
 
 
 def default_lines(results: Results) -> Iterator[str]:

@@ -18,7 +18,8 @@ DRAWS = 5
 DRAW_SIZE = 32  # inputs of each task
 DEVIATION_SIZE = 64  # held-out inputs of each task
 #: Merges on which draws and clamps are varied.
-VARIED = ("average", "ties", "tsv_m")
+DRAWN = ("average",)
+CLAMPED = ("average", "ties", "tsv_m")
 CLAMPS: dict[str, tuple[float, float] | None] = {"clamp 0.5–2": (0.5, 2.0), "no clamp": None}
 
 #: A task counts where average ≥ base + the first and expert ≥ average + the second.
@@ -69,3 +70,5 @@ SCENARIOS = {
 }
 DEVELOPMENT = ("images/easy", "text/easy", "images/correlated")
 REDUCED = DEVELOPMENT
+#: Of every seed, before the others of any.
+FIRST = ("images/easy", "text/easy", "images/correlated", "text/hard")

@@ -18,7 +18,7 @@ from quality.settings import BASE, Scenario
 LENGTH = 4
 DIGITS = 10
 SHARES = (0.70, 0.08, 0.07, 0.03, 0.12)  # of the 10⁴ prompts, by PARTS
-TESTED = {"validation": 100, "test": 250}  # prompts of a task that are scored, at most
+TESTED = {"validation": 80, "test": 200}  # prompts of a task that are scored, at most
 WIDTH = 64
 
 Operation = Callable[[Tensor], Tensor]
