@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         kth_magnitude,
         lines,
         merge_checkpoints,
+        merge_into,
         merge_task_vectors,
         plan_checkpoints,
         row_norms,
@@ -82,6 +83,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "lines",
         "merge",
         "merge_checkpoints",
+        "merge_into",
         "merge_task_vectors",
         "plan_checkpoints",
         "row_norms",
@@ -116,6 +118,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - ordered by use
     "merge",
+    "merge_into",
     "merge_task_vectors",
     "sweep",
     "trim",

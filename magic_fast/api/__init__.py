@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from magic_fast.api.inspecting import inspect_checkpoints
     from magic_fast.api.masks import EmrModels, consensus_mask, emr, task_masks
     from magic_fast.api.merging import merge, merge_task_vectors
+    from magic_fast.api.merging_into import merge_into
     from magic_fast.api.results import (
         CalibrationReport,
         LayerCalibration,
@@ -47,6 +48,7 @@ _HOMES = {
     "magic_fast.api.inspecting": ("inspect_checkpoints",),
     "magic_fast.api.masks": ("EmrModels", "consensus_mask", "emr", "task_masks"),
     "magic_fast.api.merging": ("merge", "merge_task_vectors"),
+    "magic_fast.api.merging_into": ("merge_into",),
     "magic_fast.api.results": (
         "CalibrationReport",
         "LayerCalibration",
@@ -95,6 +97,7 @@ __all__ = [
     "lines",
     "merge",
     "merge_checkpoints",
+    "merge_into",
     "merge_task_vectors",
     "plan_checkpoints",
     "row_norms",

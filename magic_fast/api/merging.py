@@ -1,53 +1,30 @@
-"""``merge`` and ``merge_task_vectors``: names and parameters to jobs, jobs to tensors."""
+"""``merge`` and ``merge_task_vectors``: models in, one model out."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from magic_fast import ops
-from magic_fast.api.results import MergeResult
+from magic_fast.api.calls import (
+    Call,
+    Masks,
+    check_base,
+    check_calibration,
+    details_of,
+    execute,
+    job_of,
+    masks_of,
+    numbers_of,
+    resolve,
+)
+from magic_fast.api.modules import first_of_tied, model_type_of, module_like, tied_groups
 from magic_fast.api.tensors import Named, Tensors, models_of, state_dict_of
-from magic_fast.calibration import WeightCalibration, as_calibration
+from magic_fast.calibration import WeightCalibration
 from magic_fast.errors import InputError
-from magic_fast.methods.arguments import find_method, resolve_arguments
-from magic_fast.methods.functions import FUNCTIONS, PREPARATIONS
-from magic_fast.methods.recipes import build_recipe
-from magic_fast.ops.backend import Job, Stats
-from magic_fast.ops.checks import check
-from magic_fast.recipe import Recipe, TrimScope
-
-log = logging.getLogger("magic_fast")
-
-Masks = Sequence[Tensor | None] | Sequence[Mapping[str, Tensor] | None]
-
-
-@dataclass
-class Call:
-    """The arguments of one merge, resolved."""
-
-    method: str
-    arguments: dict[str, Any]
-    recipe: Recipe | None
-    calibration: WeightCalibration | None
-    preset: str
-    backend: str | None
-    nonfinite: str
-    name: str
-    row_axis: int | tuple[int, ...] | None
-    masks: Masks | None
-    details: bool
-
-    @property
-    def over_model(self) -> bool:
-        """Whether one threshold over all tensors trims each expert."""
-        trim = None if self.recipe is None else self.recipe.trim
-        return trim is not None and trim.by_magnitude and trim.scope is TrimScope.MODEL
+from magic_fast.ops.backend import Job
 
 
 def merge(
@@ -87,7 +64,7 @@ def merge(
             ``sd_mecha`` exactly; None: our defaults.
         backend: ``native``, ``torch``; None chooses.
         out: tensor or state dict that takes the result; it overlaps no input. Default: new, dtype
-            of the base.
+            of the base. :func:`merge_into` writes into modules.
         nonfinite: ``"error"`` or ``"propagate"``.
         row_axis: axis of the output units for calibration (default 0).
         masks: K keep masks (or None) that replace the draw of a random trim; K task masks of
@@ -99,7 +76,8 @@ def merge(
         **method_params: density, gamma, epsilon, normalize, rescale, t, … as the method has them.
 
     Returns:
-        The same kind as ``base``: a tensor, or a dict of tensors in the base's order.
+        The same kind as ``base`` (without one, as the first expert): a tensor; a dict of tensors in
+        the base's order; or a new module, its tied weights merged once, under their first name.
 
     Raises:
         InputError: shapes, dtypes, names or parameters that do not fit.
@@ -112,19 +90,8 @@ def merge(
     """
     models = models_of(experts, "experts")
     start = None if base is None else state_dict_of(base, "base")
-    spec = find_method(method)
-    if base is None and spec.base == "required":
-        raise InputError(
-            f"base for method {method!r}: expected a tensor or a state dict, got None. "
-            "Use merge_task_vectors() where the experts are task vectors already."
-        )
-    if base is not None and spec.base == "none":
-        raise InputError(
-            f"base for method {method!r}: expected None, got a model. This method works on "
-            "whole models: "
-            "pass base=None and the base among the experts."
-        )
-    given = {"weights": _numbers(weights), "scale": scale, **method_params}
+    check_base(method, base is not None)
+    given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     call = resolve(
         method,
         given,
@@ -140,12 +107,14 @@ def merge(
         compat,
         details,
     )
-    if base is None and call.calibration is not None:
-        raise InputError(
-            f"calibrate for method {method!r} without a base: expected None, got a calibration. "
-            "Calibration compares task vectors, so it needs the base."
-        )
-    return _run(start, models, call, out)
+    check_calibration(call, base is not None)
+    like = experts[0] if base is None else base
+    if not isinstance(like, nn.Module):
+        return _run(start, models, call, out)
+    call.model_type = model_type_of(like)
+    if out is not None:
+        return _run(start, models, call, out)
+    return _run_module(like, start, models, call)
 
 
 def merge_task_vectors(
@@ -180,7 +149,7 @@ def merge_task_vectors(
     tensor([2., 0.])
     """
     models = models_of(task_vectors, "task_vectors")
-    given = {"weights": _numbers(weights), "scale": scale, **method_params}
+    given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     call = resolve(
         method,
         given,
@@ -200,66 +169,24 @@ def merge_task_vectors(
     return _run(None, models, call, out, promote=promoted)
 
 
-def _numbers(weights: float | Sequence[float] | Tensor | None) -> Any:
-    return weights.tolist() if isinstance(weights, Tensor) else weights
-
-
-def resolve(
-    method: str,
-    given: Mapping[str, Any],
-    num_experts: int,
-    calibrate: str | WeightCalibration | Mapping[str, Any] | None,
-    preset: str | None,
-    backend: str | None,
-    nonfinite: str,
-    row_axis: int | tuple[int, ...] | None,
-    masks: Masks | None,
-    name: str,
-    seed: int | None,
-    compat: str | None,
-    details: bool,
-) -> Call:
-    preset = preset or "default"
-    arguments = resolve_arguments(method, given, num_experts, preset)
-    calibration = as_calibration(calibrate)
-    recipe = None
-    if method not in FUNCTIONS:
-        arguments["seed"] = seed or 0
-        recipe = build_recipe(method, num_experts, arguments, preset=preset, compat=compat)
-    if seed is not None and (recipe is None or not recipe.trim.is_random):
-        raise InputError(
-            f"seed for method {method!r}: expected none, got {seed}. Nothing in it is random."
-        )
-    if masks is not None and recipe is not None and recipe.consensus is not None:
-        recipe = replace(recipe, consensus=replace(recipe.consensus, given=True))
-    elif masks is not None and (recipe is None or not recipe.trim.is_random):
-        raise InputError(
-            f"masks for method {method!r}: expected none, got some. They replace the draw of "
-            "a random trim or the task masks of a consensus; here is neither."
-        )
-    if calibration is not None and num_experts == 1:
-        log.warning("calibrating the merge of one expert gives back a full-size task vector")
-    if details and backend not in (None, "auto", "torch"):
-        raise InputError(
-            f"details with backend {backend!r}: expected backend 'torch', which keeps masks "
-            "and votes, "
-            f"got {backend!r}. Leave the backend out."
-        )
-    if details:
-        backend = "torch"
-    return Call(
-        method,
-        arguments,
-        recipe,
-        calibration,
-        preset,
-        backend,
-        nonfinite,
-        name,
-        row_axis,
-        masks,
-        details,
-    )
+def _run_module(
+    like: nn.Module, base: Tensors | None, experts: Sequence[Tensors], call: Call
+) -> Any:
+    """A new module of the kind of ``like``, its tied weights merged once and still tied."""
+    groups = tied_groups(like.state_dict())
+    rows = [(f"experts[{k}]", e) for k, e in enumerate(experts)]
+    if base is not None:
+        rows.insert(0, ("base", base))
+    named = first_of_tied(rows, groups)
+    merged = module_like(like)
+    state = merged.state_dict()
+    start = None if base is None else named[0][1]
+    own = [model for _, model in named[len(named) - len(experts) :]]
+    found = _run(start, own, call, {names[0]: state[names[0]] for names in groups})
+    if not call.details:
+        return merged
+    found.merged = merged
+    return found
 
 
 def _run(
@@ -290,17 +217,24 @@ def _run(
             dtype = row[0].dtype if promote is None else torch.promote_types(row[0].dtype, promote)
             target = torch.empty(row[0].shape, dtype=dtype, device=row[0].device)
         results[name] = target
-        jobs.append(job_of(call, name or call.name, start, own, target, k_masks=_masks(call, name)))
+        jobs.append(
+            job_of(call, name or call.name, start, own, target, k_masks=masks_of(call, name))
+        )
     stats = execute(jobs, call)
     merged = results[""] if table.bare else {n: results[n] for n in table.names}
     if not call.details:
         return merged
-    return _details(merged, jobs, stats, table.bare)
+    return details_of(merged, jobs, stats, table.bare)
 
 
 def _destination(out: Any, name: str, bare: bool) -> Tensor | None:
     if out is None:
         return None
+    if isinstance(out, nn.Module):
+        raise InputError(
+            "out: expected a tensor or a dict like the inputs, got a module. merge_into() writes "
+            "into modules."
+        )
     if bare:
         if not isinstance(out, Tensor):
             raise InputError(f"out: expected a tensor like the inputs, got {type(out).__name__}.")
@@ -313,81 +247,3 @@ def _destination(out: Any, name: str, bare: bool) -> Tensor | None:
 
 def _copy(source: Tensor, target: Tensor | None) -> Tensor:
     return source.clone() if target is None else target.copy_(source)
-
-
-def _masks(call: Call, name: str) -> list[Tensor | None] | None:
-    if call.masks is None:
-        return None
-    found: list[Tensor | None] = []
-    for m in call.masks:
-        found.append(m.get(name) if isinstance(m, Mapping) else m)
-    return found
-
-
-def job_of(
-    call: Call,
-    name: str,
-    base: Tensor | None,
-    experts: Sequence[Tensor],
-    out: Tensor,
-    k_masks: list[Tensor | None] | None,
-) -> Job:
-    weights = call.arguments.get("weights", (1.0,) * len(experts))
-    if call.recipe is not None:
-        weights = call.recipe.weights
-    calibration = None
-    if call.calibration is not None:
-        calibration = call.calibration.resolve(
-            name, tuple(experts[0].shape), weights, row_axis=call.row_axis
-        )
-    recipe = call.recipe or Recipe(weights=weights)
-    return Job(
-        base,
-        experts,
-        recipe,
-        out,
-        name,
-        masks=None if recipe.consensus is not None else k_masks,
-        task_masks=k_masks if recipe.consensus is not None else None,
-        calibration=calibration,
-        details=call.details,
-    )
-
-
-def execute(jobs: Sequence[Job], call: Call) -> list[Stats]:
-    if call.recipe is None:
-        function: Callable[..., Tensor] = FUNCTIONS[call.method]
-        if call.method in PREPARATIONS:
-            for job in jobs:
-                check(job)
-            call.arguments |= PREPARATIONS[call.method](
-                lambda: ((job.base, job.experts) for job in jobs), call.arguments
-            )
-        return ops.run_function(
-            jobs, lambda job: function(job, call.arguments, call.preset),
-            backend=call.backend, nonfinite=call.nonfinite,
-        )  # fmt: skip
-    if call.over_model and any(job.selection is None for job in jobs):
-        ops.select_model(jobs)
-    return ops.merge(jobs, backend=call.backend, nonfinite=call.nonfinite)
-
-
-def _details(merged: Any, jobs: Sequence[Job], stats: Sequence[Stats], bare: bool) -> MergeResult:
-    fields: dict[str, dict[str, Any]] = {}
-    for job, found in zip(jobs, stats, strict=True):
-        decisions = found.extra.get("decisions")
-        values = {
-            "keep_masks": None if decisions is None else decisions.keep,
-            "elected_sign": None if decisions is None else decisions.elected,
-            "thresholds": found.selection.threshold,
-            "keep_probability": None if decisions is None else decisions.keep_probability,
-            "rescale_factors": found.selection.factor,
-            "coefficients": None
-            if found.coefficient is None
-            else torch.as_tensor(found.coefficient),
-        }
-        for key, value in values.items():
-            fields.setdefault(key, {})[job.name] = value
-    if bare:
-        return MergeResult(merged, **{k: next(iter(v.values())) for k, v in fields.items()})
-    return MergeResult(merged, **fields)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.api.merging import Call, execute, job_of, resolve
+from magic_fast.api.calls import Call, execute, job_of, resolve
 from magic_fast.api.tensors import Named, Tensors, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration
 from magic_fast.engine.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
@@ -54,7 +54,7 @@ def sweep(
             ``seed`` and ``compat`` in it go before those above. At most 256.
 
     Returns:
-        One result per recipe, in order, each of the kind of ``base``.
+        One result per recipe, in order, each of the kind of ``base`` (of a module its state dict).
 
     Raises:
         InputError, NonFiniteError, BackendError: as :func:`merge`; all recipes are checked before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -16,8 +16,7 @@ Tensors: TypeAlias = Tensor | Mapping[str, Tensor]
 def state_dict_of(value: object, what: str) -> Tensors:
     """A tensor, a mapping of tensors, or the state dict of a module."""
     if isinstance(value, torch.nn.Module):
-        state: Mapping[str, Tensor] = value.state_dict()
-        return state
+        value = value.state_dict()  # its extra state, where there is some, is no tensor
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -92,6 +91,12 @@ class Named:
     def row(self, name: str) -> list[Tensor]:
         """The tensor of that name in every model, in order."""
         return [tensors[name] for _, tensors in self._dicts]
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(model, name, tensor) of everything."""
+        for what, tensors in self._dicts:
+            for name, tensor in tensors.items():
+                yield what, name, tensor
 
     def copied(self, name: str) -> Tensor | None:
         """For an integer or boolean tensor: the one value all models agree on. None: it is to be

@@ -31,7 +31,7 @@ def _label(job: Job) -> str:
     return f"'{job.name}'" if job.name else "the tensor"
 
 
-def _extent(array: Any) -> tuple[int, int]:
+def extent_of(array: Any) -> tuple[int, int]:
     """[first, last) byte addresses that the array touches."""
     if hasattr(array, "ptr"):
         size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}[array.dtype]
@@ -100,9 +100,9 @@ def check(job: Job) -> None:
             raise InputError(
                 f"out for {_label(job)}: expected a floating dtype, got {job.out.dtype}."
             )
-        first, last = _extent(job.out)
+        first, last = extent_of(job.out)
         for what, array in named:
-            a, b = _extent(array)
+            a, b = extent_of(array)
             if a < last and first < b:
                 raise InputError(
                     f"out for {_label(job)}: expected memory of its own, got memory that "

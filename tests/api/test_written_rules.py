@@ -103,7 +103,7 @@ def test_same_kind_in_same_kind_out() -> None:
     merged = mf.merge(state, [{"a": tau, "b": tau}], "average")
     assert list(merged) == ["b", "a"]
     module = torch.nn.Linear(3, 2)
-    assert set(mf.merge(module, [torch.nn.Linear(3, 2)], "average")) == {"weight", "bias"}
+    assert isinstance(mf.merge(module, [torch.nn.Linear(3, 2)], "average"), torch.nn.Linear)
 
 
 def test_result_has_the_dtype_of_the_base_or_of_out() -> None:

@@ -1,0 +1,225 @@
+"""One merge of tensors, resolved: names and parameters to a recipe, tensors to jobs, jobs to what
+is reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magic_fast import ops
+from magic_fast.api.results import MergeResult
+from magic_fast.calibration import WeightCalibration, as_calibration
+from magic_fast.errors import InputError
+from magic_fast.methods.arguments import find_method, resolve_arguments
+from magic_fast.methods.functions import FUNCTIONS, PREPARATIONS
+from magic_fast.methods.recipes import build_recipe
+from magic_fast.ops.backend import Job, Stats
+from magic_fast.ops.checks import check
+from magic_fast.recipe import Recipe, TrimScope
+
+log = logging.getLogger("magic_fast")
+
+Masks = Sequence[Tensor | None] | Sequence[Mapping[str, Tensor] | None]
+
+
+@dataclass
+class Call:
+    """The arguments of one merge, resolved."""
+
+    method: str
+    arguments: dict[str, Any]
+    recipe: Recipe | None
+    calibration: WeightCalibration | None
+    preset: str
+    backend: str | None
+    nonfinite: str
+    name: str
+    row_axis: int | tuple[int, ...] | None
+    masks: Masks | None
+    details: bool
+    model_type: str | None = None  # of a module: tells the axis of its output units
+
+    @property
+    def over_model(self) -> bool:
+        """Whether one threshold over all tensors trims each expert."""
+        trim = None if self.recipe is None else self.recipe.trim
+        return trim is not None and trim.by_magnitude and trim.scope is TrimScope.MODEL
+
+
+def check_base(method: str, given: bool) -> None:
+    """Refuses a base for methods that take none, and none for those that need one."""
+    spec = find_method(method)
+    if not given and spec.base == "required":
+        raise InputError(
+            f"base for method {method!r}: expected a tensor or a state dict, got None. "
+            "Use merge_task_vectors() where the experts are task vectors already."
+        )
+    if given and spec.base == "none":
+        raise InputError(
+            f"base for method {method!r}: expected None, got a model. This method works on "
+            "whole models: pass base=None and the base among the experts."
+        )
+
+
+def check_calibration(call: Call, has_base: bool) -> None:
+    if not has_base and call.calibration is not None:
+        raise InputError(
+            f"calibrate for method {call.method!r} without a base: expected None, got a "
+            "calibration. Calibration compares task vectors, so it needs the base."
+        )
+
+
+def numbers_of(weights: float | Sequence[float] | Tensor | None) -> Any:
+    return weights.tolist() if isinstance(weights, Tensor) else weights
+
+
+def resolve(
+    method: str,
+    given: Mapping[str, Any],
+    num_experts: int,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None,
+    preset: str | None,
+    backend: str | None,
+    nonfinite: str,
+    row_axis: int | tuple[int, ...] | None,
+    masks: Masks | None,
+    name: str,
+    seed: int | None,
+    compat: str | None,
+    details: bool,
+) -> Call:
+    preset = preset or "default"
+    arguments = resolve_arguments(method, given, num_experts, preset)
+    calibration = as_calibration(calibrate)
+    recipe = None
+    if method not in FUNCTIONS:
+        arguments["seed"] = seed or 0
+        recipe = build_recipe(method, num_experts, arguments, preset=preset, compat=compat)
+    if seed is not None and (recipe is None or not recipe.trim.is_random):
+        raise InputError(
+            f"seed for method {method!r}: expected none, got {seed}. Nothing in it is random."
+        )
+    if masks is not None and recipe is not None and recipe.consensus is not None:
+        recipe = replace(recipe, consensus=replace(recipe.consensus, given=True))
+    elif masks is not None and (recipe is None or not recipe.trim.is_random):
+        raise InputError(
+            f"masks for method {method!r}: expected none, got some. They replace the draw of "
+            "a random trim or the task masks of a consensus; here is neither."
+        )
+    if calibration is not None and num_experts == 1:
+        log.warning("calibrating the merge of one expert gives back a full-size task vector")
+    if details and backend not in (None, "auto", "torch"):
+        raise InputError(
+            f"details with backend {backend!r}: expected backend 'torch', which keeps masks "
+            "and votes, "
+            f"got {backend!r}. Leave the backend out."
+        )
+    if details:
+        backend = "torch"
+    return Call(
+        method,
+        arguments,
+        recipe,
+        calibration,
+        preset,
+        backend,
+        nonfinite,
+        name,
+        row_axis,
+        masks,
+        details,
+    )
+
+
+def masks_of(call: Call, name: str) -> list[Tensor | None] | None:
+    if call.masks is None:
+        return None
+    found: list[Tensor | None] = []
+    for m in call.masks:
+        found.append(m.get(name) if isinstance(m, Mapping) else m)
+    return found
+
+
+def job_of(
+    call: Call,
+    name: str,
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    out: Tensor | None,
+    k_masks: list[Tensor | None] | None,
+) -> Job:
+    weights = call.arguments.get("weights", (1.0,) * len(experts))
+    if call.recipe is not None:
+        weights = call.recipe.weights
+    calibration = None
+    if call.calibration is not None:
+        calibration = call.calibration.resolve(
+            name, tuple(experts[0].shape), weights, model_type=call.model_type,
+            row_axis=call.row_axis,
+        )  # fmt: skip
+    recipe = call.recipe or Recipe(weights=weights)
+    return Job(
+        base,
+        experts,
+        recipe,
+        out,
+        name,
+        masks=None if recipe.consensus is not None else k_masks,
+        task_masks=k_masks if recipe.consensus is not None else None,
+        calibration=calibration,
+        details=call.details,
+    )
+
+
+def prepare(jobs: Sequence[Job], call: Call) -> None:
+    """What looks at all tensors before any is merged: thresholds and bounds over the model."""
+    if call.method in PREPARATIONS:
+        for job in jobs:
+            check(job)
+        call.arguments |= PREPARATIONS[call.method](
+            lambda: ((job.base, job.experts) for job in jobs), call.arguments
+        )
+    elif call.over_model and any(job.selection is None for job in jobs):
+        ops.select_model(jobs)
+
+
+def run(jobs: Sequence[Job], call: Call) -> list[Stats]:
+    """Jobs that are prepared, each into its ``out``."""
+    if call.recipe is None:
+        function: Callable[..., Tensor] = FUNCTIONS[call.method]
+        return ops.run_function(
+            jobs, lambda job: function(job, call.arguments, call.preset),
+            backend=call.backend, nonfinite=call.nonfinite,
+        )  # fmt: skip
+    return ops.merge(jobs, backend=call.backend, nonfinite=call.nonfinite)
+
+
+def execute(jobs: Sequence[Job], call: Call) -> list[Stats]:
+    prepare(jobs, call)
+    return run(jobs, call)
+
+
+def details_of(merged: Any, jobs: Sequence[Job], stats: Sequence[Stats], bare: bool) -> MergeResult:
+    fields: dict[str, dict[str, Any]] = {}
+    for job, found in zip(jobs, stats, strict=True):
+        decisions = found.extra.get("decisions")
+        values = {
+            "keep_masks": None if decisions is None else decisions.keep,
+            "elected_sign": None if decisions is None else decisions.elected,
+            "thresholds": found.selection.threshold,
+            "keep_probability": None if decisions is None else decisions.keep_probability,
+            "rescale_factors": found.selection.factor,
+            "coefficients": None
+            if found.coefficient is None
+            else torch.as_tensor(found.coefficient),
+        }
+        for key, value in values.items():
+            fields.setdefault(key, {})[job.name] = value
+    if bare:
+        return MergeResult(merged, **{k: next(iter(v.values())) for k, v in fields.items()})
+    return MergeResult(merged, **fields)
