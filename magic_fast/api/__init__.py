@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         MergeResult,
         TensorCalibration,
     )
+    from magic_fast.api.series import merge_series
     from magic_fast.api.spectrum import lines, svc
     from magic_fast.api.stats import (
         TensorStatistics,
@@ -55,6 +56,7 @@ _HOMES = {
         "MergeResult",
         "TensorCalibration",
     ),
+    "magic_fast.api.series": ("merge_series",),
     "magic_fast.api.spectrum": ("lines", "svc"),
     "magic_fast.api.stats": (
         "TensorStatistics",
@@ -98,6 +100,7 @@ __all__ = [
     "merge",
     "merge_checkpoints",
     "merge_into",
+    "merge_series",
     "merge_task_vectors",
     "plan_checkpoints",
     "row_norms",

@@ -11,6 +11,7 @@ from magic_fast.cli.progress import progress
 
 if TYPE_CHECKING:
     from magic_fast.config import MergeConfig
+    from magic_fast.config.series import Merge
 
 
 def add_parser(commands: Any) -> None:
@@ -21,11 +22,22 @@ def add_parser(commands: Any) -> None:
         "`calibrate:`, into the new folder OUT, which appears once, whole.",
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="YAML file; of several documents (mergekit-multi) the results with a name are models "
+        "of the others, and the one without is OUT",
+    )
     parser.add_argument("out", metavar="OUT", help="folder to make; it must be missing or empty")
     options.execution(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
+    )
+    parser.add_argument(
+        "--intermediate",
+        metavar="FOLDER",
+        help="keep the results with a name of several documents there (default: beside OUT until "
+        "it is whole)",
     )
     parser.add_argument("--out-dtype", help="dtype of the result, instead of the configuration's")
     parser.add_argument(
@@ -49,19 +61,29 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
+    from magic_fast.config.series import is_series
+    from magic_fast.errors import InputError
 
-    config = read_config(arguments.config, preset=arguments.preset, out_dtype=arguments.out_dtype)
+    instead = {"preset": arguments.preset, "out_dtype": arguments.out_dtype}
     settings = {
         "device": arguments.device,
         "backend": arguments.backend,
         "max_shard_size": arguments.max_shard_size,
         "memory": arguments.memory,
-        "resume": arguments.resume,
         "seed": arguments.seed,
         "compat": arguments.compat,
         "calibrate": arguments.calibrate,
         "allow_embedding_truncation": arguments.allow_embedding_truncation,
     }
+    if is_series(read_text(arguments.config), arguments.config):
+        return run_series(arguments, instead, settings)
+    if arguments.intermediate is not None:
+        raise InputError(
+            f"--intermediate for {arguments.config}: expected several documents, got one. "
+            "Remove the option."
+        )
+    settings["resume"] = arguments.resume
+    config = read_config(arguments.config, **instead)
     if arguments.dry_run:
         plan = mf.plan_checkpoints(config, arguments.out, **settings)
         output.show_plan(plan, json=arguments.json)
@@ -72,6 +94,61 @@ def run(arguments: argparse.Namespace) -> int:
         merged = mf.merge_checkpoints(config, arguments.out, progress=report, **settings)
     output.show_report(merged, quiet=arguments.quiet, json=arguments.json)
     return 0
+
+
+def run_series(
+    arguments: argparse.Namespace, instead: dict[str, str | None], settings: dict[str, Any]
+) -> int:
+    """The merges of a file of several documents."""
+    import magic_fast as mf
+    from magic_fast.api.series import read_file
+
+    merges = read_file(arguments.config, {k: v for k, v in instead.items() if v is not None})
+    if arguments.dry_run:
+        show_series(merges, arguments, settings)
+        return 0
+    quiet, style = arguments.quiet, arguments.progress
+    with progress(quiet=quiet, title="merge", style=style) as report:
+        reports = mf.merge_series(
+            merges,
+            arguments.out,
+            intermediate=arguments.intermediate,
+            resume=arguments.resume,
+            progress=report,
+            **settings,
+        )
+    if arguments.json:
+        options.print_json({name or "": report.as_dict() for name, report in reports.items()})
+        return 0
+    for made in reports.values():
+        output.show_report(made, quiet=quiet, json=False)
+    return 0
+
+
+def show_series(
+    merges: list[Merge], arguments: argparse.Namespace, settings: dict[str, Any]
+) -> None:
+    """What each merge would do; of one that uses others' results, only what can be known."""
+    import magic_fast as mf
+
+    told = []
+    for merge in merges:
+        method = merge.config.merge_method
+        known: dict[str, Any] = {"name": merge.name, "method": method, "after": list(merge.uses)}
+        if not arguments.json:
+            after = f" after {', '.join(merge.uses)}" if merge.uses else ""
+            print(f"== {merge.name or arguments.out}: {method}{after}")
+        if not merge.uses:
+            folder = Path(arguments.intermediate or Path(arguments.out).parent)
+            place = folder / merge.name if merge.name is not None else arguments.out
+            plan = mf.plan_checkpoints(merge.config, place, **settings)
+            known["plan"] = plan.describe()
+            if not arguments.json:
+                output.show_plan(plan, json=False)
+            plan.budget.refuse_excess()
+        told.append(known)
+    if arguments.json:
+        options.print_json({"merges": told})
 
 
 def read_config(path: str, **instead: str | None) -> MergeConfig:

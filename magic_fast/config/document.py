@@ -47,23 +47,35 @@ def read_document(text: str, source: str | None = None) -> Document:
     >>> read_document("merge_method: linear").data
     {'merge_method': 'linear'}
     """
+    documents = read_documents(text, source)
+    if len(documents) > 1:
+        raise ConfigError(
+            f"several documents for {source or 'the configuration'}: expected one merge, got "
+            f"{len(documents)} documents separated by '---' (mergekit-multi). Run them with "
+            "magic-fast merge or mf.merge_series."
+        )
+    return documents[0]
+
+
+def read_documents(text: str, source: str | None = None) -> list[Document]:
+    """Parse all documents of a YAML text, at least one; each top level is a mapping.
+
+    Arguments and errors are those of :func:`read_document`.
+    """
     name = source or "the configuration"
+    documents: list[Document] = []
     try:
         loader = _Loader(text)
-        root = loader.get_node() if loader.check_node() else None
-        if loader.check_node():
-            raise ConfigError(
-                f"several documents for {name}: expected one merge, got more than one document "
-                "separated by '---'. mergekit-multi files are not supported: run one merge a file."
-            )
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(
-                f"no keys for {name}: expected a mapping such as 'merge_method: ties', "
-                f"got {_kind(root)}. Write key: value lines."
-            )
-        lines: dict[Path, int] = {}
-        _Walk(lines, name).visit(root, (), ())
-        data = loader.construct_document(root)
+        while not documents or loader.check_node():
+            root = loader.get_node() if loader.check_node() else None
+            if not isinstance(root, yaml.MappingNode):
+                raise ConfigError(
+                    f"no keys for {name}: expected a mapping such as 'merge_method: ties', "
+                    f"got {_kind(root)}. Write key: value lines."
+                )
+            lines: dict[Path, int] = {}
+            _Walk(lines, name).visit(root, (), ())
+            documents.append(Document(loader.construct_document(root), Origin(source, lines)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -75,7 +87,7 @@ def read_document(text: str, source: str | None = None) -> Document:
         raise ConfigError(
             f"bad YAML for {name}: expected valid YAML text, got: {error}. Correct the file."
         ) from None
-    return Document(data, Origin(source, lines))
+    return documents
 
 
 class _Walk:

@@ -14,7 +14,8 @@ Owners = Mapping[Path, type[BaseModel]]
 
 #: Keys that mergekit has and magic_fast does not: what they are, to say so. Null is accepted.
 UNSUPPORTED = {
-    "name": "it belongs to mergekit-multi files, which are not supported. Run one merge a file",
+    "name": "it belongs to files of several merges (mergekit-multi). Remove it, or add the merges "
+    "that use it",
     "lora": "adapters are not supported here. Merge the adapter into its model first",
 }
 

@@ -23,7 +23,7 @@ from magic_fast.config.calibrate import (
     TensorPatterns,
     find_path,
 )
-from magic_fast.config.document import read_document
+from magic_fast.config.document import Document, read_document
 from magic_fast.config.entries import (
     Dtype,
     ModelEntry,
@@ -99,6 +99,7 @@ class MergeConfig(Node):
 
     _warnings: tuple[str, ...] = PrivateAttr(default=())
     _folder: Path | None = PrivateAttr(default=None)
+    _places: Mapping[str, Path] = PrivateAttr(default_factory=dict)
 
     def __init__(self, /, **data: Any) -> None:
         self._load(data, Origin(), None)
@@ -122,8 +123,7 @@ class MergeConfig(Node):
     @classmethod
     def from_yaml(cls, text: str, *, source: str | None = None) -> MergeConfig:
         """A configuration from YAML text; faults are named with their lines. Raises ConfigError."""
-        document = read_document(text, source)
-        return cls._build(document.data, document.origin, None)
+        return cls.from_document(read_document(text, source), None)
 
     @classmethod
     def from_file(cls, path: str | Path) -> MergeConfig:
@@ -141,8 +141,12 @@ class MergeConfig(Node):
                 f"unreadable file for {path}: expected a YAML file, got: {error.strerror}. "
                 "Correct the path."
             ) from None
-        document = read_document(text, str(path))
-        return cls._build(document.data, document.origin, path.absolute().parent)
+        return cls.from_document(read_document(text, str(path)), path.absolute().parent)
+
+    @classmethod
+    def from_document(cls, document: Document, folder: Path | None) -> MergeConfig:
+        """A configuration from a YAML document that was read already. Raises ConfigError."""
+        return cls._build(document.data, document.origin, folder)
 
     @classmethod
     def _build(cls, data: Mapping[str, Any], origin: Origin, folder: Path | None) -> MergeConfig:
@@ -228,11 +232,14 @@ class MergeConfig(Node):
         return sum(end - start for start, end in ranges)
 
     def resolve_path(self, reference: str) -> Path:
-        """Where a model lies: relative to the current directory, else to the YAML's folder.
+        """Where a model lies: what :meth:`with_places` says, else relative to the current
+        directory, else to the YAML's folder.
 
         Raises:
             ConfigError: it is in neither place.
         """
+        if reference in self._places:
+            return self._places[reference]
         path = find_path(reference, self._folder)
         if path is None:
             places = listed(str(p) for p in (Path.cwd(), self._folder) if p is not None)
@@ -241,6 +248,12 @@ class MergeConfig(Node):
                 f"{places}, got nothing there. Correct the path, or download the model first."
             )
         return path
+
+    def with_places(self, places: Mapping[str, Path]) -> MergeConfig:
+        """The same configuration, with the folders of models that have no path but a name."""
+        config = self.model_copy()
+        config._places = {name: places[name] for name in self.model_references if name in places}
+        return config
 
     def calibration_arguments(self) -> dict[str, Any] | None:
         """:meth:`CalibrateConfig.as_dict` with the file of scores found; None without calibrate.
