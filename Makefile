@@ -76,7 +76,7 @@ format: venv ## rewrite the sources the way lint wants them
 	files=$$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'); \
 	  test -z "$$files" || $(BIN)/clang-format -i $$files
 
-demo: venv ## make 150 M-parameter checkpoints, merge them (TIES + WSC), show what changed
+demo: venv ## merge 150 M-parameter checkpoints (TIES + WSC), show what changed; accuracy of tiny specialists, calibrated
 	$(BIN)/magic-fast demo
 
 peers: $(PEERS)/.installed ## the tools that the benchmarks compare with

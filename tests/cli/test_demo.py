@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,13 @@ def test_says_what_it_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         "safetensors: 21 tensors",
         f"{PROBE} is what mf.merge gives in memory, bit for bit",
         "transformers",
+        "Does calibration help?",
+        "each expert on its own task",
+        "Page of plots: ",
     ):
         assert part in printed
+    page = folder / "report.html"
+    assert page.is_file() == (importlib.util.find_spec("plotly") is not None)
 
 
 @pytest.mark.parametrize("fault", ["value", "infinite", "missing"])
