@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from quality.arms import CALIBRATIONS, MERGES
@@ -53,9 +53,25 @@ def score_cells(
     )  # fmt: skip
 
 
-def choose(development: Sequence[Record]) -> dict[str, tuple[Setting, list[tuple[Setting, float]]]]:
-    """Calibration → the best setting (variant or order and λ over all merges, then its clamp over
-    those where clamps were varied), and every one that was compared."""
+@dataclass(frozen=True)
+class Choice:
+    """What the development seeds chose for a calibration.
+
+    Attributes:
+        setting: variant or order, and λ, over all merges.
+        clamp: with that setting, over the merges on which clamps were varied ('': the package's).
+        tried: every setting compared, with its mean validation score.
+        clamps: every clamp compared.
+    """
+
+    setting: Setting
+    clamp: str
+    tried: list[tuple[Setting, float]]
+    clamps: list[tuple[str, float]]
+
+
+def choose(development: Sequence[Record]) -> dict[str, Choice]:
+    """Calibration → what is best by the mean validation score."""
     chosen = {}
     for name, options in OPTIONS.items():
         tried = [
@@ -67,26 +83,21 @@ def choose(development: Sequence[Record]) -> dict[str, tuple[Setting, list[tuple
         if not tried:
             continue
         best = max(tried, key=lambda pair: pair[1])[0]
-        clamped = [
-            (s, v)
+        clamps = [
+            (clamp, v)
             for clamp in ("", *CLAMPS)
-            if (v := value(development, s := Setting(best.calibration, best.scale, clamp), CLAMPED))
-            is not None
+            if (v := value(development, replace(best, clamp=clamp), CLAMPED)) is not None
         ]
-        final = max(clamped, key=lambda pair: pair[1])[0] if clamped else best
-        chosen[name] = (final, tried + [(s, v) for s, v in clamped if s.clamp])
+        clamp = max(clamps, key=lambda pair: pair[1])[0] if clamps else ""
+        chosen[name] = Choice(best, clamp, tried, clamps)
     return chosen
-
-
-def merges_for(setting: Setting) -> Sequence[str]:
-    return CLAMPED if setting.clamp else MERGES
 
 
 def compared(
     records: Sequence[Record], setting: Setting, other: Setting
 ) -> tuple[dict[tuple[int, str], float], dict[tuple[int, str], float]]:
     """Test cells of two settings over the merges that both were run on."""
-    merges = merges_for(setting) if setting.clamp else merges_for(other)
+    merges = CLAMPED if setting.clamp or other.clamp else MERGES
     return (
         pooled(merges, lambda m: score_cells(records, setting, m, "test")),
         pooled(merges, lambda m: score_cells(records, other, m, "test")),

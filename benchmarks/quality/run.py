@@ -44,6 +44,9 @@ def file_of(folder: Path, job: Job) -> Path:
 
 def work(folder: Path, job: Job, grid: tuple[float, ...]) -> str:
     """Runs one job in a process of its own and writes its file whole."""
+    file = file_of(folder, job)
+    if file.is_file():  # another run on the same cache was quicker
+        return f"seed {job[0]} {job[1]}: there already"
     import torch
     from transformers.utils import logging
 
@@ -63,8 +66,8 @@ def work(folder: Path, job: Job, grid: tuple[float, ...]) -> str:
         say=lambda text: print(f"  seed {seed} {name}: {text}", flush=True),
     )  # fmt: skip
     if base is None:
-        torch.save(trained, known)
-    file = file_of(folder, job)
+        torch.save(trained, known.with_suffix(".partial"))
+        known.with_suffix(".partial").replace(known)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(record))
     partial.replace(file)

@@ -2,82 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from statistics import fmean
 
 from quality import collect
-from quality.arms import (
-    ABSOLUTE,
-    CALIBRATIONS,
-    CONTROLS,
-    DATA_OF,
-    FEATURE,
-    MERGES,
-    PERMUTED,
-    SCALAR,
-    TENSOR,
-    WEIGHT,
-)
-from quality.collect import AS_IT_COMES, BEST, METRICS, Record
+from quality.arms import CALIBRATIONS, DATA_OF, FEATURE, MERGES, SCALAR, TENSOR
+from quality.collect import AS_IT_COMES, BEST, METRICS
 from quality.defaults import PACKAGE, Setting, choose, compared
-from quality.paired import Cells, Difference, difference
-from quality.settings import RESAMPLES, SCENARIOS
-
-COLUMNS = ("none", *WEIGHT, SCALAR, TENSOR, *PERMUTED, *FEATURE)
-HOW = {AS_IT_COMES: "as it comes (λ = 1, nothing tuned)", BEST: "best λ on validation (labels)"}
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown lines of a table.
-
-    >>> table(["a", "b"], [["1", "2"]])
-    ['| a | b |', '|---|---|', '| 1 | 2 |', '']
-    """
-    lines = [header, ["---"] * len(header), *rows]
-    written = ["| " + " | ".join(line) + " |" for line in lines]
-    written[1] = "|" + "---|" * len(header)
-    return [*written, ""]
-
-
-def plus_minus(value: tuple[float, float] | None) -> str:
-    return "–" if value is None else f"{value[0]:.3f} ± {value[1]:.3f}"
-
-
-def signed(d: Difference | None) -> str:
-    """Mean and interval; bold where the interval leaves out 0."""
-    if d is None:
-        return "–"
-    text = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
-    return f"**{text}**" if d.seen else text
-
-
-def columns_of(scenario: str) -> tuple[str, ...]:
-    return (*COLUMNS, ABSOLUTE) if scenario.endswith("/tiny") else COLUMNS
-
-
-class Results:
-    """All figures of one set of records (the reported seeds)."""
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = [r for r in records if not r["development"]]
-        self.development = [r for r in records if r["development"]]
-        self.scenarios = [s for s in SCENARIOS if self.of(s)]
-
-    def of(self, scenario: str) -> list[Record]:
-        return collect.of_scenario(self.records, scenario, development=False)
-
-    def cells(
-        self, scenario: str, merge: str, calibration: str, how: str, metric: int = 0
-    ) -> dict[tuple[int, str], float]:
-        return collect.cells(self.of(scenario), merge, calibration, how, metric)
-
-    def pooled(
-        self, scenario: str, calibration: str, how: str, metric: int = 0
-    ) -> dict[tuple[int, str], float]:
-        return collect.pooled(MERGES, lambda m: self.cells(scenario, m, calibration, how, metric))
-
-    def versus(self, a: Cells, b: Cells) -> Difference | None:
-        return difference(a, b, RESAMPLES)
+from quality.results import (
+    COLUMNS,
+    HOW,
+    PACKAGE_CLAMP,
+    Results,
+    columns_of,
+    plus_minus,
+    signed,
+    table,
+)
 
 
 def run_lines(results: Results) -> Iterator[str]:
@@ -254,25 +196,37 @@ def default_lines(results: Results) -> Iterator[str]:
     yield ""
     chosen = choose(results.development)
     yield from table(
-        ["", "chosen", "mean validation score of every setting tried"],
+        ["", "chosen", "mean validation score of every setting tried", "of every clamp with it"],
         [
-            [name, f"**{best}**", "; ".join(f"{s}: {v:.3f}" for s, v in tried)]
-            for name, (best, tried) in chosen.items()
+            [
+                name,
+                f"**{choice.setting}; {choice.clamp or PACKAGE_CLAMP}**",
+                "; ".join(f"{s}: {v:.3f}" for s, v in choice.tried),
+                "; ".join(f"{c or PACKAGE_CLAMP}: {v:.3f}" for c, v in choice.clamps),
+            ]
+            for name, choice in chosen.items()
         ],
     )
     yield "On the reported seeds and tasks, test part, chosen − the package's default:"
     yield ""
     rows = []
-    for name, (best, _) in chosen.items():
-        row = [name]
-        for scenario in results.scenarios:
-            row.append(
-                signed(
-                    results.versus(*compared(results.of(scenario), best, Setting(PACKAGE[name])))
-                )
-            )
-        rows.append(row)
-    yield from table(["", *results.scenarios], rows)
+    for name, choice in chosen.items():
+        plain = Setting(choice.setting.calibration)
+        pairs = {
+            f"{choice.setting} − {Setting(PACKAGE[name])}": (
+                choice.setting,
+                Setting(PACKAGE[name]),
+            ),
+            f"{replace(plain, clamp=choice.clamp)} − {plain}": (
+                replace(plain, clamp=choice.clamp),
+                plain,
+            ),
+        }
+        for label, (a, b) in pairs.items():
+            if a != b:
+                found = [compared(results.of(s), a, b) for s in results.scenarios]
+                rows.append([label, *(signed(results.versus(*cells)) for cells in found)])
+    yield from table(["difference", *results.scenarios], rows)
 
 
 def scenario_lines(results: Results, scenario: str) -> Iterator[str]:
@@ -325,6 +279,3 @@ def scenario_lines(results: Results, scenario: str) -> Iterator[str]:
                 for m in MERGES
             ],
         )
-
-
-assert set(CONTROLS) <= set(COLUMNS)

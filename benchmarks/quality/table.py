@@ -11,7 +11,7 @@ from typing import Any
 from quality import collect, sections
 from quality.arms import MERGES
 from quality.collect import METRICS, Record
-from quality.sections import HOW, Results, columns_of
+from quality.results import HOW, Results, columns_of
 
 INTRODUCTION = (
     "What is measured, and how: [PROTOCOL.md](../quality/PROTOCOL.md). Written by "

@@ -163,8 +163,8 @@ def test_tables_say_what_was_run(tmp_path: Path) -> None:
 
 def test_defaults_are_chosen_on_development_seeds_alone() -> None:
     chosen = defaults.choose([record(100, 0.1, development=True)])
-    assert str(chosen["WSC"][0]) == "WSC sphere, λ 1"
-    assert str(chosen["FSC"][0]) == "FSC, λ 1"
+    assert str(chosen["WSC"].setting) == "WSC sphere, λ 1"
+    assert str(chosen["FSC"].setting) == "FSC, λ 1" and chosen["FSC"].clamp == ""
     reported = table.Results([record(0, 0.1)])
     assert defaults.choose(reported.development) == {}
 
