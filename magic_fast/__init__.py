@@ -164,6 +164,8 @@ __all__ = [  # noqa: RUF022 - ordered by use
 
 
 def __getattr__(name: str) -> object:
+    if name == "integrations":  # mf.integrations.mergekit and kin, each imported on use
+        return import_module("magic_fast.integrations")
     room = _ROOM_OF.get(name)
     if room is None:
         raise AttributeError(f"module 'magic_fast' has no attribute {name!r}")

@@ -52,16 +52,20 @@ def cut(source: Input, shape: tuple[int, ...]) -> Input:
 def calibration_of(config: MergeConfig) -> WeightCalibration | None:
     """The ``calibrate:`` block as settings."""
     arguments = config.calibration_arguments()
-    if arguments is None:
-        return None
+    return None if arguments is None else calibration_from(arguments)
+
+
+def calibration_from(arguments: dict[str, Any]) -> WeightCalibration:
+    """Settings from :meth:`magic_fast.config.calibrate.CalibrateConfig.as_dict`; a file of scores
+    is read."""
+    arguments = dict(arguments)
     if isinstance(arguments["tensors"], Mapping):
         arguments["tensors"] = TensorFilter(**arguments["tensors"])
     if isinstance(arguments["sensitive"], Mapping):
         arguments["sensitive"] = sensitive_from_file(**arguments["sensitive"])
-    if arguments["direction"] is None:
-        del arguments["direction"]
-    if arguments.get("granularity") is None:
-        arguments.pop("granularity", None)
+    for name in ("direction", "granularity"):  # absent: the settings' own default
+        if arguments.get(name) is None:
+            arguments.pop(name, None)
     return WeightCalibration(**arguments)
 
 

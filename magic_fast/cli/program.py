@@ -22,6 +22,7 @@ from magic_fast._version import __version__
 from magic_fast.errors import MagicFastError
 
 COMMANDS = ("merge", "sweep", "calibrate", "inspect", "verify", "methods", "doctor", "demo")
+OTHERS = ("mergekit-yaml",)  # another package's command: its words are not ours to parse
 INTERRUPTED = 130
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 SECONDS_TO_STOP = 1.5  # then a command that was interrupted is ended
@@ -37,9 +38,13 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"magic-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS if only is None else (only,):
-        import_module(f"magic_fast.cli.{name}").add_parser(commands)
+    for name in (*COMMANDS, *OTHERS) if only is None else (only,):
+        _module(name).add_parser(commands)
     return parser
+
+
+def _module(command: str) -> Any:
+    return import_module(f"magic_fast.cli.{command.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
+    if words and words[0] in OTHERS:
+        return int(_module(words[0]).run(words[1:]))
     named = words[0] if words and words[0] in COMMANDS else None
     arguments = build_parser(named).parse_args(words)
     logging.basicConfig(

@@ -1,0 +1,190 @@
+"""What the replacements of every release share: mergekit's parameters to ours, its tensors to one
+merge. mergekit itself is not imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magic_fast.api.merging import merge
+from magic_fast.api.steps import calibration_from
+from magic_fast.calibration import WeightCalibration
+from magic_fast.config.calibrate import CalibrateConfig
+from magic_fast.errors import InputError
+from magic_fast.methods.arguments import python_name
+from magic_fast.methods.parameters import METHODS, MethodSpec, available_methods
+
+#: Methods of mergekit that run faster here (benchmarks/results/dropin.md); the others stay its own.
+REPLACED = (
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_ties",
+    "dare_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della",
+    "della_linear",
+    "karcher",
+)
+
+PRESET = "mergekit"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NO_SUM = 1e-8  # a sum of weights below this divides nothing here, and everything in mergekit
+
+
+def new_methods(existing: Sequence[str]) -> list[MethodSpec]:
+    """Our methods on task vectors that mergekit lacks, as its YAML can have them: one tensor at a
+    time, so nothing that looks at the whole model first (``pcb`` with scope ``tensor`` only)."""
+    found = [METHODS[name] for name in available_methods() if name not in existing]
+    return [spec for spec in found if spec.base in ("required", "optional")]
+
+
+def takes(tensors: Sequence[Tensor]) -> bool:
+    """Whether the fast merge may have these: plain tensors of its dtypes, no gradient wanted."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not wanted and all(
+        type(t) in _PLAIN and t.dtype in _DTYPES and t.device.type in ("cpu", "cuda")
+        for t in tensors
+    )
+
+
+def arguments_of(method: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """mergekit's parameters by our names; those without an effect here (``int8_mask``) left out.
+
+    Returns:
+        None where a value is out of our range: mergekit knows what it means by it.
+    """
+    spec, given = METHODS[method], {}
+    for name, value in parameters.items():
+        found = spec.find(name)
+        if found is None or value is None:
+            continue
+        if not all(found.accepts(v) for v in (value if isinstance(value, list) else [value])):
+            return None
+        given[python_name(found)] = value
+    if method == "linear" and given.get("normalize", True) and abs(sum(given["weights"])) < _NO_SUM:
+        return None
+    if "epsilon" in given and "density" in given:  # DELLA: both ends are probabilities
+        for density, epsilon in zip(given["density"], given["epsilon"], strict=True):
+            if not epsilon < density < 1 - epsilon:
+                return None
+    return given
+
+
+def out_of_range(method: str, name: str | None) -> InputError:
+    """What mergekit would be left to judge, where it cannot: a calibrated or a new method."""
+    ranges = "; ".join(
+        f"{p.name} {p.expected()}" for p in METHODS[method].parameters if p.kind == "float"
+    )
+    return InputError(
+        f"parameters of method {method!r} for '{name or 'the tensor'}': expected {ranges}, got "
+        "one out of range. Correct it."
+    )
+
+
+def run(
+    method: str,
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    arguments: Mapping[str, Any],
+    *,
+    name: str | None,
+    calibrate: WeightCalibration | None = None,
+    row_axis: int | tuple[int, ...] | None = None,
+    out: Tensor | None = None,
+    compat: str | None = None,
+) -> Tensor:
+    """One tensor merged, in the dtype of the first input. The inputs are read, never written.
+
+    Random masks are drawn from a seed of torch's generator, so that ``--random-seed`` and
+    ``torch.manual_seed`` hold, and the next tensor gets another.
+    """
+    rescale = METHODS[method].find("rescale")
+    random = rescale is not None and rescale.random_trim
+    wanted = [t for t in experts if t.requires_grad] if torch.is_grad_enabled() else []
+    if wanted:
+        raise InputError(
+            f"gradients of {method!r} for '{name or 'the tensor'}': expected none to be wanted, "
+            "got a tensor that requires one. Merge inside torch.no_grad()."
+        )
+    merged: Tensor = merge(
+        None if base is None else base.detach().contiguous(),
+        [t.detach().contiguous() for t in experts],
+        method,
+        preset=PRESET,
+        nonfinite="propagate",
+        name=name or "",
+        seed=int(torch.randint(2**63 - 1, ())) if random else None,
+        calibrate=calibrate,
+        row_axis=row_axis,
+        out=out,
+        compat=compat,
+        **arguments,
+    )
+    return merged
+
+
+def calibration_of(value: Any) -> WeightCalibration | None:
+    """The parameter ``calibrate`` of a YAML: ``wsc``, ``none``, or settings as text.
+
+    mergekit's parameters are numbers and words, so settings are a mapping in quotes.
+
+    >>> calibration_of("{variant: sphere, p: 1}").p
+    1
+    >>> calibration_of("none") is None
+    True
+    """
+    if value is None or value is False or isinstance(value, WeightCalibration):
+        return value or None
+    return _calibration(value)
+
+
+@lru_cache(maxsize=64)
+def _calibration(text: Any) -> WeightCalibration | None:
+    import yaml
+    from pydantic import ValidationError
+
+    why: object = "an unknown word"
+    try:
+        given = yaml.safe_load(text) if isinstance(text, str) else text
+        if given in ("none", None):
+            return None
+        if given == "wsc" or isinstance(given, dict):
+            return calibration_from(CalibrateConfig.model_validate(given).as_dict())
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (yaml.YAMLError, InputError) as error:
+        why = error
+    raise InputError(
+        "calibrate: expected wsc, none or settings in quotes such as '{variant: sphere}', got "
+        f"{text!r} ({why}). Correct it."
+    ) from None
+
+
+def row_axis_of(
+    models: Sequence[Any], name: str | None, shape: Sequence[int], calibrate: WeightCalibration
+) -> tuple[int, ...] | None:
+    """Axes of the output units by the layout of the models, which mergekit's references name."""
+    resolved = calibrate.resolve(
+        name or "", shape, (1.0,) * len(models), model_type=_model_type(models[0])
+    )
+    return None if resolved is None else resolved.axes
+
+
+@lru_cache(maxsize=16)
+def _model_type(model: Any) -> str | None:
+    """``model_type`` of a ModelReference; None for inputs that are no checkpoint."""
+    if not hasattr(model, "config"):
+        return None
+    try:
+        found = getattr(model.config(), "model_type", None)
+    except (OSError, ValueError):  # no config.json, or one that needs code of its own
+        return None
+    return found if isinstance(found, str) else None
