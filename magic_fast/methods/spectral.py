@@ -16,6 +16,7 @@ from magic_fast.reference import spectral
 from magic_fast.reference.merge import decision_dtype, task_vectors
 from magic_fast.reference.spectral import EXACT, Factorizations
 from magic_fast.spectral import FastFactorizations
+from magic_fast.spectral.precision import full_float32
 
 _NEVER = ("text_projection",)
 _MAGIC_TSV_NEVER = ("token_embedding", "positional_embedding", "embeddings")
@@ -46,7 +47,8 @@ def _merged(job: Job, arguments: Mapping[str, Any], formula: Formula | None) -> 
         delta = formula([tau.double() for tau in taus], EXACT).to(dtype)
     else:
         label = f"'{job.name}'" if job.name else "the tensor"
-        delta = formula(taus, FastFactorizations(label))
+        with full_float32():
+            delta = formula(taus, FastFactorizations(label))
     delta = delta * arguments["scale"]
     merged: Tensor = delta if job.base is None else job.base.to(dtype) + delta
     return merged

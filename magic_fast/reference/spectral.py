@@ -33,7 +33,10 @@ def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Factorizations(Protocol):
-    """The two decompositions that every formula here is written over."""
+    """The product and the two decompositions that every formula here is written over."""
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b."""
 
     def polar(self, x: Tensor) -> Tensor:
         """U Vᵀ over the non-zero singular values of ``x`` [m, n]; shape and dtype of ``x``."""
@@ -52,6 +55,9 @@ class ExactFactorizations:
     """
 
     cutoff: float | None = None
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
 
     def _used(self, s: Tensor) -> Tensor:
         return s > (rank_cutoff(s.dtype) if self.cutoff is None else self.cutoff) * s[0]
@@ -136,7 +142,8 @@ def iso_cts(taus: Sequence[Tensor], fraction: float, by: Factorizations = EXACT)
     parts = []
     if t > 0:
         u = common[0]
-        parts = [by.leading(tau - u @ (u.T @ tau), t) for tau in taus]
+        outside = (tau - by.multiply(u, by.multiply(u.T, tau)) for tau in taus)
+        parts = [by.leading(x, t) for x in outside]
     return _recombine([*parts, common], by, isotropic=True)
 
 
@@ -161,7 +168,7 @@ def _recombine(
     if isotropic:
         s = s.double().mean().to(s.dtype).expand_as(s)
     left, right = by.polar(u[:, used]), by.polar(v[:, used])
-    return (left * s[used]) @ right.T
+    return by.multiply(left * s[used], right.T)
 
 
 def star(tau: Tensor, eta: float) -> Tensor:

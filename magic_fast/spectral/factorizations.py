@@ -8,6 +8,7 @@ from torch import Tensor
 
 from magic_fast.spectral.leading_triples import leading
 from magic_fast.spectral.polar_factor import polar
+from magic_fast.spectral.products import multiply
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class FastFactorizations:
     """
 
     label: str = "a matrix"
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        return multiply(a, b)
 
     def polar(self, x: Tensor) -> Tensor:
         return polar(x, label=self.label)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from magic_fast.reference.spectral import ExactFactorizations, rank_cutoff
-from magic_fast.spectral.products import gram, normalized, start_block
+from magic_fast.spectral.precision import full_float32
+from magic_fast.spectral.products import gram, multiply, normalized, start_block
 
 log = logging.getLogger("magic_fast")
 
@@ -47,6 +48,11 @@ def leading(x: Tensor, count: int, *, label: str = "a matrix") -> Triples:
     if x.shape[0] > x.shape[1]:
         v, s, u = leading(x.T, count, label=label)
         return u, s, v
+    with full_float32():
+        return _wide_leading(x, count, label)
+
+
+def _wide_leading(x: Tensor, count: int, label: str) -> Triples:
     scaled, unit = normalized(x)
     if count == 0 or unit == 0 or x.shape[0] <= _MIN_SIDE:
         return _exact(x, count)
@@ -89,7 +95,7 @@ def _subspace(x: Tensor, count: int, block: int) -> Triples | None:
     the bound is not met in a few rounds."""
     a = gram(x)
     q = start_block(x.shape[0], block, x)
-    q = torch.linalg.qr(a @ (a @ q))[0]
+    q = torch.linalg.qr(multiply(a, multiply(a, q)))[0]
     previous = math.inf
     for _ in range(_ROUNDS):
         u, s, v, back = _rayleigh_ritz(x, q)
@@ -106,13 +112,13 @@ def _subspace(x: Tensor, count: int, block: int) -> Triples | None:
 
 def _rayleigh_ritz(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(U, σ float64, V, X V) of the best triples whose left vectors lie in the columns of q."""
-    rows = q.T @ x
+    rows = multiply(q.T, x)
     values, w = torch.linalg.eigh(gram(rows.double()))
     values, w = values.flip(0), w.flip(1)
     s = values.clamp_min(0).sqrt()
     w = w.to(x.dtype)
-    v = (rows.T @ w) / s.clamp_min(1e-30 + 1e-7 * float(s[0])).to(x.dtype)
-    return q @ w, s, v, x @ v
+    v = multiply(rows.T, w) / s.clamp_min(1e-30 + 1e-7 * float(s[0])).to(x.dtype)
+    return multiply(q, w), s, v, multiply(x, v)
 
 
 def _filtered(a: Tensor, q: Tensor, top: float, edge: float) -> Tensor:
@@ -121,10 +127,10 @@ def _filtered(a: Tensor, q: Tensor, top: float, edge: float) -> Tensor:
     half = max(edge, 1e-12 * top) / 2
     reach = math.acosh(max(top / half - 1, 1 + 1e-9))
     degree = max(2, min(_DEGREE, int(math.log(_GROWTH) / reach)))
-    before, now = q, (a @ q) / half - q
+    before, now = q, multiply(a, q).div_(half).sub_(q)
     for _ in range(degree - 1):
         # T_{j+1}(y) = 2y·T_j(y) − T_{j−1}(y), y = a/half − 1
-        after = torch.addmm(before, a, now, beta=-1, alpha=2 / half).sub_(now, alpha=2)
+        after = multiply(a, now).mul_(2 / half).sub_(before).sub_(now, alpha=2)
         before, now = now, after
     return now
 
