@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from quality.paired import Cells, spread
 
 Record = Mapping[str, Any]
+Spread = tuple[float, float | None]
 METRICS = ("score", "NLL", "ECE")
 AS_IT_COMES, BEST = "as it comes", "best"
 
@@ -69,7 +70,7 @@ def by_seed(found: Cells) -> dict[int, float]:
     return {seed: fmean(values) for seed, values in seeds.items()}
 
 
-def over_seeds(found: Cells) -> tuple[float, float] | None:
+def over_seeds(found: Cells) -> Spread | None:
     """Mean and standard deviation over seeds; None without a cell."""
     seeds = by_seed(found)
     return spread(list(seeds.values())) if seeds else None
@@ -85,9 +86,7 @@ def bound(records: Iterable[Record], which: str, metric: int = 0) -> dict[tuple[
     }
 
 
-def deviations(
-    records: Iterable[Record], merge: str, calibration: str
-) -> dict[str, tuple[float, float]]:
+def deviations(records: Iterable[Record], merge: str, calibration: str) -> dict[str, Spread]:
     """Layer → mean and deviation over the seeds of its feature deviation."""
     layers: dict[str, list[float]] = {}
     for record in records:
@@ -113,7 +112,7 @@ def within_seed_spread(
                 if kept:
                     means.append(fmean(kept))
             if len(means) > 1:
-                found.append(spread(means)[1])
+                found.append(stdev(means))
     return fmean(found) if found else None
 
 

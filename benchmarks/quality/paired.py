@@ -57,6 +57,6 @@ def difference(a: Cells, b: Cells, resamples: int, seed: int = 0) -> Difference 
     return Difference(sum(flat) / len(flat), float(low), float(high), len(flat), len(by_seed))
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (0 of a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation (None of a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

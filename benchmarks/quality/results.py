@@ -27,8 +27,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*written, ""]
 
 
-def plus_minus(value: tuple[float, float] | None) -> str:
-    return "–" if value is None else f"{value[0]:.3f} ± {value[1]:.3f}"
+def plus_minus(value: collect.Spread | None) -> str:
+    """``mean ± standard deviation``; of a single seed the mean alone."""
+    if value is None:
+        return "–"
+    return f"{value[0]:.3f}" + ("" if value[1] is None else f" ± {value[1]:.3f}")
 
 
 def signed(d: Difference | None) -> str:

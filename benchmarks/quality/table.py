@@ -32,7 +32,7 @@ def write(records: Sequence[Record], *, markdown: Path | None, summary: Path | N
     else:
         markdown.write_text(text)
     if summary is not None:
-        summary.write_text(json.dumps(summary_of(results), indent=1) + "\n")
+        summary.write_text(as_json(summary_of(results)))
 
 
 def lines_of(results: Results) -> Iterator[str]:
@@ -51,6 +51,27 @@ def lines_of(results: Results) -> Iterator[str]:
     yield from sections.default_lines(results)
     for scenario in results.scenarios:
         yield from sections.scenario_lines(results, scenario)
+
+
+def rounded(value: Any) -> Any:
+    """Every float in it to four places, small ones to three digits."""
+    if isinstance(value, float):
+        return round(value, 4) if abs(value) >= 1e-2 else float(f"{value:.3g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """JSON with an arm a line."""
+    blocks = []
+    for scenario, facts in found.items():
+        facts = rounded(facts)
+        arms = ",\n".join("   " + json.dumps(arm, ensure_ascii=False) for arm in facts.pop("arms"))
+        lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in facts.items()]
+        lines.append(f'  "arms": [\n{arms}\n  ]')
+        blocks.append(f" {json.dumps(scenario)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
 def summary_of(results: Results) -> dict[str, Any]:
