@@ -43,6 +43,9 @@ def merge(jobs: list[_JobTuple], threads: int = 0, isa: int = -1) -> list[_Stats
 def row_stats(
     job: _JobTuple, gram: int, dots: int, norm2: int, threads: int = 0, isa: int = -1
 ) -> None: ...
+def gram(
+    job: _JobTuple, cols: int, wide: bool, gram: int, threads: int = 0, isa: int = -1
+) -> None: ...
 def scale(job: _JobTuple, coefficient: int, threads: int = 0, isa: int = -1) -> None: ...
 def row_norms(
     job: _JobTuple, l1: int, l2: int, linf: int, threads: int = 0, isa: int = -1

@@ -108,6 +108,8 @@ enum Field {
   kRepaired,
   kNorms2,
   kSelection,
+  kWeights,
+  kWeightCols,
   kFields
 };
 
@@ -145,6 +147,7 @@ struct Batch {
     job.out = address<void*>(at(kOut)), job.out_dtype = (int32_t)integer(at(kOutDtype));
     job.coefficient = address<float*>(at(kCoefficient)), job.factor = address<float*>(at(kFactor));
     job.repaired = address<uint8_t*>(at(kRepaired)), job.norms2 = address<double*>(at(kNorms2));
+    job.weights = address<const float*>(at(kWeights)), job.weight_cols = integer(at(kWeightCols));
     const Calibration* calibration = nullptr;
     if (!at(kCalibration).is_none()) {
       calibration = &at(kCalibration).cast<Calibration&>();
@@ -276,6 +279,14 @@ void row_stats(const py::tuple& job, uintptr_t gram, uintptr_t dots, uintptr_t n
     return mf_cpu_row_stats(batch.jobs.data(), reinterpret_cast<double*>(gram),
                             reinterpret_cast<double*>(dots), reinterpret_cast<double*>(norm2),
                             &options);
+  });
+}
+
+void gram(const py::tuple& job, int64_t cols, bool wide, uintptr_t out, int threads, int isa) {
+  Batch batch = one(job);
+  const mf_options options{threads, isa};
+  run([&] {
+    return mf_cpu_gram(batch.jobs.data(), cols, wide, reinterpret_cast<double*>(out), &options);
   });
 }
 
@@ -413,6 +424,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("select", &select_jobs, py::arg("jobs"), py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("merge", &merge_jobs, py::arg("jobs"), py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("row_stats", &row_stats, py::arg("job"), py::arg("gram"), py::arg("dots"), py::arg("norm2"),
+        py::arg("threads") = 0, py::arg("isa") = -1);
+  m.def("gram", &gram, py::arg("job"), py::arg("cols"), py::arg("wide"), py::arg("gram"),
         py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("scale", &scale, py::arg("job"), py::arg("coefficient"), py::arg("threads") = 0,
         py::arg("isa") = -1);

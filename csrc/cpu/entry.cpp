@@ -136,6 +136,18 @@ mf_status mf_cpu_row_stats(const mf_job* job, double* gram, double* dots, double
   });
 }
 
+mf_status mf_cpu_gram(mf_job* job, int64_t cols, int32_t wide, double* gram,
+                      const mf_options* options) {
+  return guarded([&] {
+    clear(*job);
+    job->calibration = nullptr;
+    const bool small = job->numel * job->num_experts <= kSmallJob;
+    mf::Runner runner(kernels_of(options), small ? 1 : threads_of(options));
+    mf::Prepared p(*job);
+    mf::gram_job(runner, p, cols, wide != 0, gram);
+  });
+}
+
 mf_status mf_cpu_scale(mf_job* job, const float* coefficient, const mf_options* options) {
   return guarded([&] {
     if (!job->calibration || !job->merged || !job->out)

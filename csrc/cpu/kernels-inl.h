@@ -99,8 +99,11 @@ static void merge_tiles(const Work& w, Scratch& s, int64_t start, int64_t n, flo
 static void merge(const Work& w, Scratch& s, int64_t start, int64_t n, float factor) {
   if (keeps_merged(w, factor)) return copy_merged(w, s, start, n);
   if (factor != 1 || !is_plain_sum(w)) return merge_tiles(w, s, start, n, factor);
-  for (int64_t done = 0; done < n; done += kLinearStretch) {
-    const int64_t len = imin(kLinearStretch, n - done), blocks = len & -(int64_t)kSumLanes;
+  int64_t len;
+  for (int64_t done = 0; done < n; done += len) {
+    len = imin(kLinearStretch, n - done);
+    if (w.job->weights) len = imin(len, left_of_row(w, start + done));
+    const int64_t blocks = len & -(int64_t)kSumLanes;
     const bool large = linear_stretch(w, start + done, blocks);
     if (large) {
       merge_tiles(w, s, start + done, len, 1);  // which looks closer
@@ -150,6 +153,21 @@ static void statistics(const Work& w, Scratch& s, int64_t start, int64_t n, floa
     }
     trace_norms(w, s, start + done, len, pairs);
     if (w.powers) powers_tile(rows, w.m, padded(len), w.job->calibration->p, powers);
+  }
+}
+
+static void gram(const Work& w, Scratch& s, int64_t start, int64_t n, double* pairs) {
+  const float* rows[kMaxVectors];
+  for (int k = 0; k < w.k; ++k) rows[k] = s.tau + k * kTile;
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    const float* base = load_base(w, s, start + done, len);
+    for (int k = 0; k < w.k; ++k) load_tau(w, s, k, base, start + done, len, s.tau + k * kTile);
+    if (w.wide) {
+      gram_wide_tile(rows, w.k, padded(len), pairs);
+    } else {
+      gram_tile(rows, w.k, padded(len), s.lanes, pairs);
+    }
   }
 }
 
@@ -218,7 +236,7 @@ static void words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint
   }
 }
 
-constexpr Kernels kTable = {merge,      statistics, apply,       votes,     norms,
+constexpr Kernels kTable = {merge,      statistics, gram,        apply,     votes, norms,
                             magnitudes, scan,       kth_largest, row_norms, words};
 
 }  // namespace

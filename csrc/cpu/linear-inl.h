@@ -2,7 +2,7 @@
 // is formed, all in registers.
 #pragma once
 
-#include "load-inl.h"
+#include "weighted-inl.h"
 
 namespace mf {
 namespace MF_ISA_NAMESPACE {
@@ -10,37 +10,46 @@ namespace {
 
 constexpr int kLinearMost = 8;        // experts
 constexpr int kLinearStretch = 4096;  // elements between looks at what was not finite
+constexpr int kShortRow = 256;        // elements of a row of weights; shorter ones go tile by tile
+
+enum LinearBase { kNoBase, kBase, kWeightedBase };  // none; as it is; and weighted among the rest
 
 // out = base + scale * (sum_k weight_k * (expert_k - base)) / divisor of n elements, a multiple
-// of 16. True where some of it may overflow the output or is not finite.
-template <class T, int K, bool SCALED>
-static bool linear_loop(const Work& w, int64_t start, int64_t n) {
+// of 16. weights: [K + 1], the last of the base. True where some of it may overflow the output or
+// is not finite.
+template <class T, int K, int BASE, bool SCALED>
+static bool linear_loop(const Work& w, const float* weights, int64_t start, int64_t n) {
   typedef typename T::type E;
   constexpr int kLine = 64 / (int)sizeof(E);
   const mf_job& job = *w.job;
-  const E* base = (const E*)job.base + start;
+  const E* base = BASE == kNoBase ? nullptr : (const E*)job.base + start;
   E* out = (E*)job.out + start;
   const E* expert[K];
   vf weight[K];
   for (int k = 0; k < K; ++k) {
     expert[k] = (const E*)w.experts[k].data + start;
-    weight[k] = splat(w.experts[k].weight);
+    weight[k] = splat(weights[k]);
   }
-  const vf divisor = splat(w.divisor), scale = splat(job.scale);
+  const vf base_weight = splat(weights[K]), divisor = splat(w.divisor), scale = splat(job.scale);
   vi top = splat_i(0);
   for (int64_t i = 0; i < n; i += kSumLanes) {
     if (i % kLine == 0) {
-      __builtin_prefetch((const char*)(base + i) + kPrefetch);
+      if (BASE != kNoBase) __builtin_prefetch((const char*)(base + i) + kPrefetch);
       for (int k = 0; k < K; ++k) __builtin_prefetch((const char*)(expert[k] + i) + kPrefetch);
     }
     vf result[kParts];
     each_part([&](auto part) MF_LAMBDA {
       constexpr int H = decltype(part)::value;
-      const vf b = T::template part<H>(base + i);
-      vf sum = zero();
-      for (int k = 0; k < K; ++k) sum += (T::template part<H>(expert[k] + i) - b) * weight[k];
+      vf b = zero(), sum = zero();
+      if (BASE != kNoBase) b = T::template part<H>(base + i);
+      for (int k = 0; k < K; ++k) {
+        vf x = T::template part<H>(expert[k] + i);
+        if (BASE != kNoBase) x -= b;
+        sum += x * weight[k];
+      }
+      if (BASE == kWeightedBase) sum += b * base_weight;
       if (SCALED) sum = sum / divisor * scale;
-      result[H] = b + sum;
+      result[H] = BASE == kNoBase ? sum : b + sum;
       top = max_i(top, abs_bits(result[H]));
     });
     T::put(out + i, result);
@@ -50,8 +59,20 @@ static bool linear_loop(const Work& w, int64_t start, int64_t n) {
 
 template <class T, int K>
 static bool linear_scaled(const Work& w, int64_t start, int64_t n) {
-  if (w.divisor != 1 || w.job->scale != 1) return linear_loop<T, K, true>(w, start, n);
-  return linear_loop<T, K, false>(w, start, n);
+  if (w.job->weights) {
+    const float* weights = row_weights(w, start);
+    if (!w.job->base) return linear_loop<T, K, kNoBase, false>(w, weights, start, n);
+    if (weights[K] == 0) return linear_loop<T, K, kBase, false>(w, weights, start, n);
+    return linear_loop<T, K, kWeightedBase, false>(w, weights, start, n);
+  }
+  float weights[K + 1] = {};
+  for (int k = 0; k < K; ++k) weights[k] = w.experts[k].weight;
+  const bool scaled = w.divisor != 1 || w.job->scale != 1;
+  if (w.job->base)
+    return scaled ? linear_loop<T, K, kBase, true>(w, weights, start, n)
+                  : linear_loop<T, K, kBase, false>(w, weights, start, n);
+  return scaled ? linear_loop<T, K, kNoBase, true>(w, weights, start, n)
+                : linear_loop<T, K, kNoBase, false>(w, weights, start, n);
 }
 
 template <class T>
@@ -83,14 +104,16 @@ static bool linear_stretch(const Work& w, int64_t start, int64_t n) {
 }
 
 // Whether `linear_stretch` does what the recipe says: a plain sum of a few experts, one dtype
-// throughout.
+// throughout, and no more than a few changes of the weights.
 static bool is_plain_sum(const Work& w) {
   const mf_job& job = *w.job;
-  bool plain = w.linear && !job.merged && job.base && w.k >= 1 && w.k <= kLinearMost &&
-               job.consensus == MF_CONSENSUS_NONE && job.base_dtype == job.out_dtype;
+  bool plain = w.linear && !job.merged && w.k >= 1 && w.k <= kLinearMost &&
+               job.consensus == MF_CONSENSUS_NONE;
+  if (job.base) plain &= job.base_dtype == job.out_dtype;
+  if (job.weights) plain &= job.weight_cols >= kShortRow;
   for (int k = 0; plain && k < w.k; ++k) {
     const mf_expert& e = w.experts[k];
-    plain = e.trim == MF_TRIM_NONE && e.factor == 1 && e.dtype == job.base_dtype;
+    plain = e.trim == MF_TRIM_NONE && e.factor == 1 && e.dtype == job.out_dtype;
   }
   return plain;
 }

@@ -2,7 +2,7 @@
 // reduction, consensus.
 #pragma once
 
-#include "tile-inl.h"
+#include "weighted-inl.h"
 
 namespace mf {
 namespace MF_ISA_NAMESPACE {
@@ -318,6 +318,7 @@ static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* d
       for (int k = 0; k < w.k; ++k) load_tau(w, s, k, base, start, n, s.tau + k * kTile);
     return;
   }
+  if (job.weights) return weighted_tile(w, s, start, n, delta);
   values_tile(w, s, start, n, delta);
   if (!w.linear && reduce_tile(w, s, n, delta)) trace_experts(w, s, start, n);
   const bool consensus = job.consensus != MF_CONSENSUS_NONE;

@@ -67,6 +67,15 @@ void check(const mf_job& job) {
                 job.numel == 0,
             "job: rank_cols must divide the tensor.");
   }
+  if (job.weights) {
+    require(job.weight_cols > 0 && job.numel % job.weight_cols == 0,
+            "job: weight_cols must divide the tensor.");
+    bool plain = !job.merged && job.vote == MF_VOTE_NONE && job.contributors == MF_ALL &&
+                 job.reduce == MF_SUM && job.consensus == MF_CONSENSUS_NONE && job.scale == 1;
+    for (int k = 0; k < job.num_experts; ++k)
+      plain &= job.experts[k].trim == MF_TRIM_NONE && job.experts[k].factor == 1;
+    require(plain, "job: weights of rows are those of a plain sum.");
+  }
   if (const mf_calibration* c = job.calibration)
     require(c->rows >= 0 && c->cols >= 0 && (double)c->rows * (double)c->cols < 9e18 &&
                 c->rows * c->cols == job.numel,

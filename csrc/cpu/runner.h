@@ -115,6 +115,8 @@ void norm_sums(Runner& runner, Prepared& p, double* before, double* after);
 int64_t vote_sum(Runner& runner, Prepared& p);
 // Merges (or calibrates) one job whose selection is known.
 void merge_job(Runner& runner, Prepared& p);
+// Adds the inner products of the task vectors of every `cols` elements to gram [rows, K, K].
+void gram_job(Runner& runner, Prepared& p, int64_t cols, bool wide, double* gram);
 // Row sums of [rows, cols] into pairs [rows, M(M+1)/2].
 void row_stats_job(Runner& runner, Prepared& p, double* gram, double* dots, double* norm2);
 

@@ -76,6 +76,8 @@ struct Kernels {
   // delta into `delta` (null: the scratch) and the row sums added to pairs and powers.
   void (*statistics)(const Work&, Scratch&, int64_t start, int64_t n, float* delta, double* pairs,
                      double* powers);
+  // Inner products of the task vectors, added to pairs. Of a Work with one vector an expert.
+  void (*gram)(const Work&, Scratch&, int64_t start, int64_t n, double* pairs);
   // out = base + factor * delta from a delta kept by `statistics`; factor 1 copies `merged` where
   // there is one.
   void (*apply)(const Work&, Scratch&, int64_t start, int64_t n, const float* delta, float factor);

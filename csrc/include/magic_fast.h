@@ -115,6 +115,10 @@ typedef struct mf_job {
   uint8_t* repaired;  // [rows] 1 where the guards left the row alone, or null
   double* norms2;     // [num_experts + 2] squared norms of the task vectors, of d, of d after the
                       // factors, or null
+  const float* weights;  // in: [numel / weight_cols, num_experts + 1] of the experts and, last, of
+                         // the base, one row for weight_cols elements, instead of the experts' own;
+                         // or null. Plain sums only: d = sum_k weight_k tau_k + weight_K base
+  int64_t weight_cols;
   int64_t numel;
   int64_t offset;     // flat index of element 0 in the whole tensor
   int64_t total;      // elements of the whole tensor
@@ -165,6 +169,11 @@ mf_status mf_cpu_merge(mf_job* jobs, int64_t count, const mf_options* options);
 // gram [rows, K, K], dots [rows, K], norm2 [rows] of the raw task vectors and merged - base.
 mf_status mf_cpu_row_stats(const mf_job* job, double* gram, double* dots, double* norm2,
                            const mf_options* options);
+// gram [numel / cols, K, K]: inner products of the task vectors of every `cols` elements are added
+// to what is there, in float32 within 512 elements (wide: in float64) and in float64 beyond. Of one
+// row that comes in pieces, all but the last a multiple of 65536 elements, in order.
+mf_status mf_cpu_gram(mf_job* job, int64_t cols, int32_t wide, double* gram,
+                      const mf_options* options);
 // out = base + coefficient[row] * (merged - base).
 mf_status mf_cpu_scale(mf_job* job, const float* coefficient, const mf_options* options);
 // l1, l2, linf [rows] each, of x - base (x where base is null).

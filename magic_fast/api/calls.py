@@ -17,7 +17,8 @@ from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import find_method, resolve_arguments
 from magic_fast.methods.functions import FUNCTIONS, PREPARATIONS
-from magic_fast.methods.recipes import build_recipe
+from magic_fast.methods.geometric import GEOMETRIC, Question
+from magic_fast.methods.recipes import RECIPES, build_recipe
 from magic_fast.ops.backend import Job, Stats
 from magic_fast.ops.checks import check
 from magic_fast.recipe import Recipe, TrimScope
@@ -97,7 +98,7 @@ def resolve(
     arguments = resolve_arguments(method, given, num_experts, preset)
     calibration = as_calibration(calibrate)
     recipe = None
-    if method not in FUNCTIONS:
+    if method in RECIPES:
         arguments["seed"] = seed or 0
         recipe = build_recipe(method, num_experts, arguments, preset=preset, compat=compat)
     if seed is not None and (recipe is None or not recipe.trim.is_random):
@@ -190,6 +191,13 @@ def prepare(jobs: Sequence[Job], call: Call) -> None:
 
 def run(jobs: Sequence[Job], call: Call) -> list[Stats]:
     """Jobs that are prepared, each into its ``out``."""
+    if call.method in GEOMETRIC:
+        for job in jobs:
+            asked = Question(
+                len(job.experts), job.base is not None, call.arguments, call.preset, job.name
+            )
+            job.directions = GEOMETRIC[call.method](asked)
+        return ops.merge(jobs, backend=call.backend, nonfinite=call.nonfinite)
     if call.recipe is None:
         function: Callable[..., Tensor] = FUNCTIONS[call.method]
         return ops.run_function(

@@ -77,7 +77,7 @@ def budget_of(plan: MergePlan, *, staged: bool = True) -> Budget:
     """Blocks of the memory allowed; smaller ones where tensors that are whole need some of it.
 
     Args:
-        staged: on a GPU, tensors pass through the blocks (sweeps hold them).
+        staged: no sweep, which holds what it merges on a GPU, and what a search would be for.
     """
     given = plan.memory is not None
     memory = DEFAULT_MEMORY if plan.memory is None else plan.memory
@@ -95,7 +95,7 @@ def budget_of(plan: MergePlan, *, staged: bool = True) -> Budget:
 def _with_blocks(
     plan: MergePlan, size: int, allowed: int | None, given: bool, staged: bool
 ) -> Budget:
-    ways = modes(plan, size, plan.device)
+    ways = modes(plan, size, plan.device, searches=staged)
     if staged and plan.device != "cpu":
         return Budget(size, ways, SLOTS * size, 0, "", allowed, given)
     blocks = SLOTS * size if _any_streamed(ways.values()) else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 
+from magic_fast.engine.directions import directions_of, needs_whole
 from magic_fast.engine.plan import FLOATS, MergePlan, Step
 from magic_fast.engine.units import (
     SUM_BLOCK,
@@ -43,10 +44,16 @@ class Mode(str, Enum):
     TORCH = "torch"
 
 
-def modes(plan: MergePlan, slot_bytes: int, device: str) -> dict[str, tuple[Mode, str]]:
-    """Step name → how it runs, and why not in pieces ('' where it does)."""
+def modes(
+    plan: MergePlan, slot_bytes: int, device: str, *, searches: bool = True
+) -> dict[str, tuple[Mode, str]]:
+    """Step name → how it runs, and why not in pieces ('' where it does). ``searches``: a tensor may
+    be read once more than it is merged, for its inner products."""
     known: _Known = {}
     found = {s.name: mode_of(plan, s, slot_bytes, device, known) for s in plan.steps}
+    for s in plan.steps if not searches else ():
+        if found[s.name][0] is Mode.STREAM and needs_whole(s) and not fits(s, slot_bytes):
+            found[s.name] = Mode.HOLD, "its coefficients follow from all of the tensor"
     scoped = [s for s in plan.steps if over_model(s)]
     bad = next((s for s in scoped if found[s.name][0] is Mode.TORCH), None)
     if bad is not None:  # one threshold for all of them comes from one place
@@ -94,13 +101,16 @@ def _why_torch(plan: MergePlan, step: Step, device: str, known: _Known) -> str |
         return "float64 runs in torch"
     if step.copy:
         return None
-    if step.recipe is None:
+    directions = directions_of(step)
+    if step.recipe is None and directions is None:
         return f"method {step.method} looks at whole tensors"
     if step.whole and step.calibration is not None:
         return "whole weights are calibrated against a base"
     calibration, shape = step.calibration, step.shape
     key = (
-        id(step.recipe),  # the plan keeps them; tensors of the same parameters share one
+        step.method
+        if directions
+        else id(step.recipe),  # the plan keeps them; tensors of the same parameters share one
         step.dtype,
         step.cast,
         *dtypes,
@@ -131,6 +141,7 @@ def _unsupported(step: Step) -> str | None:
         View(0, step.dtype, step.shape),
         step.name,
         calibration=step.calibration,
+        directions=directions_of(step),
     )
     return NativeBackend().supports(job)
 

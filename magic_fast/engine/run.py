@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from magic_fast.checkpoint import OutputFolder
+from magic_fast.engine.directions import needs_whole
 from magic_fast.engine.identity import Identity, identity_of, labelled
 from magic_fast.engine.journal import Journal, NoJournal, Record
 from magic_fast.engine.memory import SLOTS, Slot
@@ -134,13 +135,17 @@ class Run:
     def _search_bytes(self, step: Step) -> int:
         """What finding a step's selection reads, as a rule."""
         recipe = step.recipe
-        assert recipe is not None
+        if recipe is None:
+            return sum(i.nbytes for i in step.inputs)
         passes = (recipe.trim.by_magnitude and recipe.trims, recipe.needs_factors)
         return sum((*passes, recipe.needs_majority)) * sum(i.nbytes for i in step.inputs)
 
     def _needs_search(self, step: Step) -> bool:
         recipe = step.recipe
-        if recipe is None or step.copy or step.merged is not None or not recipe.needs_select:
+        if recipe is None:
+            small = self._modes[step.name] is not Mode.STREAM or fits(step, self._slot_bytes)
+            return needs_whole(step) and not small
+        if step.copy or step.merged is not None or not recipe.needs_select:
             return False
         if step.name in self._given:
             return False
@@ -178,6 +183,7 @@ class Run:
         keeps what is read in the caches until it is merged and written."""
         recipe = step.recipe
         selects = recipe is not None and step.merged is None and recipe.needs_select
+        selects = selects or needs_whole(step)
         if step.copy or not selects or not fits(step, self._slot_bytes):
             small = cut(step, min(self._slot_bytes, UNIT_BYTES))
             if small:
@@ -201,7 +207,10 @@ class Run:
 
         search = StreamedSearch(steps, self._slot_bytes, self._pipeline.wait)
         yield from search.units()
-        self._compute.selections |= search.selections()
+        if steps[0].recipe is None:
+            self._compute.weights |= search.weights()
+        else:
+            self._compute.selections |= search.selections()
 
     def _recorded(self, journal: Journal) -> dict[str, list[Piece]]:
         """Steps that an earlier run wrote completely, in its pieces."""

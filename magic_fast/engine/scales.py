@@ -31,6 +31,7 @@ def shares(job: Job) -> bool:
     return (
         job.base is not None
         and job.calibration is None
+        and job.directions is None
         and job.masks is None
         and job.task_masks is None
         and job.recipe.trim.rule is not TrimRule.RANKED  # ranks need rows, not slabs

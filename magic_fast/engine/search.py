@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
+from magic_fast.engine.directions import GramSearch
 from magic_fast.engine.plan import Step
 from magic_fast.engine.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
 from magic_fast.ops.backend import Array, View
+from magic_fast.ops.directions import RowWeights
 from magic_fast.ops.native_search import StreamingSelect, cut_for
 from magic_fast.recipe import Selection
 
@@ -15,14 +18,28 @@ _SAMPLES = 16
 _SAMPLE_ELEMENTS = 1 << 14  # of each: 16 of them pin a threshold to a few thousandths of the ranks
 
 
+class Wanting(Protocol):
+    """What is found from all the data, fed piece by piece."""
+
+    def sample(self, base: Array | None, experts: Sequence[Array]) -> None:
+        """Data from anywhere, before the first pass."""
+
+    def wants(self) -> list[tuple[int, int]]:
+        """Ranges to feed now; none: finished."""
+
+    def feed(self, base: Array | None, experts: Sequence[Array], *, offset: int) -> None:
+        """One piece."""
+
+
 class StreamedSearch:
-    """The selection of one tensor, or of all tensors at once (scope ``model``).
+    """The selection of one tensor, or of all tensors at once (scope ``model``); or the weights of
+    one tensor whose coefficients follow from all of it.
 
     The tensors lie one behind the other, in the order given; ``units`` yields what to read and
     waits, between passes, for what the pieces have shown.
 
     Args:
-        steps: of one recipe.
+        steps: of one recipe; or one step of a mean of directions.
         slot_bytes: size of a unit.
         wait: blocks until an event is set (and leaves when the run has failed).
     """
@@ -39,12 +56,15 @@ class StreamedSearch:
             self._starts[step.name] = total
             total += step.numel
         recipe = steps[0].recipe
-        assert recipe is not None
         name = steps[0].name if len(steps) == 1 else ""
-        self._search = StreamingSelect(recipe, total, name=name)
+        self._search: Wanting
+        if recipe is None:
+            self._search = GramSearch(steps[0])
+        else:
+            self._search = StreamingSelect(recipe, total, name=name)
         self._total = total
         self._sampled = False
-        self._by_magnitude = recipe.trim.by_magnitude
+        self._by_magnitude = recipe is not None and recipe.trim.by_magnitude
         self._outstanding = 0
         self._fed = threading.Event()
         self._lock = threading.Lock()
@@ -113,11 +133,17 @@ class StreamedSearch:
 
     def selections(self) -> dict[str, Selection]:
         """One selection per tensor, tie cuts counted inside it."""
+        assert isinstance(self._search, StreamingSelect)
         whole = self._search.result()
         found = {}
         for step in self._steps:
             found[step.name] = cut_for(whole, self._starts[step.name], step.numel)
         return found
+
+    def weights(self) -> dict[str, RowWeights]:
+        """The weights of the one tensor."""
+        assert isinstance(self._search, GramSearch)
+        return {self._steps[0].name: self._search.weights()}
 
 
 class SharedSearch(StreamedSearch):

@@ -14,6 +14,7 @@ import xxhash
 
 from magic_fast import ops
 from magic_fast.checkpoint import Checkpoint, OutputFolder
+from magic_fast.engine.directions import directions_of, vector_length
 from magic_fast.engine.finite import nonfinite
 from magic_fast.engine.journal import Journal, Record
 from magic_fast.engine.memory import Slot
@@ -22,6 +23,7 @@ from magic_fast.engine.recheck import refuse_changed_files
 from magic_fast.engine.units import Piece, Unit, element_size
 from magic_fast.errors import InputError
 from magic_fast.ops.backend import Job, Stats, View, count_repaired
+from magic_fast.ops.directions import RowWeights
 from magic_fast.recipe import Recipe, Selection
 
 _WORTH_SHARING = 1 << 19  # bytes for each of two threads
@@ -56,10 +58,12 @@ def slab_shape(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     inner = step.numel // step.shape[0]
     if piece.start % inner == 0 and piece.count % inner == 0:
         return (piece.count // inner, *step.shape[1:]), None
+    vector = vector_length(step)
     if step.calibration is not None:
         cols = step.calibration.cols
-        return (piece.count // cols, cols), (0,)
-    return (piece.count,), None
+        row = (cols,) if vector is None else (cols // vector, vector)
+        return (piece.count // cols, *row), (0,)
+    return (piece.count,) if vector is None else (piece.count // vector, vector), None
 
 
 class Loader:
@@ -171,6 +175,7 @@ class Streamed:
     def __init__(self, nonfinite: str, selections: Mapping[str, Selection] | None = None) -> None:
         self._nonfinite = nonfinite
         self.selections: dict[str, Selection] = dict(selections or {})
+        self.weights: dict[str, RowWeights] = {}
 
     def __call__(self, unit: Unit) -> None:
         loaded: Sequence[Loaded] = unit.buffers["pieces"]
@@ -228,7 +233,10 @@ class Streamed:
             selection=self.selections.get(step.name),
             offset=piece.start,
             total=step.numel,
+            directions=directions_of(step),
         )
+        if step.name in self.weights:  # of all the tensor, so of any part of it
+            job.weights = replace(self.weights[step.name], cols=piece.count)
         return job, merged
 
     def _copy(self, one: Loaded) -> None:

@@ -73,7 +73,7 @@ class Sweep:
 
     def _distinct(self) -> dict[str, list[Variant]]:
         """Tensor → the ways to merge it that differ."""
-        ways = [modes(p, self._slot_bytes, p.device) for p in self._plans]
+        ways = [modes(p, self._slot_bytes, p.device, searches=False) for p in self._plans]
         found: dict[str, list[Variant]] = {}
         for n, step in enumerate(self._plans[0].steps):
             same: dict[str, list[int]] = {}

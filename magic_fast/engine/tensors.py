@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
+from magic_fast.engine.directions import directions_of
 from magic_fast.engine.native import over_model
 from magic_fast.engine.plan import FLOATS, Input, MergePlan, Step
 from magic_fast.engine.stages import refuse_other_integers
@@ -113,6 +114,7 @@ class Worker:
             step.name,
             calibration=step.calibration,
             selection=self.selections.get(step.name),
+            directions=directions_of(step),
         ), merged
 
     @staticmethod
@@ -126,7 +128,9 @@ class Worker:
         backend = self._plan.backend
         if merged is not None:
             return ops.calibrate(job, merged, backend=backend, nonfinite=self._nonfinite)
-        if step.recipe is None or (step.whole and step.calibration is not None):
+        if job.directions is None and (
+            step.recipe is None or (step.whole and step.calibration is not None)
+        ):
             return self._function(step, job)
         if step.whole:
             job.base = None

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from magic_fast.checkpoint import DTYPE_BITS
+from magic_fast.engine.directions import vector_length
 from magic_fast.engine.memory import aligned
 from magic_fast.engine.plan import Input, Step
 from magic_fast.recipe import Granularity, TrimRule, Variant
@@ -26,7 +27,7 @@ def element_size(dtype: str) -> int:
 def grain(step: Step) -> int:
     """The least number of consecutive elements that must be merged together; the whole tensor
     where rows are not consecutive or one number serves them all."""
-    n, whole = 1, step.numel
+    n, whole = vector_length(step) or 1, step.numel
     recipe, calibration = step.recipe, step.calibration
     if recipe is not None and recipe.trim.rule is TrimRule.RANKED:
         if len(step.shape) < 2 or (recipe.trim.rank_dim1 and len(step.shape) > 2):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from magic_fast.methods.elementwise import ELEMENTWISE, prepare_pcb
-from magic_fast.methods.geometric import GEOMETRIC
 from magic_fast.methods.spectral import SPECTRAL
 from magic_fast.ops.backend import Job
 from magic_fast.reference.features import fold
@@ -20,7 +19,7 @@ Function = Callable[[Job, Mapping[str, Any], str], Tensor]
 Source = Callable[[], Iterable[tuple[Tensor | None, Sequence[Tensor]]]]
 Preparation = Callable[[Source, Mapping[str, Any]], dict[str, Any]]
 
-FUNCTIONS: Mapping[str, Function] = {**GEOMETRIC, **ELEMENTWISE, **SPECTRAL}
+FUNCTIONS: Mapping[str, Function] = {**ELEMENTWISE, **SPECTRAL}
 
 
 def _scale_channels(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from magic_fast.ops.directions import Directions, RowWeights
 from magic_fast.recipe import Recipe, RowCalibration, Selection, stream_of
 
 # torch.Tensor, or View for memory that no torch tensor owns. The rooms above never look inside.
@@ -60,6 +61,9 @@ class Job:
         selection: thresholds found elsewhere (model scope, streaming); None: the backend selects.
         offset: flat index of element 0 inside the whole tensor, where the arrays are a slab of it.
         total: elements of the whole tensor (default: this array's); trims count by it.
+        directions: the coefficients come from inner products, not from ``recipe`` (which is then a
+            plain sum).
+        weights: what ``directions`` gives, found elsewhere; None: the backend looks for it.
         details: keep masks, votes and factors in ``Stats.extra["decisions"]`` (torch backend only).
     """
 
@@ -74,6 +78,8 @@ class Job:
     selection: Selection | None = None
     offset: int = 0
     total: int | None = None
+    directions: Directions | None = None
+    weights: RowWeights | None = None
     details: bool = False
 
     @property

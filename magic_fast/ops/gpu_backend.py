@@ -31,6 +31,8 @@ class GpuBackend(ABC):
     def supports(self, job: Job) -> str | None:
         if reason := unfit(job):
             return reason
+        if job.directions is not None:
+            return "means of directions run in PyTorch"
         if len(job.experts) > MOST_EXPERTS:
             return f"it takes up to {MOST_EXPERTS} experts, not {len(job.experts)}"
         return unsupported(job)

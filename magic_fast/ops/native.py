@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from magic_fast.errors import BackendError, InputError
+from magic_fast.ops import native_directions
 from magic_fast.ops.backend import Array, Job, Stats
 from magic_fast.ops.limits import default_rows, unsupported
 from magic_fast.ops.native_jobs import (
@@ -85,7 +86,7 @@ class NativeBackend:
             return "it does not keep masks and votes"
         if len(job.experts) > _MOST_EXPERTS:
             return f"it takes up to {_MOST_EXPERTS} experts, not {len(job.experts)}"
-        return unsupported(job)
+        return native_directions.unsupported(job) or unsupported(job)
 
     # ---- the primitives ----
     def select(self, job: Job) -> Selection:
@@ -100,14 +101,16 @@ class NativeBackend:
             None if j.calibration is None else RowResults(j.calibration.rows, len(j.experts))
             for j in jobs
         ]
-        tuples = [call.job(j, rows=r) for j, r in zip(jobs, rows, strict=True)]
+        sums = [native_directions.as_sum(j, self.threads, self.isa) for j in jobs]
+        tuples = [call.job(j, rows=r) for j, r in zip(sums, rows, strict=True)]
         results = _native.merge(tuples, self.threads, self.isa)
         found = []
-        for r, (selection, kept, first, base, _, overflow) in zip(rows, results, strict=True):
+        for job, r, result in zip(jobs, rows, results, strict=True):
+            selection, kept, first, base, _, overflow = result
             stats = Stats(Selection(*selection), None, kept, first, base, overflow)
             if r is not None:
                 stats.coefficient, stats.extra = r.coefficient, r.extra()
-            found.append(stats)
+            found.append(native_directions.in_terms_of(job, stats))
         return found
 
     def calibrate(self, job: Job, merged: Array) -> Stats:

@@ -328,4 +328,6 @@ class Call:
                 selection.factor,
                 selection.majority,
             ),
+            0 if job.weights is None else job.weights.values.data_ptr(),
+            0 if job.weights is None else job.weights.cols,
         )

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from magic_fast.ops.backend import Array, Job, Stats
+from magic_fast.ops.directions import Directions
 from magic_fast.recipe import Granularity, Selection, TrimRule
 from magic_fast.reference import calibration as wsc
 from magic_fast.reference import merge as reference
+from magic_fast.reference.gram import Vectors
 
 _SLAB_ELEMENTS = 1 << 23  # a slab of float32 is 32 MiB: small against any tensor that needs slabs
 
@@ -102,6 +104,8 @@ class TorchBackend:
         )
 
     def merge(self, job: Job) -> Stats:
+        if job.directions is not None:
+            return self.finish(job, self._combine(job, job.directions))
         slabs = self._slabs(job)
         if len(slabs) == 1:
             return self._merge_whole(job)
@@ -149,6 +153,14 @@ class TorchBackend:
         if job.details:
             stats.extra["decisions"] = decisions
         return stats
+
+    @staticmethod
+    def _combine(job: Job, directions: Directions) -> Tensor:
+        """Nothing waits for the device but what the rule itself waits for."""
+        base, vectors = directions.vectors(job.base, job.experts)
+        dtype = reference.decision_dtype(base, vectors)
+        found = Vectors.of(base, vectors, dtype, directions.axis)
+        return found.combine(directions.rule(found.gram()))
 
     def finish(self, job: Job, merged: Tensor) -> Stats:
         """Calibrates, adds, rounds and checks a tensor that was merged by other means."""

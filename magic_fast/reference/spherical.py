@@ -1,4 +1,4 @@
-"""Spherical interpolation in plain PyTorch (docs/methods.md)."""
+"""Spherical interpolation in plain PyTorch, from inner products (docs/methods.md)."""
 
 from __future__ import annotations
 
@@ -10,48 +10,46 @@ _NOT_NORMALISED = 1e-8  # a vector this short keeps its length, so its cosine is
 _TINY_SINE = 1e-6  # the MAGIC authors' bound
 
 
-def _sum(x: Tensor, per_row: bool) -> Tensor:
-    return x.double().sum(-1, keepdim=True) if per_row else x.double().sum()
+def _norms(gram: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = gram.diagonal(dim1=-2, dim2=-1).sqrt().unbind(-1)
+    return a, b
 
 
-def slerp(a: Tensor, b: Tensor, t: float, *, per_row: bool = False) -> Tensor:
-    """[sin((1−t)ω)·a + sin(tω)·b] / sin ω with ω the angle between a and b; a + t(b − a) where
+def slerp(gram: Tensor, t: float) -> Tensor:
+    """[sin((1−t)ω), sin(tω)] / sin ω with ω the angle between two vectors; [1 − t, t] where
     |cos ω| > 0.9995.
 
     Args:
-        a, b: float32 or float64, same shape; whole weights or task vectors.
-        t: 0 gives a, 1 gives b.
-        per_row: one angle per vector along the last dimension instead of one per tensor.
+        gram: float64 [..., 2, 2], inner products of whole weights or of task vectors.
+        t: 0 gives the first, 1 the second.
 
     Returns:
-        Same shape and dtype as ``a``; the angle is computed in float64.
+        float64 [..., 2].
 
-    >>> slerp(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.5)
-    tensor([0.7071, 0.7071])
+    >>> slerp(torch.eye(2, dtype=torch.float64), 0.5)
+    tensor([0.7071, 0.7071], dtype=torch.float64)
     """
-    norm_a, norm_b = _sum(a * a.double(), per_row).sqrt(), _sum(b * b.double(), per_row).sqrt()
+    norm_a, norm_b = _norms(gram)
     one = torch.ones_like(norm_a)
     length = torch.where(norm_a > _NOT_NORMALISED, norm_a, one) * torch.where(
         norm_b > _NOT_NORMALISED, norm_b, one
     )
-    cosine = (_sum(a.double() * b, per_row) / length).clamp(-1, 1)
+    cosine = (gram[..., 0, 1] / length).clamp(-1, 1)
     omega = torch.acos(cosine)
-    sine = torch.sin(omega)
     straight = cosine.abs() > _NEARLY_PARALLEL
-    safe = torch.where(straight, one, sine)
-    weight_a = torch.where(straight, (1 - t) * one, torch.sin((1 - t) * omega) / safe)
-    weight_b = torch.where(straight, t * one, torch.sin(t * omega) / safe)
-    return a * weight_a.to(a.dtype) + b * weight_b.to(b.dtype)
+    safe = torch.where(straight, one, torch.sin(omega))
+    shares = [
+        torch.where(straight, share * one, torch.sin(share * omega) / safe) for share in (1 - t, t)
+    ]
+    return torch.stack(shares, dim=-1)
 
 
-def slerp_magic(a: Tensor, b: Tensor) -> Tensor:
-    """The MAGIC authors' rule: per vector along the last dimension, t = ½, plain mean where |sin
-    ω| < 1e-6; a zero vector gives NaN."""
-    norms = a.double().norm(dim=-1, keepdim=True), b.double().norm(dim=-1, keepdim=True)
-    cosine = ((a / norms[0]) * (b / norms[1])).sum(-1, keepdim=True).clamp(-1, 1)
-    omega = torch.acos(cosine)
+def slerp_magic(gram: Tensor) -> Tensor:
+    """The MAGIC authors' rule, t = ½: plain mean where |sin ω| < 1e-6; a zero vector gives NaN."""
+    norm_a, norm_b = _norms(gram)
+    omega = torch.acos((gram[..., 0, 1] / (norm_a * norm_b)).clamp(-1, 1))
     sine = torch.sin(omega)
-    weight = torch.where(
+    share = torch.where(
         sine.abs() < _TINY_SINE, 0.5 * torch.ones_like(sine), torch.sin(omega / 2) / sine
     )
-    return (a + b) * weight.to(a.dtype)
+    return torch.stack([share, share], dim=-1)

@@ -111,7 +111,7 @@ def test_a_backend_that_cannot_load_is_no_crash(no_environment: pytest.MonkeyPat
 def test_whole_tensor_methods_run_on_torch_alone(no_environment: pytest.MonkeyPatch) -> None:
     a, b = torch.rand(2, 3), torch.rand(2, 3)
     with pytest.raises(BackendError) as caught:
-        mf.merge(a, [b], "slerp", t=0.5, backend="native")
+        mf.merge(a, [b], "iso_c", backend="native")
     assert str(caught.value) == (
         "backend 'native': expected 'torch' for this method, which is no element-wise recipe."
     )

@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture
 def config(models: Models, tmp_path: Path) -> Path:
     path = tmp_path / "config.yml"
-    path.write_text(models.config("model_stock"))
+    path.write_text(models.config("iso_c"))
     return path
 
 
@@ -41,7 +41,7 @@ def test_the_plan_shows_what_is_held(config: Path, tmp_path: Path) -> None:
     assert described["held"] == {
         "tensor": "a.weight",
         "bytes": HELD,
-        "why": "method model_stock looks at whole tensors",
+        "why": "method iso_c looks at whole tensors",
     }
     assert described["memory_allowed_bytes"] == 64 * MIB
 
@@ -52,7 +52,7 @@ def test_more_than_the_user_allows(config: Path, tmp_path: Path) -> None:
         mf.merge_checkpoints(config, tmp_path / "runs" / "out", memory=33 * MIB)
     assert str(caught.value) == (
         "not enough memory for tensor 'a.weight': expected at most 33 MiB, allowed by --memory, "
-        "got 44 MiB, as it must be held whole (method model_stock looks at whole tensors). Pass "
+        "got 44 MiB, as it must be held whole (method iso_c looks at whole tensors). Pass "
         "--memory 44MiB or more, or choose a method that works in pieces (`magic-fast methods` "
         "tells)."
     )
@@ -112,7 +112,7 @@ def test_a_dry_run_shows_the_plan_and_refuses(
     if json_wanted:
         assert json.loads(captured.out)["held"]["tensor"] == "a.weight"
     else:
-        assert "46.1 MB of it for a.weight, held whole: method model_stock looks" in captured.out
+        assert "46.1 MB of it for a.weight, held whole: method iso_c looks" in captured.out
     assert not out.exists()
     assert main([*command[:-1], "64MiB"]) == 0
 

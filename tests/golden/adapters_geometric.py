@@ -11,29 +11,29 @@ import magic_fast as mf
 from golden.adapters import adapter, target
 from golden.golden_case import GoldenCase
 
-_METHODS = (
-    "nuslerp",
-    "multislerp",
-    "karcher",
-    "model_stock",
-    "nearswap",
-    "arcee_fusion",
-    "sce",
-    "ram",
-    "ramplus_tl",
-)
+_DIRECTIONS = ("nuslerp", "multislerp", "karcher", "model_stock")
+_ELEMENTS = ("nearswap", "arcee_fusion", "sce", "ram", "ramplus_tl")
 
 
-@adapter(*(f"mergekit.{method}" for method in _METHODS), torch_only=True)
+@adapter(*(f"mergekit.{method}" for method in _DIRECTIONS))
+def directions(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
+    return _merged(case, backend, wide)
+
+
+@adapter(*(f"mergekit.{method}" for method in _ELEMENTS), torch_only=True)
 def whole_tensor(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
+    return _merged(case, None, wide)
+
+
+def _merged(case: GoldenCase, backend: str | None, wide: bool) -> dict[str, Tensor]:
     method, experts = case.op.removeprefix("mergekit."), list(case.inputs["experts"])
     params: dict[str, Any] = {**case.params["params"], **case.params.get("tensor_params", {})}
     if "weight" in case.params:
         params["weight"] = case.params["weight"]
     params.pop("int8_mask", None)  # no effect on values
     merged = mf.merge(
-        case.inputs.get("base"), experts, method, preset="mergekit", out=target(experts[0], wide),
-        **params,
+        case.inputs.get("base"), experts, method, preset="mergekit", backend=backend,
+        out=target(experts[0], wide), **params,
     )  # fmt: skip
     if method == "sce" and case.outputs["merged"].dim() > merged.dim():
         # k = 0: the reference returns its zero mask's shape, [1, …]; the values are the base's

@@ -204,12 +204,13 @@ def wa_ta(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
     }
 
 
-@adapter("magic.SLERP", torch_only=True)
+@adapter("magic.SLERP")
 def slerp(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
     w = case.inputs["W"]
     merged = mf.merge_task_vectors(
-        list(w), "slerp", preset="magic", t=0.5, nonfinite="propagate", out=target(w[0], wide)
-    )
+        list(w), "slerp", preset="magic", t=0.5, nonfinite="propagate", backend=backend,
+        out=target(w[0], wide),
+    )  # fmt: skip
     return {"merged": merged}
 
 

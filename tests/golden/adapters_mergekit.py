@@ -62,11 +62,11 @@ def elementwise(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]
     return outputs
 
 
-@adapter("mergekit.slerp", torch_only=True)
+@adapter("mergekit.slerp")
 def slerp(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
     base = case.inputs["base"]
     merged = mf.merge(
-        base, list(case.inputs["experts"]), "slerp", preset="mergekit",
+        base, list(case.inputs["experts"]), "slerp", preset="mergekit", backend=backend,
         t=case.params["params"]["t"], out=target(base, wide),
     )  # fmt: skip
     return {"merged": merged}

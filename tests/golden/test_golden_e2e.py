@@ -27,6 +27,7 @@ from golden.golden_case import GoldenCase, golden_folder, load_cases, mismatch, 
 from magic_fast.cli import main
 from magic_fast.config import MergeConfig
 from magic_fast.methods.functions import FUNCTIONS
+from magic_fast.methods.geometric import GEOMETRIC
 from magic_fast.methods.parameters import METHODS
 from support.backends import available_backends
 
@@ -174,9 +175,10 @@ def _params() -> list[object]:
 
 
 def _backend(case: GoldenCase, name: str) -> str | None:
-    """The backend asked for; methods that are no recipe choose theirs."""
+    """The backend asked for; methods that it does not run choose theirs."""
     method = MergeConfig.from_yaml(_folder(case, "config").read_text()).merge_method
-    return None if method in FUNCTIONS else name
+    refused = method in FUNCTIONS or (method in GEOMETRIC and name in ("cuda", "triton"))
+    return None if refused else name
 
 
 def _shard_size(case: GoldenCase) -> str | None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import resolve_arguments
-from magic_fast.methods.functions import FUNCTIONS
 from magic_fast.methods.parameters import METHODS, PRESETS
+from magic_fast.methods.recipes import RECIPES as METHODS_THAT_ARE_RECIPES
 from magic_fast.methods.recipes import build_recipe, check_preset
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import (
@@ -144,7 +144,7 @@ def _weights(k: int) -> tuple[float, ...]:
 def _methods() -> Iterator[tuple[str, RecipeOf]]:
     """Every method that is a recipe, under every preset that has it."""
     for (name, spec), preset in product(METHODS.items(), PRESETS):
-        if not spec.available or name in FUNCTIONS or name == "passthrough":
+        if not spec.available or name not in METHODS_THAT_ARE_RECIPES or name == "passthrough":
             continue  # passthrough takes one model: it is in the extra recipes
         try:
             check_preset(preset, name)
