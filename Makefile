@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-directions bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -92,6 +92,10 @@ bench-cpu: venv ## the native backend against the memory's speed, and against th
 	$(BIN)/python benchmarks/cpu/bench.py --json $(RESULTS)/cpu.json --markdown $(RESULTS)/cpu.md
 	$(BIN)/python benchmarks/cpu/against.py --json $(RESULTS)/peers.json --markdown $(RESULTS)/peers.md \
 	  $(if $(PEER_PYTHON),--peers $(PEER_PYTHON))
+
+bench-directions: venv ## SLERP and kin on the native backend against a copy of memory
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/cpu/directions.py --json $(RESULTS)/directions.json --markdown $(RESULTS)/directions.md
 
 # The flags of each instruction set are setup.py's. Runs those that this machine has, widest first.
 AVX2_FLAGS = -mavx2 -mfma -mf16c
