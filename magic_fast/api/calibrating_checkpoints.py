@@ -16,7 +16,7 @@ from magic_fast.api.checkpoints import (
     check_disk,
     check_out,
     is_whole,
-    open_models,
+    open_named,
     run_and_close,
 )
 from magic_fast.api.records import finished, write_small_files
@@ -97,7 +97,7 @@ def calibrate_checkpoints(
     device = device_of(device)
     refuse_backend(backend, device)
     options: dict[str, Any] = {"backend": backend, "memory": memory, "device": device}
-    models = open_models({name: name for name in names})
+    models = open_named(names)
     try:
         if space == "weight":
             steps = _calibration_steps(models, names, settings)
@@ -297,7 +297,8 @@ def _calibration_steps(
     steps = []
     for name in models[merged]:
         own = input_of(models, merged, name)
-        plain = Step(name, own.info.shape, own.info.dtype, None, (own,), copy=True)
+        dtype = models[merged].stored_dtype(name)
+        plain = Step(name, own.info.shape, dtype, None, (own,), copy=True)
         if own.info.dtype not in FLOATS:
             steps.append(plain)
             continue
@@ -309,7 +310,7 @@ def _calibration_steps(
         common_shape(name, [own, *rows])
         steps.append(
             replace(
-                plain, dtype="F32" if wide and own.info.dtype != "F64" else own.info.dtype,
+                plain, dtype="F32" if wide and dtype != "F64" else dtype,
                 base=rows[0], experts=tuple(rows[1:]), recipe=recipe, merged=own,
                 calibration=resolved, copy=False,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,9 @@ from magic_fast.api.records import verified, write_small_files
 from magic_fast.api.steps import calibration_of, steps_of
 from magic_fast.api.tokenizing import align
 from magic_fast.calibration import WeightCalibration, as_calibration
-from magic_fast.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-)
+from magic_fast.checkpoint import Checkpoint
 from magic_fast.config import MergeConfig
+from magic_fast.config.references import find_model
 from magic_fast.engine import (
     MergePlan,
     MergeReport,
@@ -23,6 +21,7 @@ from magic_fast.engine import (
     place,
 )
 from magic_fast.engine import run as run_plan
+from magic_fast.engine.adapted import open_model
 from magic_fast.engine.native import device_of
 from magic_fast.engine.plan import free_bytes
 from magic_fast.engine.run import Finish
@@ -44,16 +43,22 @@ def read_config(config: str | Path | MergeConfig | Mapping[str, Any]) -> MergeCo
 
 
 @no_collection()
-def open_models(references: Mapping[str, Path | str]) -> dict[str, Checkpoint]:
+def open_models(references: Mapping[str, tuple[Path, Path | None]]) -> dict[str, Checkpoint]:
+    """Reference → checkpoint, of where each model and its adapter lie."""
     models: dict[str, Checkpoint] = {}
     try:
-        for reference, path in references.items():
-            models[reference] = open_checkpoint(path)
+        for reference, (path, adapter) in references.items():
+            models[reference] = open_model(path, adapter)
     except BaseException:
         for model in models.values():
             model.close()
         raise
     return models
+
+
+def open_named(names: Iterable[str]) -> dict[str, Checkpoint]:
+    """Checkpoints by their paths, ``model+adapter`` among them."""
+    return open_models({n: find_model(n, None) or (Path(n), None) for n in names})
 
 
 def check_out(out: str | Path, resume: bool) -> str:
@@ -113,7 +118,7 @@ def plan_checkpoints(
     target = check_out(out, resume)
     place_of_work = device_of(device)
     refuse_backend(backend, place_of_work)
-    models = open_models({r: settings.resolve_path(r) for r in settings.model_references})
+    models = open_models({r: settings.resolve_model(r) for r in settings.model_references})
     try:
         calibration = as_calibration(calibrate) or calibration_of(settings)
         chosen_seed = seed if seed is not None else (settings.seed or 0)

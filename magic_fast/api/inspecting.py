@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magic_fast.api.checkpoints import ProgressCall, open_models
+from magic_fast.api.checkpoints import ProgressCall, open_named
 from magic_fast.api.stats import TensorStatistics, statistics_of
 from magic_fast.api.steps import cut, input_of
 from magic_fast.engine import Progress, common_shape
@@ -48,7 +48,7 @@ def inspect_checkpoints(
         raise InputError("before: expected a merged model beside it, got none. Pass merged.")
     others = [str(model) for model in (merged, before) if model is not None]
     names = [str(base), *map(str, experts), *others]
-    models = open_models({name: name for name in names})
+    models = open_named(names)
     try:
         found, done = [], 0
         rows = {

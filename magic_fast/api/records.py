@@ -147,7 +147,7 @@ def _input_records(plan: MergePlan) -> list[dict[str, Any]]:
     return [
         {
             "model": reference,
-            "file": reference if model.folder is None else Path(f.path).name,
+            "file": reference if model.is_file else Path(f.path).name,
             "size": f.size,
             "header_sha256": f.header_hash,
         }

@@ -152,7 +152,8 @@ class _Builder:
                 )
             return Step(tensor.name, shape, inputs[0].info.dtype, None, inputs, copy=True)
         cast = _WORDS[config.dtype] if config.dtype else None
-        word = _WORDS[config.out_dtype] if config.out_dtype else (cast or inputs[0].info.dtype)
+        stored = self._models[inputs[0].model].stored_dtype(inputs[0].info.name)
+        word = _WORDS[config.out_dtype] if config.out_dtype else (cast or stored)
         if not experts:  # nothing but the base
             return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
         arguments, recipe = self._recipe(tensor, len(experts))

@@ -101,7 +101,7 @@ def sweep_checkpoints(
     place_of_work = device_of(device)
     refuse_backend(backend, place_of_work)
     configs = [configure(own, combination) for combination in chosen]
-    models = open_models({r: own.resolve_path(r) for r in own.model_references})
+    models = open_models({r: own.resolve_model(r) for r in own.model_references})
     try:
         aligned = align(own, models)
         models = aligned.models

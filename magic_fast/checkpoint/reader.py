@@ -33,6 +33,7 @@ class Checkpoint:
         tensors: stored name → `TensorInfo`, in the order of files and offsets.
         aliases: tied name → stored name; disjoint from ``tensors``.
         files: identity of every weights file.
+        overhead: bytes that reading takes beside the caller's buffers.
         metadata: the headers' ``__metadata__``, merged.
     """
 
@@ -58,6 +59,8 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.aliases: Mapping[str, str] = MappingProxyType(find_aliases(tensors, config))
         self.files: tuple[InputFile, ...] = tuple(file for _, file in headers)
+        self.overhead = 0
+        self._dtypes: Mapping[str, str] = {}
         self._reader = reader
         self._owns_reader = owns_reader
 
@@ -72,6 +75,11 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, {len(self.tensors)} tensors, {len(self.files)} files)"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether all of it is one file that was named as such."""
+        return self.folder is None and len(self.files) == 1
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +110,11 @@ class Checkpoint:
                 "Use checkpoints of the same architecture",
             )
         return info
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype a tensor has on disk, where it is read as another."""
+        info = self.resolve(name)
+        return self._dtypes.get(info.name, info.dtype)
 
     def read_into(
         self, name: str, buffer: Buffer, start: int = 0, nbytes: int | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -162,12 +161,3 @@ class CalibrateConfig(Strict):
         names, or ``{"path", "top"}``, a file that the calibration reads.
         """
         return self.model_dump(mode="python")
-
-
-def find_path(reference: str, folder: Path | None) -> Path | None:
-    """``reference`` against the current directory, then against ``folder``; None if in neither."""
-    path = Path(reference).expanduser()
-    for candidate in (path, folder / path if folder is not None else path):
-        if candidate.exists():
-            return candidate
-    return None

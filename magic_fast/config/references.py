@@ -1,10 +1,11 @@
-"""Model references, and where a raw configuration lists models."""
+"""Model references, where they lie, and where a raw configuration lists models."""
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
 from magic_fast.config.problems import Path
@@ -13,7 +14,8 @@ from magic_fast.config.problems import Path
 def parse_reference(value: Any) -> str:
     """A model reference as one normalised string.
 
-    Accepts a path, ``{path: p}`` and mergekit's ``{model: {path: p}}`` with null extras.
+    Accepts a path, ``{path: p}`` and mergekit's ``{model: {path: p}}``, with ``lora: {path: q}``
+    for an adapter (``p+q``) and otherwise null extras.
 
     Raises:
         ValueError: anything else, in words.
@@ -21,6 +23,10 @@ def parse_reference(value: Any) -> str:
     >>> parse_reference({"model": {"path": "./models/base/"}})
     'models/base'
     """
+    if isinstance(value, Mapping) and value.get("lora"):
+        adapter = parse_reference(value["lora"])
+        rest = {key: v for key, v in value.items() if key != "lora"}
+        return f"{parse_reference(rest)}+{adapter}"
     while isinstance(value, Mapping):
         extras = {key: v for key, v in value.items() if key not in ("model", "path") and v}
         if extras:
@@ -43,6 +49,29 @@ def reference_or_none(value: Any) -> str | None:
         return parse_reference(value)
     except ValueError:
         return None
+
+
+def find_path(reference: str, folder: FilePath | None) -> FilePath | None:
+    """``reference`` against the current directory, then against ``folder``; None if in neither."""
+    path = FilePath(reference).expanduser()
+    for candidate in (path, folder / path if folder is not None else path):
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def find_model(reference: str, folder: FilePath | None) -> tuple[FilePath, FilePath | None] | None:
+    """The model and the adapter of a reference ``model+adapter``, by :func:`find_path`; the adapter
+    is None where the reference is a model's own name. None where one of them is nowhere."""
+    whole = find_path(reference, folder)
+    if whole is not None:
+        return whole, None
+    parts = reference.split("+")
+    for n in range(1, len(parts)):
+        found = [find_path("+".join(p), folder) for p in (parts[:n], parts[n:])]
+        if found[0] is not None and found[1] is not None:
+            return found[0], found[1]
+    return None
 
 
 @dataclass(frozen=True)

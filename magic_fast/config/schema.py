@@ -21,7 +21,6 @@ from magic_fast.config.calibrate import (
     CalibrateConfig,
     SensitiveScores,
     TensorPatterns,
-    find_path,
 )
 from magic_fast.config.document import Document, read_document
 from magic_fast.config.entries import (
@@ -38,7 +37,7 @@ from magic_fast.config.faults import translate
 from magic_fast.config.modules import REST
 from magic_fast.config.problems import Origin, Problem, listed, raise_problems
 from magic_fast.config.problems import Path as YamlPath
-from magic_fast.config.references import references
+from magic_fast.config.references import find_model, find_path
 from magic_fast.config.semantics import Checker
 from magic_fast.config.tokens import Reference, TokenEntry, TokenizerEntry, TokenSource
 from magic_fast.errors import ConfigError
@@ -166,7 +165,7 @@ class MergeConfig(Node):
                 text = f"expected one, got {data['seed']} and {seed}. Remove one."
                 raise_problems([Problem(("random_seed",), "two seeds", text)], origin)
         checker = Checker(data).run()
-        problems = [*checker.problems, *_suffixes(data, folder)]
+        problems = list(checker.problems)
         try:
             BaseModel.__init__(self, **data)
         except ValidationError as error:
@@ -238,16 +237,29 @@ class MergeConfig(Node):
         Raises:
             ConfigError: it is in neither place.
         """
+        return self.resolve_model(reference)[0]
+
+    def resolve_model(self, reference: str) -> tuple[Path, Path | None]:
+        """:meth:`resolve_path`, and where the adapter of a reference ``model+adapter`` lies.
+
+        Raises:
+            ConfigError: one of them is in neither place.
+        """
         if reference in self._places:
-            return self._places[reference]
-        path = find_path(reference, self._folder)
-        if path is None:
+            return self._places[reference], None
+        found = find_model(reference, self._folder)
+        if found is None:
             places = listed(str(p) for p in (Path.cwd(), self._folder) if p is not None)
-            raise ConfigError(
-                f"missing checkpoint for {reference}: expected a folder or .safetensors file in "
-                f"{places}, got nothing there. Correct the path, or download the model first."
+            what = (
+                "both parts of model+adapter"
+                if "+" in reference
+                else "a folder or .safetensors file"
             )
-        return path
+            raise ConfigError(
+                f"missing checkpoint for {reference}: expected {what} in {places}, got nothing "
+                "there. Correct the path, or download the model first."
+            )
+        return found
 
     def with_places(self, places: Mapping[str, Path]) -> MergeConfig:
         """The same configuration, with the folders of models that have no path but a name."""
@@ -289,20 +301,6 @@ class MergeConfig(Node):
     def to_yaml(self) -> str:
         """YAML that :meth:`from_yaml` reads back as an equal configuration."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
-
-
-def _suffixes(data: Mapping[str, Any], folder: Path | None) -> list[Problem]:
-    """``model+lora`` references, unless a folder of that very name exists."""
-    return [
-        Problem(
-            path,
-            "adapter that is not supported",
-            f"expected a checkpoint, got {reference!r} (model+lora). Merge the adapter into its "
-            "model first.",
-        )
-        for path, reference in references(data)
-        if "+" in reference and find_path(reference, folder) is None
-    ]
 
 
 #: Which model describes which mapping of the document.

@@ -29,6 +29,7 @@ class Budget:
         blocks: bytes of all blocks; 0 where nothing is streamed.
         held: bytes beside them, at most: of the largest tensor that must be whole.
         tensor: its name, or ''.
+        beside: bytes that reading takes beside both: factors of adapters.
         allowed: bytes for both; None: no limit is known.
         given: whether the user named the limit; else it is what the machine has free.
     """
@@ -40,10 +41,11 @@ class Budget:
     tensor: str
     allowed: int | None
     given: bool
+    beside: int = 0
 
     @property
     def total(self) -> int:
-        return self.blocks + self.held
+        return self.blocks + self.held + self.beside
 
     @property
     def fits(self) -> bool:
@@ -82,22 +84,23 @@ def budget_of(plan: MergePlan, *, staged: bool = True) -> Budget:
     given = plan.memory is not None
     memory = DEFAULT_MEMORY if plan.memory is None else plan.memory
     allowed = max(memory, LEAST) if given else available_memory()
-    found = _with_blocks(plan, slot_bytes(memory), allowed, given, staged)
+    beside = sum(model.overhead for model in plan.models.values())
+    found = _with_blocks(plan, slot_bytes(memory - beside), allowed, given, staged, beside)
     if found.fits or allowed is None:
         return found
-    for size in (slot_bytes(allowed - found.held), LEAST_SLOT):
-        smaller = _with_blocks(plan, min(size, found.slot_bytes), allowed, given, staged)
+    for size in (slot_bytes(allowed - found.held - beside), LEAST_SLOT):
+        smaller = _with_blocks(plan, min(size, found.slot_bytes), allowed, given, staged, beside)
         if smaller.fits:
             return smaller
     return smaller
 
 
 def _with_blocks(
-    plan: MergePlan, size: int, allowed: int | None, given: bool, staged: bool
+    plan: MergePlan, size: int, allowed: int | None, given: bool, staged: bool, beside: int
 ) -> Budget:
     ways = modes(plan, size, plan.device, searches=staged)
     if staged and plan.device != "cpu":
-        return Budget(size, ways, SLOTS * size, 0, "", allowed, given)
+        return Budget(size, ways, SLOTS * size, 0, "", allowed, given, beside)
     blocks = SLOTS * size if _any_streamed(ways.values()) else 0
     held, tensor = 0, ""
     for step in plan.steps:
@@ -105,7 +108,7 @@ def _with_blocks(
         needs = 0 if mode is Mode.STREAM else held_bytes(step, mode)
         if needs > held:
             held, tensor = needs, step.name
-    return Budget(size, ways, blocks, held, tensor, allowed, given)
+    return Budget(size, ways, blocks, held, tensor, allowed, given, beside)
 
 
 def _any_streamed(ways: Iterable[tuple[Mode, str]]) -> bool:

@@ -107,7 +107,7 @@ def identity_of(plan: MergePlan, nonfinite: str = "error") -> Identity:
         digest(plan.decisions()),
         headers.hexdigest(),
         tuple(
-            replace(f, path=name_of(reference, f.path, model.folder is None))
+            replace(f, path=name_of(reference, f.path, model.is_file))
             for reference, model in plan.models.items()
             for f in model.files
         ),

@@ -160,7 +160,11 @@ class MergePlan:
     @property
     def input_bytes(self) -> int:
         """Bytes to read, a tensor counted once however many steps use it."""
-        seen = {(i.info.path, i.info.offset): i.nbytes for s in self.steps for i in s.inputs}
+        seen: dict[tuple[str, int], int] = {}
+        for source in (i for s in self.steps for i in s.inputs):
+            place = source.info.path, source.info.offset
+            # with an adapter on it, it may be read as a wider type than it is stored
+            seen[place] = min(source.nbytes, seen.get(place, source.nbytes))
         return sum(seen.values())
 
     @property

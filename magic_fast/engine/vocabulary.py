@@ -10,7 +10,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from magic_fast.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from magic_fast.checkpoint import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -143,13 +143,17 @@ class AlignedCheckpoint(Checkpoint):
 
     def opener(self) -> Callable[[], Checkpoint]:
         """What opens it again, in another process too."""
-        paths = {name: model.path for name, model in self._models.items()}
-        return partial(_open_aligned, self.path, self._rows, paths)
+        openers = {name: model.opener() for name, model in self._models.items()}
+        return partial(_open_aligned, self._own.opener(), self._rows, openers)
 
 
-def _open_aligned(path: str, rows: Sequence[Row | None], paths: Mapping[str, str]) -> Checkpoint:
-    models = {name: open_checkpoint(where) for name, where in paths.items()}
-    return AlignedCheckpoint(open_checkpoint(path), rows, models)
+def _open_aligned(
+    own: Callable[[], Checkpoint],
+    rows: Sequence[Row | None],
+    openers: Mapping[str, Callable[[], Checkpoint]],
+) -> Checkpoint:
+    models = {name: opener() for name, opener in openers.items()}
+    return AlignedCheckpoint(own(), rows, models)
 
 
 def _run_starts(rows: Sequence[Row | None]) -> list[int]:

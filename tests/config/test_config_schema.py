@@ -152,8 +152,8 @@ FAULTS = [
     ("dtype: float32", "tokenizer: {surce: base}", ["Did you mean 'source'"]),
     ("dtype: float32", "chat_template: atuo", ["chat_template", "'atuo'"]),
     ("dtype: float32", "ties: 1", ["Write 'merge_method: ties'"]),
-    ("- model: b", "- model: b+lora", ["model+lora", "models[1].model"]),
-    ("- model: b", "- model: {model: {path: b}, lora: {path: c}}", ["'lora', which is not"]),
+    ("- model: b", "- model: {model: {path: b}, lora: {path: 3}}", ["path of a checkpoint, got 3"]),
+    ("- model: b", "- model: {model: {path: b, revision: x}}", ["'revision', which is not"]),
     ("- model: b", "- model: 3", ["expected the path of a checkpoint, got 3"]),
     ("- model: b", "- model: base", []),
     ("- model: b", "- density: 0.4", ["missing key for models[1].model",
@@ -269,6 +269,25 @@ def test_a_folder_may_have_a_plus_in_its_name(tmp_path: Path) -> None:
     (tmp_path / "b+lora").mkdir()
     (tmp_path / "merge.yml").write_text(TIES.replace("- model: b", "- model: b+lora"))
     assert "b+lora" in MergeConfig.from_file(tmp_path / "merge.yml").model_references
+
+
+def test_a_model_with_an_adapter(tmp_path: Path) -> None:
+    """``model+adapter``, or mergekit's mapping; each part is looked for by itself, and one may have
+    a plus in its own name."""
+    for name in ("b", "lora", "c+d"):
+        (tmp_path / name).mkdir()
+    for written, adapter in (("b+lora", "lora"), ("b+c+d", "c+d"), ("c+d+lora", "lora")):
+        (tmp_path / "merge.yml").write_text(TIES.replace("- model: b", f"- model: {written}"))
+        config = MergeConfig.from_file(tmp_path / "merge.yml")
+        assert written in config.model_references
+        model = written.removesuffix(f"+{adapter}")
+        assert config.resolve_model(written) == (tmp_path / model, tmp_path / adapter)
+    mapping = "- model: {model: {path: b}, lora: {path: lora, revision: null}}"
+    (tmp_path / "merge.yml").write_text(TIES.replace("- model: b", mapping))
+    config = MergeConfig.from_file(tmp_path / "merge.yml")
+    assert config.model_references == ("base", "a", "b+lora")
+    with pytest.raises(ConfigError, match=r"b\+x: expected both parts of model\+adapter"):
+        config.resolve_model("b+x")
 
 
 # What has no effect is said, kept, and no error.

@@ -21,6 +21,7 @@ RANK = {
     "spectral": 2,  # factorisations by matrix products
     "methods": 3,
     "calibration": 3,
+    "adapters": 3,
     "engine": 4,
     "api": 5,
     "config": 5,

@@ -1,0 +1,113 @@
+"""Keys of adapter files, in the three conventions that are in use.
+
+==========  =====================================================  =====================
+style       keys of a module                                       scaling
+==========  =====================================================  =====================
+peft        ``base_model.model.M.lora_A.weight``, ``….lora_B.…``,  ``adapter_config.json``
+            ``….lora_embedding_A``, ``….ia3_l``
+kohya       ``lora_unet_M.lora_down.weight``, ``….lora_up.weight``  ``lora_unet_M.alpha``
+diffusers   ``unet.M.lora_A.weight`` or ``….lora.down.weight``     header, or ``….alpha``
+==========  =====================================================  =====================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+PEFT_PREFIX = "base_model.model."
+
+
+class Role(str, Enum):
+    """What a tensor of an adapter is to its module."""
+
+    DOWN = "down"  # A
+    UP = "up"  # B
+    ALPHA = "alpha"
+    VECTOR = "vector"  # of IA3
+    DORA = "dora"
+    BIAS = "bias"  # of B
+    FOREIGN = "foreign"  # a factor of another decomposition
+    WHOLE = "whole"  # a tensor of the model itself, trained beside the factors
+
+
+@dataclass(frozen=True)
+class Key:
+    """A parsed key: ``base_model.model.fc1.lora_A.weight`` is the DOWN of module ``fc1``."""
+
+    module: str
+    role: Role
+    embedding: bool = False
+
+
+_LORA = {
+    ".lora_A.weight": Role.DOWN,
+    ".lora_B.weight": Role.UP,
+    ".lora_down.weight": Role.DOWN,
+    ".lora_up.weight": Role.UP,
+    ".lora.down.weight": Role.DOWN,
+    ".lora.up.weight": Role.UP,
+    "_lora.down.weight": Role.DOWN,  # diffusers' attention processors
+    "_lora.up.weight": Role.UP,
+    ".alpha": Role.ALPHA,
+    ".ia3_l": Role.VECTOR,
+    ".lora_magnitude_vector": Role.DORA,
+    ".lora_magnitude_vector.weight": Role.DORA,
+    ".dora_scale": Role.DORA,
+    ".lora_B.bias": Role.BIAS,
+}
+_EMBEDDING = {".lora_embedding_A": Role.DOWN, ".lora_embedding_B": Role.UP}
+# LoHa, LoKr, OFT, the third factor of a Tucker decomposition, AdaLoRA's singular values
+_FOREIGN = re.compile(
+    r"\.(hada_|lokr_|oft_|boft_|lora_mid|glora_|vera_lambda|lora_E\b|lora_ga|diff\b|norm_)"
+)
+
+
+def parse_key(key: str) -> Key:
+    """What a key of an adapter file stands for.
+
+    >>> parse_key("base_model.model.fc1.lora_A.weight")
+    Key(module='fc1', role=<Role.DOWN: 'down'>, embedding=False)
+    """
+    name = key.removeprefix(PEFT_PREFIX)
+    for suffix, role in _EMBEDDING.items():
+        if name.endswith(suffix):
+            return Key(name.removesuffix(suffix), role, embedding=True)
+    for suffix, role in _LORA.items():
+        if name.endswith(suffix):
+            return Key(name.removesuffix(suffix), role)
+    if _FOREIGN.search(name):
+        return Key(name, Role.FOREIGN)
+    return Key(name.replace(".base_layer.", "."), Role.WHOLE)
+
+
+def style_of(keys: Iterable[str]) -> str:
+    """The convention of a file without a configuration: ``kohya`` or ``diffusers``."""
+    kohya = any(k.startswith("lora_") and ".lora_down." in k for k in keys)
+    return "kohya" if kohya else "diffusers"
+
+
+def weight_names(module: str, style: str, names: Iterable[str]) -> list[str]:
+    """The tensors of a checkpoint that a module's weight may be, best first: the exact name; else
+    those that differ by leading parts, such as the ``transformer.`` that GPT-2's checkpoints lack.
+    kohya writes dots as underscores.
+
+    >>> weight_names("transformer.h.0.mlp.c_fc", "peft", ["h.0.mlp.c_fc.weight", "h.0.ln.weight"])
+    ['h.0.mlp.c_fc.weight']
+    """
+    names = [n for n in names if n.endswith(".weight")]
+    wanted = _flat(module) if style == "kohya" else module
+    stems = {n: _flat(n[:-7]) if style == "kohya" else n[:-7] for n in names}
+    if style != "peft":  # lora_unet_, unet.: the part of the pipeline that the file is for
+        wanted = re.sub(r"^(lora_)?(unet|te\d?|text_encoder(_\d)?|transformer)[._]", "", wanted)
+    separator = "_" if style == "kohya" else "."
+    exact = [n for n, stem in stems.items() if stem in (module, wanted)]
+    longer = [n for n, stem in stems.items() if stem.endswith(separator + wanted)]
+    shorter = [n for n, stem in stems.items() if wanted.endswith(separator + stem)]
+    return exact or longer or sorted(shorter, key=len, reverse=True)[:1]
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")

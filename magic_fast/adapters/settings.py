@@ -1,0 +1,76 @@
+"""``adapter_config.json``: the scaling of a module, and what is refused in words."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from magic_fast.errors import CheckpointError
+
+Config = Mapping[str, Any]
+
+# settings under which a product of two factors is not what the adapter adds → what it would be
+_OTHER_FORMS = {
+    "use_dora": "DoRA (use_dora), which renormalises the sum with the base weight",
+    "lora_bias": "a bias of its own (lora_bias)",
+    "target_parameters": "factors of bare parameters (target_parameters)",
+    "layer_replication": "layers that are used several times (layer_replication)",
+    "use_qalora": "QALoRA (use_qalora), which pools its inputs",
+    "use_bdlora": "block-diagonal factors (use_bdlora)",
+    "kasa_config": "KaSA (kasa_config)",
+    "monteclora_config": "MonteCLoRA (monteclora_config)",
+    "arrow_config": "Arrow routing (arrow_config)",
+    "alora_invocation_tokens": "activation by tokens (alora_invocation_tokens)",
+    "trainable_token_indices": "trained token rows (trainable_token_indices)",
+    "megatron_config": "Megatron's parallel layers (megatron_config)",
+}
+# initialisations that change the base weight too, so that B·A is not the change of the weight
+_CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga|loftq)", re.IGNORECASE)
+
+
+def refuse_other_forms(config: Config, path: str) -> None:
+    """Raises:
+    CheckpointError: the adapter is no sum s·B·A beside an unchanged base.
+    """
+    kind = str(config.get("peft_type", "LORA")).upper()
+    if kind not in ("LORA", "IA3"):
+        raise CheckpointError(
+            f"adapter type for {path}: expected LORA or IA3, got {kind}. Other adapters are not "
+            "merged here."
+        )
+    for name, words in _OTHER_FORMS.items():
+        if config.get(name):
+            raise refused(path, words)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGED_BASE.match(start):
+        raise CheckpointError(
+            f"initialisation for {path}: expected one that leaves the base as it is, got "
+            f"{start!r}, which changes it. Save the adapter once more by PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=…), which converts it."
+        )
+
+
+def refused(path: str, words: str) -> CheckpointError:
+    """The error for an adapter of a form that is not merged here."""
+    return CheckpointError(
+        f"adapter form for {path}: expected plain LoRA (s·B·A beside each weight) or IA3, got "
+        f"{words}. Merge it into its base model first, by the library that made it, and merge "
+        "the full models."
+    )
+
+
+def scaling_of(config: Config, module: str, rank: int) -> float:
+    """s of a module: α/r, or α/√r under ``use_rslora``; α from ``alpha_pattern`` where one of its
+    patterns matches the end of the module's name.
+
+    >>> scaling_of({"lora_alpha": 8, "alpha_pattern": {"fc1": 2}}, "block.fc1", rank=4)
+    0.5
+    """
+    alpha = float(config.get("lora_alpha", 8))
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(value)
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
