@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers bench-cpu bench-counters bench-directions bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers suites bench-peft bench-cpu bench-counters bench-directions bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -86,6 +86,13 @@ $(PEERS)/.installed: benchmarks/peers.txt .ci/constraints.txt
 	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' .ci/constraints.txt)"
 	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
 	touch $@
+
+suites: venv ## other libraries' own tests, which ours run with our functions in place
+	$(BIN)/python tests/integrations/fetch_suites.py
+
+bench-peft: venv ## PEFT's merges of adapters with our functions in their place, against its own
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/dropin/bench_peft.py --markdown $(RESULTS)/peft.md
 
 bench-cpu: venv ## the native backend against the memory's speed, and against the peers
 	mkdir -p $(RESULTS)
