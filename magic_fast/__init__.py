@@ -41,6 +41,8 @@ if TYPE_CHECKING:
         row_norms,
         row_stats,
         select,
+        sensitive_layers,
+        sensitive_layers_of_checkpoints,
         svc,
         sweep,
         sweep_checkpoints,
@@ -53,7 +55,12 @@ if TYPE_CHECKING:
     from magic_fast.api.features import calibrate_features
     from magic_fast.api.merging import merge
     from magic_fast.api.trimming import trim
-    from magic_fast.calibration import TensorFilter, WeightCalibration
+    from magic_fast.calibration import (
+        SensitivityReport,
+        TensorFilter,
+        WeightCalibration,
+        sensitive_from_file,
+    )
     from magic_fast.config import MergeConfig
     from magic_fast.errors import (
         BackendError,
@@ -91,6 +98,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "row_norms",
         "row_stats",
         "select",
+        "sensitive_layers",
+        "sensitive_layers_of_checkpoints",
         "svc",
         "sweep",
         "sweep_checkpoints",
@@ -99,7 +108,12 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "trim",
         "verify_checkpoint",
     ),
-    "magic_fast.calibration": ("TensorFilter", "WeightCalibration"),
+    "magic_fast.calibration": (
+        "SensitivityReport",
+        "TensorFilter",
+        "WeightCalibration",
+        "sensitive_from_file",
+    ),
     "magic_fast.config": ("MergeConfig",),
     "magic_fast.errors": (
         "BackendError",
@@ -126,6 +140,8 @@ __all__ = [  # noqa: RUF022 - ordered by use
     "trim",
     "calibrate_weights",
     "calibrate_features",
+    "sensitive_layers",
+    "sensitive_from_file",
     "svc",
     "lines",
     "task_vector_stats",
@@ -136,6 +152,7 @@ __all__ = [  # noqa: RUF022 - ordered by use
     "merge_series",
     "sweep_checkpoints",
     "calibrate_checkpoints",
+    "sensitive_layers_of_checkpoints",
     "inspect_checkpoints",
     "plan_checkpoints",
     "verify_checkpoint",
@@ -151,6 +168,7 @@ __all__ = [  # noqa: RUF022 - ordered by use
     "MergeReport",
     "SweepReport",
     "CalibrationReport",
+    "SensitivityReport",
     "MagicFastError",
     "InputError",
     "ConfigError",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         MergeResult,
         TensorCalibration,
     )
+    from magic_fast.api.sensitivity import sensitive_layers
+    from magic_fast.api.sensitivity_checkpoints import sensitive_layers_of_checkpoints
     from magic_fast.api.series import merge_series
     from magic_fast.api.spectrum import lines, svc
     from magic_fast.api.stats import (
@@ -57,6 +59,8 @@ _HOMES = {
         "TensorCalibration",
     ),
     "magic_fast.api.series": ("merge_series",),
+    "magic_fast.api.sensitivity": ("sensitive_layers",),
+    "magic_fast.api.sensitivity_checkpoints": ("sensitive_layers_of_checkpoints",),
     "magic_fast.api.spectrum": ("lines", "svc"),
     "magic_fast.api.stats": (
         "TensorStatistics",
@@ -106,6 +110,8 @@ __all__ = [
     "row_norms",
     "row_stats",
     "select",
+    "sensitive_layers",
+    "sensitive_layers_of_checkpoints",
     "svc",
     "sweep",
     "sweep_checkpoints",

@@ -68,15 +68,22 @@ def check_out(out: str | Path, resume: bool) -> str:
     if resume and is_whole(path):
         return str(path)
     if path.suffix == ".safetensors":
-        if path.exists():
-            raise OutputError(
-                f"output file {str(path)!r}: expected none of that name, got one. Remove it, "
-                "or name another."
-            )
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        return check_new_file(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(
             f"output folder {str(path)!r}: expected it missing or empty, got something in it. "
             "Remove it, or name another."
+        )
+    return str(path)
+
+
+def check_new_file(path: str | Path) -> str:
+    """A file to make, refused where one is."""
+    path = Path(path).expanduser()
+    if path.exists():
+        raise OutputError(
+            f"output file {str(path)!r}: expected none of that name, got one. Remove it, "
+            "or name another."
         )
     return str(path)
 

@@ -16,6 +16,7 @@ from magic_fast.api.steps import input_of
 from magic_fast.calibration.batches import batches_of, experts_by_task
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.feature_run import FeatureRun
+from magic_fast.calibration.sensitive import is_sensitive, unknown_names
 from magic_fast.calibration.streamed import AbsentError, StreamedWeights, Take
 from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.engine import Progress, Step, common_shape
@@ -64,10 +65,14 @@ class FeatureSpace:
         self._experts = experts_of(names[2:], list(data))
         for stored in sorted(set(self._stored.values())):
             common_shape(stored, [input_of(self._models, m, stored) for m in self._names])
-        settings.check_names(
-            (n for n, _ in self._model.named_modules()),
-            (n for n, _ in self._model.named_parameters(remove_duplicate=False)),
-        )
+        known = [
+            *(n for n, _ in self._model.named_modules()),
+            *(n for n, _ in self._model.named_parameters(remove_duplicate=False)),
+        ]
+        if settings.sensitive is not None:
+            chosen = self._in_model(settings.sensitive, known)
+            settings = self._settings = replace(settings, sensitive=chosen)
+        settings.check_names(known)
         folder = merged.folder or merged.path
         self.data = {
             task: read_batches(value, task, self._model, folder, sampling)
@@ -81,6 +86,15 @@ class FeatureSpace:
     @property
     def _merged(self) -> Checkpoint:
         return self._models[self._names[0]]
+
+    def _in_model(self, chosen: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+        """Names of the checkpoint as the model has them."""
+        unknown = set(unknown_names(chosen, known))
+        found: list[str] = []
+        for name in chosen:
+            inside = [own for own, stored in self._stored.items() if is_sensitive(stored, {name})]
+            found += inside if name in unknown and inside else [name]
+        return tuple(found)
 
     def digest(self) -> str:
         """SHA-256 of the samples."""

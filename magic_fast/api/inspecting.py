@@ -8,7 +8,7 @@ from typing import Any
 
 from magic_fast.api.checkpoints import ProgressCall, open_named
 from magic_fast.api.stats import TensorStatistics, statistics_of
-from magic_fast.api.steps import cut, input_of
+from magic_fast.api.steps import input_of, read_tensor
 from magic_fast.engine import Progress, common_shape
 from magic_fast.engine.plan import FLOATS
 from magic_fast.engine.verify import read_record
@@ -40,7 +40,6 @@ def inspect_checkpoints(
         InputError: no experts, ``before`` without ``merged``, or tensors of unequal shapes.
         CheckpointError: a checkpoint that cannot be read, or lacks a tensor.
     """
-    from magic_fast.engine.tensors import tensor_of
 
     if not experts:
         raise InputError("experts: expected at least one checkpoint, got none.")
@@ -60,12 +59,8 @@ def inspect_checkpoints(
         recorded = {t["name"]: t for t in record_of(merged).get("tensors", ())}
         model_type = models[names[0]].config.get("model_type")
         for name, row in rows.items():
-            shape, _ = common_shape(name, row)
-            tensors = []
-            for i in row:
-                data = bytearray(i.nbytes)
-                models[i.model].read_into(i.info.name, data)
-                tensors.append(tensor_of(cut(i, shape), data))
+            common_shape(name, row)
+            tensors = [read_tensor(models, i.model, name) for i in row]
             own = tensors[1 : 1 + len(experts)]
             rest = [*tensors[1 + len(experts) :], None, None]
             found.append(

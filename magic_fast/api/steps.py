@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from magic_fast.api.collection import no_collection
 from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_from_file
@@ -17,6 +17,9 @@ from magic_fast.errors import InputError
 from magic_fast.methods.parameters import METHODS
 from magic_fast.methods.recipes import RECIPES, build_recipe
 from magic_fast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FLOATS = frozenset(FLOATS)
 _WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -42,6 +45,16 @@ class View:
 def input_of(models: Mapping[str, Checkpoint], model: str, name: str) -> Input:
     info = models[model].resolve(name)
     return Input(model, info, info.shape)
+
+
+def read_tensor(models: Mapping[str, Checkpoint], model: str, name: str) -> Tensor:
+    """A whole stored tensor."""
+    from magic_fast.engine.tensors import tensor_of
+
+    source = input_of(models, model, name)
+    data = bytearray(source.nbytes)
+    models[model].read_into(source.info.name, data)
+    return tensor_of(source, data)
 
 
 def cut(source: Input, shape: tuple[int, ...]) -> Input:

@@ -1,10 +1,12 @@
 """Calibration of merged magnitudes: which tensors, which rows, how much."""
 
-from magic_fast.calibration.weight import (
-    TensorFilter,
-    WeightCalibration,
-    as_calibration,
-    sensitive_from_file,
-)
+from magic_fast.calibration.sensitive import SensitivityReport, sensitive_from_file
+from magic_fast.calibration.weight import TensorFilter, WeightCalibration, as_calibration
 
-__all__ = ["TensorFilter", "WeightCalibration", "as_calibration", "sensitive_from_file"]
+__all__ = [
+    "SensitivityReport",
+    "TensorFilter",
+    "WeightCalibration",
+    "as_calibration",
+    "sensitive_from_file",
+]

@@ -92,12 +92,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def run_batch(model: nn.Module, batch: Any, task: str, number: int) -> Any:
     """``model(**batch)``, ``model(*batch)`` or ``model(batch)`` for a mapping, a tuple, else."""
+    args, kwargs = arguments_of(batch)
     with refusals(task, number):
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        if isinstance(batch, tuple | list):
-            return model(*batch)
-        return model(batch)
+        return model(*args, **kwargs)
+
+
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model is called with."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
 
 
 @contextmanager

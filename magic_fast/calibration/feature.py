@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from magic_fast.calibration.sensitive import names_of, unknown_names
 from magic_fast.calibration.weight import (
     bounds_of,
     check_finite,
@@ -63,7 +64,7 @@ class FeatureCalibration:
         scale: factor on calibrated layers besides ξ (ξ itself cancels any factor of the merge).
         min_denominator: positions whose ‖h_m − h_0‖ lies below this share of its mean over the
             batch have no part in ``mean`` and ``median``; those where it is 0 never have.
-        sensitive: names of tensors or of modules whose layers may only shrink.
+        sensitive: names of tensors or of modules (with all in them) whose layers may only shrink.
 
     >>> FeatureCalibration(p=2).reduction
     <Reduction.RATIO_OF_SUMS: 'ratio_of_sums'>
@@ -90,18 +91,11 @@ class FeatureCalibration:
                 "calibration min_denominator: expected a share in [0, 1), got "
                 f"{self.min_denominator!r}."
             )
-        if isinstance(self.sensitive, str):
-            raise InputError(
-                "calibration sensitive: expected a list of names, got the string "
-                f"{self.sensitive!r}. Read a file of scores with sensitive_from_file()."
-            )
-        if self.sensitive is not None:
-            object.__setattr__(self, "sensitive", tuple(self.sensitive))
+        object.__setattr__(self, "sensitive", names_of(self.sensitive, "names"))
 
-    def check_names(self, modules: Iterable[str], tensors: Iterable[str]) -> None:
+    def check_names(self, names: Iterable[str]) -> None:
         """Refuses sensitive names that are neither a module nor a tensor of the model."""
-        known = {*modules, *tensors}
-        unknown = [n for n in self.sensitive or () if n not in known]
+        unknown = unknown_names(self.sensitive or (), names)
         if unknown:
             raise InputError(
                 f"sensitive layer {unknown[0]!r}: expected a module or a tensor of the model, got "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity
+from magic_fast.calibration.sensitive import is_sensitive
 from magic_fast.calibration.sites import Site, Station
 from magic_fast.reference.features import Ratios, applied, magnitudes, mean_over_tasks
 
@@ -102,7 +103,8 @@ def group_sites(stations: Sequence[Station], settings: FeatureCalibration) -> li
         own = dict(station.module.named_parameters())
         for site in station.sites:
             names = {site.name, station.name, *(p.name for p in site.parts)}
-            group = Group([site], settings, sensitive=not chosen.isdisjoint(names))
+            held = any(is_sensitive(name, chosen) for name in names)
+            group = Group([site], settings, sensitive=held)
             # rows of one parameter are apart, whole parameters are themselves
             keys = [(id(own[p.local]), str(p.rows)) for p in site.parts]
             keys_of[id(group)] = [*keys]

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from magic_fast.calibration.sensitive import is_sensitive, names_of, unknown_names
 from magic_fast.errors import InputError
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 
@@ -92,8 +91,8 @@ class WeightCalibration:
         scale: factor on calibrated rows besides ξ (ξ itself cancels any factor of the merge).
         tensors: ``"general"``, ``"magic"`` (the authors' name rule) or a :class:`TensorFilter`.
         direction: ``auto`` follows ``sensitive``; ``free``, ``grow`` and ``shrink`` force one side.
-        sensitive: names of tensors that may only shrink while all others may only grow; None:
-            two-sided; an empty list is a list.
+        sensitive: names of tensors (or of modules, for all in them) that may only shrink while all
+            others may only grow; None: two-sided; an empty list is a list. Their order is nothing.
         row_axis: axis (or axes) of output units; None: by the model's layout, else 0.
 
     >>> WeightCalibration(variant="sphere", p=1).variant
@@ -131,14 +130,8 @@ class WeightCalibration:
                 "calibration tensors: expected 'general', 'magic' or a TensorFilter, got "
                 f"{self.tensors!r}."
             )
-        if self.sensitive is not None:
-            if isinstance(self.sensitive, str):  # type: ignore[unreachable]
-                raise InputError(
-                    f"calibration sensitive: expected a list of tensor names, got the string "
-                    f"{self.sensitive!r}. Read a file of scores with sensitive_from_file()."
-                )
-            object.__setattr__(self, "sensitive", tuple(self.sensitive))
-            object.__setattr__(self, "_sensitive_set", frozenset(self.sensitive))
+        object.__setattr__(self, "sensitive", names_of(self.sensitive, "tensor names"))
+        object.__setattr__(self, "_sensitive_set", frozenset(self.sensitive or ()))
 
     def selects(self, name: str, shape: Sequence[int]) -> bool:
         """Whether the tensor is calibrated at all."""
@@ -151,8 +144,7 @@ class WeightCalibration:
 
     def check_names(self, names: Iterable[str]) -> None:
         """Refuses sensitive names that the model does not have."""
-        known = set(names)
-        unknown = [n for n in self.sensitive or () if n not in known]
+        unknown = unknown_names(self.sensitive or (), names)
         if unknown:
             raise InputError(
                 f"sensitive tensor {unknown[0]!r}: expected a tensor of the model, got an "
@@ -179,7 +171,8 @@ class WeightCalibration:
         if direction is Direction.AUTO:
             direction = Direction.FREE
             if self.sensitive is not None:
-                direction = Direction.SHRINK if name in self._sensitive_set else Direction.GROW
+                held = is_sensitive(name, self._sensitive_set)
+                direction = Direction.SHRINK if held else Direction.GROW
         included = tuple(w != 0 for w in weights)
         if not any(included):
             return None
@@ -266,27 +259,6 @@ def word(kind: type, value: object, what: str) -> object:
     except ValueError:
         allowed = ", ".join(repr(str(v)) for v in kind)  # type: ignore[attr-defined]
         raise InputError(f"calibration {what}: expected one of {allowed}, got {value!r}.") from None
-
-
-def sensitive_from_file(path: str | Path, top: int = 10) -> tuple[str, ...]:
-    """The ``top`` most sensitive names of a JSON file: either a list of names, or {name: score}
-    where a lower score is worse (the accuracy that remains when the tensor's task vector grows by
-    10 %)."""
-    try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as e:
-        raise InputError(f"sensitive list {str(path)!r}: expected a JSON file, got {e}.") from None
-    if isinstance(data, list) and all(isinstance(n, str) for n in data):
-        return tuple(data)
-    scores = data.get("scores", data) if isinstance(data, dict) else data
-    if not isinstance(scores, Mapping) or not all(
-        isinstance(v, int | float) for v in scores.values()
-    ):
-        raise InputError(
-            f"sensitive list {str(path)!r}: expected a list of names or an object of name: score, "
-            f"got {type(data).__name__}."
-        )
-    return tuple(sorted(scores, key=lambda n: scores[n])[:top])
 
 
 def as_calibration(

@@ -21,8 +21,8 @@ def common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
-def models(parser: argparse.ArgumentParser) -> None:
-    """The checkpoints that a merge came from, or will."""
+def models(parser: argparse.ArgumentParser, *, experts: bool = True) -> None:
+    """The checkpoints that a merge came from, or will; ``experts``: whether they must be given."""
     parser.add_argument(
         "--base",
         required=True,
@@ -31,7 +31,7 @@ def models(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--experts",
-        required=True,
+        required=experts,
         nargs="+",
         action="extend",
         metavar="MODEL",
@@ -141,24 +141,7 @@ def feature_calibration(parser: argparse.ArgumentParser) -> None:
         default="weight",
         help="weight: WSC, without data (default); feature: FSC; dual: WSC, then FSC",
     )
-    group.add_argument(
-        "--data",
-        action="append",
-        type=assignment,
-        default=[],
-        metavar="TASK=PATH",
-        help="samples of a task: a .jsonl of texts, token ids or images, a .txt, or a folder of "
-        "images; one for each expert, by the name of its folder, else in order",
-    )
-    group.add_argument(
-        "--samples", type=positive, default=64, metavar="N", help="of a task, the first (64)"
-    )
-    group.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help="samples at a time (8)"
-    )
-    group.add_argument(
-        "--max-length", type=positive, default=512, metavar="N", help="tokens of a sample (512)"
-    )
+    samples(group, "one for each expert, by the name of its folder, else in order")
     group.add_argument(
         "--reduction",
         choices=("ratio_of_sums", "mean", "median"),
@@ -173,6 +156,28 @@ def feature_calibration(parser: argparse.ArgumentParser) -> None:
         "--sequential",
         action="store_true",
         help="each layer on what the calibrated ones before it give",
+    )
+
+
+def samples(group: Any, tasks: str) -> None:
+    """What a model runs on."""
+    group.add_argument(
+        "--data",
+        action="append",
+        type=assignment,
+        default=[],
+        metavar="TASK=PATH",
+        help="samples of a task: a .jsonl of texts, token ids or images, a .txt, or a folder of "
+        f"images; {tasks}",
+    )
+    group.add_argument(
+        "--samples", type=positive, default=64, metavar="N", help="of a task, the first (64)"
+    )
+    group.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="samples at a time (8)"
+    )
+    group.add_argument(
+        "--max-length", type=positive, default=512, metavar="N", help="tokens of a sample (512)"
     )
 
 

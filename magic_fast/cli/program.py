@@ -21,7 +21,17 @@ from typing import Any
 from magic_fast._version import __version__
 from magic_fast.errors import MagicFastError
 
-COMMANDS = ("merge", "sweep", "calibrate", "inspect", "verify", "methods", "doctor", "demo")
+COMMANDS = (
+    "merge",
+    "sweep",
+    "calibrate",
+    "sensitivity",
+    "inspect",
+    "verify",
+    "methods",
+    "doctor",
+    "demo",
+)
 OTHERS = ("mergekit-yaml",)  # another package's command: its words are not ours to parse
 INTERRUPTED = 130
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000

@@ -49,11 +49,12 @@ class TensorPatterns(Strict):
 class SensitiveScores(Strict):
     """A JSON file ``{tensor name: score}``; the ``top`` names with the lowest score are sensitive.
 
-    The score is the accuracy that is left when that tensor alone is enlarged: low means sensitive.
+    The score is what is left when that tensor alone is enlarged: low means sensitive. Without
+    ``top`` it is what the file says, else 10.
     """
 
     path: str = Field(min_length=1)
-    top: int = Field(default=10, ge=1, strict=True)
+    top: int | None = Field(default=None, ge=1, strict=True)
 
 
 def _tag(words: str, mapping: str, sequence: str) -> Callable[[Any], str]:

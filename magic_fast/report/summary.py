@@ -11,6 +11,7 @@ from magic_fast.report.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
     from magic_fast.api import MergeReport, TensorReport, TensorStatistics
+    from magic_fast.calibration import SensitivityReport
     from magic_fast.ops import BackendStatus
 
 
@@ -152,6 +153,28 @@ def inspect_table(statistics: Sequence[TensorStatistics], top: int | None = None
         columns,
         rows,
         left=2,
+    )
+
+
+def sensitivity_table(report: SensitivityReport) -> Table:
+    """The sensitive layers, and how sure that is."""
+    rows = []
+    for name in report.sensitive:
+        bounds = report.intervals.get(name)
+        rows.append(
+            (
+                name,
+                f"{report.scores[name]:.3e}",
+                "–" if bounds is None else f"{bounds[0]:.2e} to {bounds[1]:.2e}",
+                "yes" if name in report.significant else "–" if report.noise is None else "no",
+            )
+        )
+    measured = f"of {len(report.scores)} {report.by}s enlarged by {report.perturbation:g}"
+    on = "" if report.samples is None else f", on {report.samples} samples"
+    return Table(
+        f"The {len(rows)} most sensitive {measured}{on}",
+        ("name", "score", "less the median score", "beyond chance"),
+        rows,
     )
 
 
