@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from magic_fast.api.checkpoints import open_models
+from magic_fast.api.checkpoints import open_named
 from magic_fast.api.in_memory import wide_like
 from magic_fast.api.merging import merge
 from magic_fast.api.sensitivity import Probe, probe_module, sensitive_layers
@@ -78,7 +78,7 @@ def sensitive_layers_of_checkpoints(
     device = device_of(device)
     others = [merged] if merged is not None else list(experts or ())
     names = [str(m) for m in (base, *others)]
-    models = open_models({name: name for name in names})
+    models = open_named(names)
     try:
         work = _Checkpoints(models, names, average=merged is None)
         sampling = Sampling(samples, batch_size, max_length)
