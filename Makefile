@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers suites bench-peft bench-cpu bench-counters bench-directions bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers suites bench-peft bench-cpu bench-counters bench-directions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -119,6 +119,11 @@ bench-engine: venv ## whole merges on disk against reading and writing the same 
 	mkdir -p $(RESULTS)
 	$(BIN)/python benchmarks/engine/bench.py --make .bench --json $(RESULTS)/engine.json \
 	  --markdown $(RESULTS)/engine.md $(if $(PEER_PYTHON),--peers $(PEER_PYTHON))
+
+bench-dropin: venv ## a YAML by mergekit, by mergekit with our methods inside, and by our engine: time, and what differs
+	mkdir -p $(RESULTS)
+	$(BIN)/python -W ignore benchmarks/dropin/bench.py --make .bench --markdown $(RESULTS)/dropin.md
+	$(BIN)/python -W ignore benchmarks/dropin/three_way.py --make .bench --markdown $(RESULTS)/dropin-three-way.md
 
 bench-sweep: venv ## twelve merges from one read against three merges
 	$(BIN)/python benchmarks/sweep/bench.py

@@ -1,7 +1,7 @@
 """mergekit with the methods that are faster here: :func:`install`, and everything that goes through
 mergekit's registry (its commands, ``merge_tensors``, ``merge_state_dicts``) runs them.
 
-Known releases: 0.1.5 and 0.1.4. docs/drop-in.md says what is replaced and how results may differ.
+Known release: 0.1.5. docs/drop-in.md says what is replaced and how results may differ.
 """
 
 from __future__ import annotations
