@@ -1,10 +1,10 @@
-"""TIES + WSC here against the tools in use, one tensor, interleaved in one run.
+"""TIES or DELLA, with WSC, here against the tools in use, one tensor, interleaved in one run.
 
-    python benchmarks/cpu/against.py [--peers PYTHON] [--rows N] [--cols N] [--experts K] [--rounds
-    N] [--json FILE] [--markdown FILE]
+    python benchmarks/cpu/against.py [--method ties|della] [--peers PYTHON] [--rows N] [--cols N]
+    [--experts K] [--rounds N] [--warmup N] [--json FILE] [--markdown FILE]
 
 PYTHON is the interpreter of an environment that has mergekit 0.1.5 and PEFT; `make peers` makes
-one. Without it their rows are printed as absent. They do TIES without WSC; ours does both.
+one. Without it their rows are printed as absent. They merge without WSC; ours does both.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from magic_fast.recipe import EpsMode, RowCalibration
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import machine  # noqa: E402 - benchmarks/machine.py
+
+TOOLS = {"ties": ("mergekit", "peft"), "della": ("mergekit",)}  # which peers have the method
 
 
 @dataclass
@@ -69,11 +71,13 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=sorted(TOOLS), default="ties")
     parser.add_argument("--peers", help="Python of an environment with mergekit and PEFT")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--cols", type=int, default=4096)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before that do not count")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
@@ -82,7 +86,8 @@ def main() -> None:
     base, experts = data(k, options.rows, options.cols)
     out = torch.zeros_like(base)
     calibration = RowCalibration(options.rows, options.cols)
-    recipe = recipes(k)["ties"]
+    method, title = options.method, options.method.upper()
+    recipe = recipes(k)[method]
     job = Job(base, experts, recipe, out, calibration=calibration)
     authors = RowCalibration(options.rows, options.cols, eps_mode=EpsMode.ABSOLUTE, clamp=None)
     eager = Job(base, experts, recipe, torch.zeros_like(base), calibration=authors, details=True)
@@ -91,27 +96,31 @@ def main() -> None:
     native.merge(Job(base, experts, recipe, merged))
     alone = Job(base, experts, recipe, cut, calibration=calibration)
     rows = [
-        Row("magic_fast native, TIES + WSC", timed(lambda: NativeBackend().merge(job))),
+        Row(f"magic_fast native, {title} + WSC", timed(lambda: NativeBackend().merge(job))),
         Row("the same formulas in eager torch", timed(lambda: TorchBackend().merge(eager))),
     ]
     peer = Peer(options.peers, k, options.rows, options.cols, threads) if options.peers else None
-    for tool, name in (("mergekit", "mergekit, TIES, no WSC"), ("peft", "PEFT, ties, no WSC")):
-        row = Row(name, lambda: None, absent="" if peer else "no --peers given")
+    for tool in TOOLS[method]:
+        row = Row(
+            f"{tool}, {title}, no WSC", lambda: None, absent="" if peer else "no --peers given"
+        )
         if peer is not None:
-            row.run = lambda tool=tool, row=row: _ask(peer, tool, row)
+            asked = f"{tool} {method}"
+            row.run = lambda asked=asked, row=row: _ask(peer, asked, row)
         rows.append(row)
     rows += [
         Row("WSC alone, native", timed(lambda: native.calibrate(alone, merged))),
         Row("WSC alone, formula in torch", timed(lambda: TorchBackend().calibrate(alone, merged))),
     ]
-    for round_ in range(options.rounds + 1):
+    for round_ in range(options.warmup + options.rounds):
         for row in rows:
+            time.sleep(0.5)  # torch's threads go on spinning for a while after their work
             seconds = None if row.absent else row.run()
-            if seconds is not None and round_:  # the first is warm-up
+            if seconds is not None and round_ >= options.warmup:
                 row.seconds.append(seconds)
     facts = machine.facts("torch") | {"isa": _native.isa(), "threads": str(threads)}
     lines = [
-        f"{options.rows} x {options.cols} bf16, K = {k}; medians of {options.rounds} rounds.",
+        f"{options.rows} x {options.cols} bf16, K = {k}; medians of {options.rounds} round(s).",
         "",
     ]
     lines += ["| work | seconds | times ours |", "|---|--:|--:|"]
@@ -128,7 +137,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "rows": report}, indent=1) + "\n")
     if options.markdown:
-        head = ["# TIES + WSC against the tools in use", "", machine.line(facts), ""]
+        head = [f"# {title} + WSC against the tools in use", "", machine.line(facts), ""]
         options.markdown.write_text("\n".join([*head, *lines]) + "\n")
 
 

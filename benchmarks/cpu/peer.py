@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+Tool = Callable[[torch.Tensor, list[torch.Tensor]], Callable[[], object]]
+
 
 def data(k: int, rows: int, cols: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The tensors of `bench.data`: this process cannot import the project."""
@@ -24,11 +26,13 @@ def data(k: int, rows: int, cols: int) -> tuple[torch.Tensor, list[torch.Tensor]
     return base, experts
 
 
-def mergekit_ties(base: torch.Tensor, experts: list[torch.Tensor]) -> Callable[[], object]:
-    from mergekit.merge_methods.api import merge_tensors
+def _mergekit(method: str, **parameters: float) -> Tool:
+    def prepare(base: torch.Tensor, experts: list[torch.Tensor]) -> Callable[[], object]:
+        from mergekit.merge_methods.api import merge_tensors
 
-    parameters = {"weight": 1.0, "density": 0.2}
-    return lambda: merge_tensors([base, *experts], "ties", parameters=parameters, base_index=0)
+        return lambda: merge_tensors([base, *experts], method, parameters=parameters, base_index=0)
+
+    return prepare
 
 
 def peft_ties(base: torch.Tensor, experts: list[torch.Tensor]) -> Callable[[], object]:
@@ -38,7 +42,11 @@ def peft_ties(base: torch.Tensor, experts: list[torch.Tensor]) -> Callable[[], o
     return lambda: ties(vectors, torch.ones(len(vectors)), 0.2)
 
 
-TOOLS = {"mergekit": mergekit_ties, "peft": peft_ties}
+TOOLS = {
+    "mergekit ties": _mergekit("ties", weight=1.0, density=0.2),
+    "mergekit della": _mergekit("della", weight=1.0, density=0.5, epsilon=0.15),
+    "peft ties": peft_ties,
+}
 
 
 def main() -> None:

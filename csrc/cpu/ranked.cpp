@@ -3,7 +3,7 @@
 //
 // An element stays where its random word lies below a bound that grows with its rank. A histogram
 // of the row gives each element a range of ranks, and for most the bounds at both ends of that
-// range say the same; only the bins of the others are ranked. 34 bytes an element
+// range say the same; only the others are ranked, within their bin. 42 bytes an element
 // of one row are held per thread, and one byte an element and expert of a range of rows.
 #include <algorithm>
 #include <cmath>
@@ -19,68 +19,79 @@ constexpr int64_t kMaskBytes = 8 << 20;  // of all experts together, unless one 
 constexpr int kRankBins = 2048;
 constexpr int kBinShift = 16;  // 128 bins to a power of two
 constexpr double kWords = 4294967296.0;
+constexpr int64_t kScan = 512;  // elements of a bin up to which one of them is ranked by counting
 
 struct RowBuffers {
-  Buffer<uint32_t> bits, words, keys, members, order, work;
+  Buffer<uint32_t> bits, words, grouped, places, open, ranks, order, work;
   Buffer<uint16_t> bins;
   int64_t room = 0;
   void grow(int64_t n) {
     if (n <= room) return;
-    for (Buffer<uint32_t>* b : {&bits, &words, &keys, &members, &order}) b->resize((size_t)n);
+    for (Buffer<uint32_t>* b : {&bits, &words, &grouped, &places, &open, &ranks, &order})
+      b->resize((size_t)n);
     work.resize((size_t)(3 * n));
     bins.resize((size_t)n);
     room = n;
   }
 };
 
-// Words below it keep the element of a rank.
+// Words below it keep the element of a rank. Fits 32 bits, as density + epsilon is below 1.
 struct Bounds {
   double low, span, last;
   Bounds(const mf_expert& e, int64_t cols)
       : low(e.density - e.epsilon), span(2 * e.epsilon), last((double)(cols - 1)) {}
-  uint64_t operator()(int64_t rank) const {
+  uint32_t operator()(int64_t rank) const {
     const double bound = (low + span * (double)rank / last) * kWords;
-    return bound <= 0 ? 0 : (uint64_t)std::min(bound, kWords);  // rounded down
+    return bound <= 0 ? 0 : (uint32_t)(int64_t)std::min(bound, kWords - 1);  // rounded down
   }
 };
 
 struct RankBin {
-  uint64_t least, most;  // bounds at its first and last rank
+  uint32_t least, most;  // bounds at its first and last rank
 };
 
-// Exact ranks in the marked bins, where some words lie between the bounds of the bin's ends. A bin
-// of one value, common in 16-bit checkpoints, is ranked by index as it stands.
-void decide_by_rank(const Bounds& bound, const RankBin* table, const uint8_t* marked,
-                    const int64_t* first, int64_t cols, RowBuffers& b, uint8_t* mask) {
+// Magnitudes are patterns of 31 bits, so they may be compared as signed numbers.
+int64_t count_up_to(const int32_t* x, int64_t n, int32_t bits) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += x[i] <= bits;
+  return count;
+}
+
+// Exact ranks of the elements whose words lie between the bounds at the ends of their bin: all are
+// grouped by bin, in order, and ranked within theirs. A bin of one value, common in 16-bit
+// checkpoints, is ranked as it stands; a large one of several is sorted.
+void decide_by_rank(const Bounds& bound, const uint32_t* first, int64_t cols, int64_t opened,
+                    RowBuffers& b, uint8_t* mask) {
   const uint16_t* bins = b.bins.get();
-  uint32_t* members = b.members.get();
-  int64_t n = 0;
-  for (int64_t i = 0; i < cols; ++i) members[n] = (uint32_t)i, n += marked[bins[i]];
-  uint32_t value[kRankBins];
-  uint8_t mixed[kRankBins] = {};
-  int64_t next[kRankBins];
-  for (int64_t j = n - 1; j >= 0; --j) value[bins[members[j]]] = b.bits[members[j]];
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t i = members[j];
-    mixed[bins[i]] |= b.bits[i] != value[bins[i]];
-    next[bins[i]] = first[bins[i]];
+  uint32_t next[kRankBins];
+  std::copy(first, first + kRankBins, next);
+  for (int64_t i = 0; i < cols; ++i) {
+    const uint32_t place = next[bins[i]]++;
+    b.places[(size_t)i] = place, b.grouped[place] = b.bits[(size_t)i];
   }
-  const auto decide = [&](uint32_t i, int64_t rank) {
-    if (!mask[i] && b.words[i] < table[bins[i]].most) mask[i] = b.words[i] < bound(rank);
-  };
-  int64_t left = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t i = members[j];
-    if (mixed[bins[i]]) {
-      members[left] = i, b.keys[left++] = b.bits[i];
+  uint8_t sorted[kRankBins] = {};
+  const int32_t* grouped = reinterpret_cast<const int32_t*>(b.grouped.get());
+  for (int64_t j = 0; j < opened; ++j) {
+    const uint32_t i = b.open[(size_t)j], bin = bins[i], place = b.places[i];
+    const uint32_t start = first[bin], end = first[bin + 1];
+    const int32_t bits = (int32_t)b.bits[i];
+    int64_t rank = place;
+    if (end - start <= kScan) {
+      rank = start + count_up_to(grouped + start, place - start, bits) +
+             count_up_to(grouped + place, end - place, bits - 1);
     } else {
-      decide(i, next[bins[i]]++);
+      if (!sorted[bin]) {
+        const bool one_value = std::all_of(grouped + start, grouped + end,
+                                           [&](int32_t x) { return x == grouped[start]; });
+        sorted[bin] = one_value ? 1 : 2;
+        if (!one_value) {
+          sort_order(b.grouped.get() + start, end - start, b.order.get(), b.work.get());
+          for (uint32_t r = 0; r < end - start; ++r) b.ranks[start + b.order[r]] = start + r;
+        }
+      }
+      if (sorted[bin] == 2) rank = b.ranks[place];
     }
-  }
-  sort_order(b.keys.get(), left, b.order.get(), b.work.get());
-  for (int64_t j = 0; j < left; ++j) {
-    const uint32_t i = members[b.order[j]];
-    decide(i, next[bins[i]]++);
+    mask[i] = b.words[i] < bound(rank);
   }
 }
 
@@ -94,35 +105,38 @@ void mask_row(const Kernels& kernels, const Work& w, Scratch& s, int k, int64_t 
     mask[0] = b.words[0] < std::floor(e.density * kWords);
     return;
   }
-  const uint32_t* bits = b.bits.get();
+  const int32_t* bits = reinterpret_cast<const int32_t*>(b.bits.get());
   const uint32_t* words = b.words.get();
   uint16_t* bins = b.bins.get();
-  const uint32_t top = *std::max_element(bits, bits + cols);
-  constexpr uint32_t kSpan = (uint32_t)(kRankBins - 1) << kBinShift;
-  const uint32_t least = top > kSpan ? top - kSpan : 0;  // all below share bin 0
-  int64_t first[kRankBins + 1] = {};
-  for (int64_t i = 0; i < cols; ++i) {
-    const uint32_t above = std::max(bits[i], least) - least;
-    bins[i] = (uint16_t)((above + ((1u << kBinShift) - 1)) >> kBinShift);
-    ++first[bins[i] + 1];
-  }
+  int32_t top = 0;
+  for (int64_t i = 0; i < cols; ++i) top = std::max(top, bits[i]);
+  constexpr int32_t kSpan = (kRankBins - 1) << kBinShift;
+  const int32_t least = std::max(top - kSpan, 0);  // all below share bin 0
+  for (int64_t i = 0; i < cols; ++i)
+    bins[i] = (uint16_t)((uint32_t)(std::max(bits[i], least) - least + ((1 << kBinShift) - 1)) >>
+                         kBinShift);
+  // two tables: neighbours of one value, common in 16-bit checkpoints, do not wait for each other
+  uint32_t first[kRankBins + 1] = {}, others[kRankBins + 1] = {};
+  int64_t i = 0;
+  for (; i + 1 < cols; i += 2) ++first[bins[i] + 1], ++others[bins[i + 1] + 1];
+  if (i < cols) ++first[bins[i] + 1];
   const Bounds bound(e, cols);
   RankBin table[kRankBins];
   for (int bin = 0; bin < kRankBins; ++bin) {
-    const int64_t here = first[bin + 1];
-    first[bin + 1] += first[bin];
-    if (here) table[bin] = {bound(first[bin]), bound(first[bin] + here - 1)};
+    const uint32_t here = first[bin + 1] + others[bin + 1];
+    first[bin + 1] = first[bin] + here;
+    if (here) table[bin] = {bound(first[bin]), bound((int64_t)first[bin] + here - 1)};
   }
-  uint8_t marked[kRankBins] = {};
-  uint8_t undecided = 0;
-  for (int64_t i = 0; i < cols; ++i) {
+  int64_t opened = 0;
+  uint32_t* open = b.open.get();
+  for (i = 0; i < cols; ++i) {
     const RankBin& bin = table[bins[i]];
     const uint8_t keep = words[i] < bin.least;
-    const uint8_t open = (uint8_t)(words[i] < bin.most) ^ keep;  // no branch: half of them miss
     mask[i] = keep;
-    marked[bins[i]] |= open, undecided |= open;
+    open[opened] = (uint32_t)i;  // no branch: half of them miss
+    opened += (uint8_t)(words[i] < bin.most) ^ keep;
   }
-  if (undecided) decide_by_rank(bound, table, marked, first, cols, b, mask);
+  if (opened) decide_by_rank(bound, first, cols, opened, b, mask);
 }
 
 }  // namespace
