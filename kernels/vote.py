@@ -16,6 +16,8 @@ from .words import (
     EVERYBODY,
     HOW,
     LAMBDA,
+    LIMIT,
+    LIMITED,
     MAJORITY,
     MASS,
     MAX,
@@ -140,10 +142,16 @@ def _needed(taus, delta, task_masks, numbers, at, inside, K: tl.constexpr, RULE:
 
 @triton.jit
 def finish_delta(total, taus, task_masks, numbers, at, inside, K: tl.constexpr, RULE: tl.constexpr):
-    """d = scale·Δ, what consensus drops set to 0."""
+    """d = scale·Δ, what consensus drops set to 0, what a limit shortens shortened."""
     d = total
     if RULE[CONSENSUS] != NO_CONSENSUS:
         d = tl.where(_needed(taus, d, task_masks, numbers, at, inside, K, RULE), d, 0.0)
+    if RULE[LIMITED]:
+        limit = tl.load(numbers + 3 * K + (LIMIT - 3))
+        distance = tl.abs(d)
+        # where(): as torch's clamp, a NaN stays one
+        share = tl.div_rn(limit, tl.where(distance < 1e-6, 1e-6, distance))
+        d = d * tl.where(share > 1, 1.0, share)
     if RULE[SCALED]:
         d = d * tl.load(numbers + SCALE * K)
     return d

@@ -22,6 +22,7 @@ WEIGHTED = tl.constexpr(6)  # some weight is not 1
 CONSENSUS = tl.constexpr(7)
 SCALED = tl.constexpr(8)  # the scale is not 1
 MERGED = tl.constexpr(9)  # delta = merged - base: the recipe is not run
+LIMITED = tl.constexpr(10)  # large entries of delta are shortened
 
 # RULE[VOTE]
 NO_VOTE = tl.constexpr(0)
@@ -55,12 +56,13 @@ STREAM = tl.constexpr(4)
 BOUND = tl.constexpr(5)
 SEED = tl.constexpr(6)  # at 6 K
 MAJORITY = tl.constexpr(7)  # at 6 K + 1
-# Rows of `numbers`, float32 [3 K + 2].
+# Rows of `numbers`, float32 [3 K + 3].
 FACTOR = tl.constexpr(0)
 WEIGHT = tl.constexpr(1)
 LAMBDA = tl.constexpr(2)
 SCALE = tl.constexpr(3)  # at 3 K
 MIN_TASKS = tl.constexpr(4)  # at 3 K + 1
+LIMIT = tl.constexpr(5)  # at 3 K + 2
 
 # Variants of the calibration that a row can finish on its own.
 MANIFOLD = tl.constexpr(0)

@@ -4,7 +4,7 @@ another.
 A method is a :class:`Recipe`; a backend runs any recipe. The stages, in order, for one tensor with
 experts ``θ_k`` and task vectors ``τ_k = θ_k − θ_0``::
 
-    trim → rescale → align → weight → vote → contributors → reduce → consensus → scale
+    trim → rescale → align → weight → vote → contributors → reduce → consensus → limit → scale
 
 Nothing here imports torch, numpy or any other part of the package but its errors.
 """
@@ -36,6 +36,8 @@ class TrimRule(_Word):
     RANDOM = "random"  # a coin per entry (DARE)
     RANKED = "ranked"  # a coin whose bias follows the rank in the row (DELLA)
     BAND = "band"  # the largest but for the very largest (Breadcrumbs)
+    THRESHOLD = "threshold"  # |τ| > ε (RAM)
+    VARIANCE = "variance"  # the largest variance over the experts, the same entries of each (SCE)
     GIVEN = "given"  # keep masks fed in
     STD = "std"  # |x − mean| > t·std            (reference only)
     NORM_FRACTION = "norm_fraction"  # shortest prefix by x²/‖x‖² (reference only)
@@ -77,6 +79,13 @@ class Align(_Word):
 
     NONE = "none"
     MIN_NORM = "min_norm"  # × smallest L2 norm other than 0 ÷ own L2 norm, of the raw task vectors
+
+
+class Weigh(_Word):
+    """Where the weights come from."""
+
+    GIVEN = "given"
+    ENERGY = "energy"  # mean(τ²) of the trimmed task vector as a share of all K, tensor by tensor
 
 
 class Vote(_Word):
@@ -146,6 +155,9 @@ class Direction(_Word):
     SHRINK = "shrink"  # only ξ < 1 acts
 
 
+_WITHOUT_DENSITY = (TrimRule.NONE, TrimRule.GIVEN, TrimRule.THRESHOLD)
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
@@ -159,9 +171,10 @@ class Trim:
     Attributes:
         rule: the trim.
         density: kept fraction q of each expert, in (0, 1]; q = 1 keeps all and skips every other
-            check.
+            check. ``VARIANCE``: of the entries that differ between experts, one for all experts.
         gamma: Breadcrumbs: share of the very largest entries that is dropped.
-        epsilon: DELLA: half the range of the keep probability.
+        epsilon: DELLA: half the range of the keep probability. ``THRESHOLD``: what a magnitude
+            must exceed.
         count_rule, tie_rule, scope: see the enums.
         min_kept: with ``CountRule.FLOOR`` the least number kept (1; PEFT: 0).
         seed: of the counter-based generator (random and ranked trims).
@@ -186,6 +199,13 @@ class Trim:
 
     def __post_init__(self) -> None:
         if self.rule in (TrimRule.NONE, TrimRule.GIVEN):
+            return
+        if self.rule is TrimRule.THRESHOLD:
+            for k, e in enumerate(self.epsilon):
+                _check(
+                    0 <= e < math.inf,
+                    f"epsilon of expert {k}: expected a finite number >= 0, got {e!r}.",
+                )
             return
         for k, q in enumerate(self.density):
             if self.rule is TrimRule.STD:
@@ -219,7 +239,7 @@ class Trim:
         """Whether expert ``k`` loses any entry at all under this trim (a density of 1 skips it)."""
         if self.rule is TrimRule.NONE:
             return False
-        if self.rule in (TrimRule.GIVEN, TrimRule.STD):
+        if self.rule in (TrimRule.GIVEN, TrimRule.STD, TrimRule.THRESHOLD):
             return True
         return self.density[k] < 1
 
@@ -267,8 +287,26 @@ class Consensus:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """What one contributor alone holds of an entry counts 1 + r·clamp(shared_k ÷ max(unique_k, ε),
+    0, alpha) times: unique_k and shared_k are the entries of the tensor that expert k keeps alone
+    and together with others (RAM+)."""
+
+    r: float
+    alpha: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One element-wise merge. ``len(weights)`` is the number of experts.
+
+    ``weigh``: under ``ENERGY`` the weights are found, and ``weights`` says no more than how many
+    there are. ``least``: below it their sum counts as nothing, and a divisor is at least as large
+    (mergekit's 1e-6).
+
+    ``limit``: an entry of Δ counts with w·Δ, w = min(1, limit ÷ max(|Δ|, 1e-6)): up to that size
+    (NearSwap).
 
     ``signed_result``: the reduction over all experts is given the elected sign, |result|·sign
     (only the original TIES code's ``mean | sum | median | magnitude`` do this; reference only).
@@ -286,6 +324,10 @@ class Recipe:
     consensus: Consensus | None = None
     scale: float = 1.0
     signed_result: bool = False
+    weigh: Weigh = Weigh.GIVEN
+    least: float = 0.0
+    alone: Alone | None = None
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         k = self.num_experts
@@ -295,9 +337,9 @@ class Recipe:
         _check(math.isfinite(self.scale), f"scale: expected a finite number, got {self.scale!r}.")
         t = self.trim
         for what, values, needed in (
-            ("density", t.density, t.rule not in (TrimRule.NONE, TrimRule.GIVEN)),
+            ("density", t.density, t.rule not in _WITHOUT_DENSITY),
             ("gamma", t.gamma, t.rule is TrimRule.BAND),
-            ("epsilon", t.epsilon, t.rule is TrimRule.RANKED),
+            ("epsilon", t.epsilon, t.rule in (TrimRule.RANKED, TrimRule.THRESHOLD)),
         ):
             _check(
                 not needed or len(values) == k,
@@ -306,6 +348,22 @@ class Recipe:
         _check(
             (self.contributors is Contributors.AGREEING) <= (self.vote is not Vote.NONE),
             "contributors='agreeing': expected a vote, got vote='none'.",
+        )
+        _check(
+            t.rule is not TrimRule.VARIANCE or len(set(t.density)) == 1,
+            f"density of the trim 'variance': expected one for all experts, got {t.density}.",
+        )
+        voted = self.vote is Vote.MASS and self.vote_on is VoteOn.UNWEIGHTED
+        agreeing = voted and self.contributors is Contributors.AGREEING
+        _check(
+            self.weigh is Weigh.GIVEN or (agreeing and self.reduce is Reduce.WEIGHTED_MEAN),
+            "weigh='energy': expected a weighted mean of those that agree with an unweighted vote "
+            "of masses.",
+        )
+        _check(
+            self.alone is None
+            or (self.contributors is Contributors.NONZERO and self.reduce is Reduce.MEAN),
+            "alone: expected a mean of the entries that are not zero.",
         )
         _check(
             not (
@@ -324,7 +382,28 @@ class Recipe:
     @property
     def needs_select(self) -> bool:
         """Whether a pass over the data must come before the merge pass."""
-        return (self.trim.by_magnitude and self.trims) or self.needs_factors or self.needs_majority
+        by_magnitude = self.trim.by_magnitude and self.trims
+        return by_magnitude or any(self.phases.values())
+
+    @property
+    def phases(self) -> dict[str, bool]:
+        """What is found by passes of their own, in this order, and whether it is needed."""
+        return {
+            "variance": self.needs_variance,
+            "factors": self.needs_factors,
+            "weights": self.weigh is Weigh.ENERGY,
+            "alone": self.alone is not None,
+            "majority": self.needs_majority,
+        }
+
+    @property
+    def looks_across(self) -> bool:
+        """Whether weights or factors come of what the experts hold together."""
+        return self.weigh is Weigh.ENERGY or self.alone is not None
+
+    @property
+    def needs_variance(self) -> bool:
+        return self.trim.rule is TrimRule.VARIANCE and self.trims
 
     @property
     def trims(self) -> bool:
@@ -334,8 +413,12 @@ class Recipe:
     @property
     def needs_factors(self) -> bool:
         """Whether norms of the task vectors are needed, whole or before and after the trim."""
-        restores = self.rescale in (Rescale.L1, Rescale.L2, Rescale.LINF) and self.trims
-        return restores or self.align is not Align.NONE
+        return self.restores or self.align is not Align.NONE
+
+    @property
+    def restores(self) -> bool:
+        """Whether a norm is restored after the trim."""
+        return self.rescale in (Rescale.L1, Rescale.L2, Rescale.LINF) and self.trims
 
     @property
     def needs_majority(self) -> bool:
@@ -348,8 +431,6 @@ class Recipe:
             return f"trim '{self.trim.rule}' exists in the reference only"
         if self.vote in (Vote.NORM_FRACTION, Vote.NORM_MASS):
             return f"vote '{self.vote}' exists in the reference only"
-        if self.align is not Align.NONE:
-            return f"alignment '{self.align}' exists in the reference only"
         if self.reduce is Reduce.MEDIAN or self.signed_result:
             return "this reduction exists in the reference only"
         return None
@@ -367,6 +448,10 @@ class Selection:
         factor: what each kept entry is multiplied by (norm rescale or 1/density, times the
             alignment), a float32 value.
         majority: sign for zero votes under ``ZeroVote.MAJORITY``: −1, 0 or 1.
+        weights: those found (``Weigh.ENERGY``), float32 values; empty where they are given.
+        alone: factor of what each expert alone holds (:class:`Alone`); empty without.
+
+    Under ``TrimRule.VARIANCE`` threshold and cut are of the variance, equal for all experts.
     """
 
     threshold: tuple[float, ...]
@@ -375,6 +460,8 @@ class Selection:
     top_tie_cut: tuple[int, ...]
     factor: tuple[float, ...]
     majority: int = 0
+    weights: tuple[float, ...] = ()
+    alone: tuple[float, ...] = ()
 
     @staticmethod
     def keep_everything(num_experts: int, numel: int) -> Selection:

@@ -45,7 +45,7 @@ struct Job {
     if (k < 1 || k > MF_GPU_MOST_EXPERTS) throw py::value_error("experts: expected 1 to 64");
     if (dtypes.size() != k || kinds.size() != k || masks.size() != k || task_masks.size() != k)
       throw py::value_error("dtypes, kinds, masks: expected one an expert");
-    if (rule.size() != 7) throw py::value_error("rule: expected 7 words");
+    if (rule.size() != 8) throw py::value_error("rule: expected 8 words");
     job.base = pointer<void>(base), job.merged = pointer<void>(merged);
     job.out = pointer<void>(out);
     job.base_dtype = (int8_t)base_dtype, job.merged_dtype = (int8_t)merged_dtype;
@@ -60,7 +60,7 @@ struct Job {
     job.report = pointer<int64_t>(report), job.kept = pointer<int64_t>(kept);
     job.offset = offset, job.k = (int32_t)k;
     job.rule = {(int8_t)rule[0], (int8_t)rule[1], (int8_t)rule[2], (int8_t)rule[3],
-                (int8_t)rule[4], (int8_t)rule[5], (int8_t)rule[6], 0};
+                (int8_t)rule[4], (int8_t)rule[5], (int8_t)rule[6], (int8_t)rule[7]};
   }
 };
 

@@ -45,6 +45,8 @@ struct Plan {
     job.vote_on = get("vote_on"), job.zero_vote = get("zero_vote");
     job.contributors = get("contributors"), job.reduce = get("reduce");
     job.consensus = get("consensus"), job.min_tasks = get("min_tasks");
+    job.least = recipe["least"].cast<float>(), job.limit = recipe["limit"].cast<float>();
+    job.alone = get("alone"), job.limited = get("limited");
     for (py::handle item : per_expert) {
       const auto d = py::reinterpret_borrow<py::dict>(item);
       mf_expert e{};
@@ -54,7 +56,8 @@ struct Plan {
       e.density = d["density"].cast<double>(), e.epsilon = d["epsilon"].cast<double>();
       e.random_bound = (uint32_t)integer(d["random_bound"]);
       e.lambda = d["lambda"].cast<float>();
-      e.factor = d["factor"].cast<float>();
+      e.factor = d["factor"].cast<float>(), e.threshold = d["threshold"].cast<float>();
+      e.alone = 1;
       e.included = 1;
       experts.push_back(e);
       given_factor.push_back(d["given_factor"].cast<float>());
@@ -187,7 +190,7 @@ struct Batch {
 
   static void select(mf_job& job, const py::tuple& s) {
     const py::tuple threshold = s[0], tie_cut = s[1], top_threshold = s[2], top_cut = s[3],
-                    factor = s[4];
+                    factor = s[4], weights = s[6], alone = s[7];
     job.selected = 1;
     job.majority = s[5].cast<int32_t>();
     for (int k = 0; k < job.num_experts; ++k) {
@@ -197,6 +200,8 @@ struct Batch {
       e.top_threshold = top_threshold[(size_t)k].cast<float>();
       e.top_tie_cut = top_cut[(size_t)k].cast<int64_t>();
       e.factor = factor[(size_t)k].cast<float>();
+      if (!weights.empty()) e.weight = weights[(size_t)k].cast<float>();
+      if (!alone.empty()) e.alone = alone[(size_t)k].cast<float>();
     }
   }
 };
@@ -309,13 +314,43 @@ void row_norms(const py::tuple& job, uintptr_t l1, uintptr_t l2, uintptr_t linf,
   });
 }
 
-void norm_sums(const py::tuple& job, uintptr_t before, uintptr_t after, int threads, int isa) {
+void norm_sums(const py::tuple& job, uintptr_t before, uintptr_t after, uintptr_t squares,
+               int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   run([&] {
     return mf_cpu_norm_sums(batch.jobs.data(), reinterpret_cast<double*>(before),
-                            reinterpret_cast<double*>(after), &options);
+                            reinterpret_cast<double*>(after), reinterpret_cast<double*>(squares),
+                            &options);
   });
+}
+
+void energies(const py::tuple& job, uintptr_t squares, int threads, int isa) {
+  Batch batch = one(job);
+  const mf_options options{threads, isa};
+  run([&] {
+    return mf_cpu_energies(batch.jobs.data(), reinterpret_cast<double*>(squares), &options);
+  });
+}
+
+void holders(const py::tuple& job, uintptr_t alone, uintptr_t shared, int threads, int isa) {
+  Batch batch = one(job);
+  const mf_options options{threads, isa};
+  run([&] {
+    return mf_cpu_holders(batch.jobs.data(), reinterpret_cast<int64_t*>(alone),
+                          reinterpret_cast<int64_t*>(shared), &options);
+  });
+}
+
+py::tuple select_variance(const py::tuple& job, double fraction, int threads, int isa) {
+  Batch batch = one(job);
+  const mf_options options{threads, isa};
+  float threshold = 0;
+  int64_t tie_cut = 0;
+  run([&] {
+    return mf_cpu_select_variance(batch.jobs.data(), fraction, &threshold, &tie_cut, &options);
+  });
+  return py::make_tuple(threshold, tie_cut);
 }
 
 int64_t vote_sum(const py::tuple& job, int threads, int isa) {
@@ -432,6 +467,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_norms", &row_norms, py::arg("job"), py::arg("l1"), py::arg("l2"), py::arg("linf"),
         py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("norm_sums", &norm_sums, py::arg("job"), py::arg("before"), py::arg("after"),
+        py::arg("squares"), py::arg("threads") = 0, py::arg("isa") = -1);
+  m.def("energies", &energies, py::arg("job"), py::arg("squares"), py::arg("threads") = 0,
+        py::arg("isa") = -1);
+  m.def("holders", &holders, py::arg("job"), py::arg("alone"), py::arg("shared"),
+        py::arg("threads") = 0, py::arg("isa") = -1);
+  m.def("select_variance", &select_variance, py::arg("job"), py::arg("fraction"),
         py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("vote_sum", &vote_sum, py::arg("job"), py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("random_words", &random_words, py::arg("flat"), py::arg("n"), py::arg("stream"),

@@ -68,4 +68,11 @@ MF_HD bool task_needs(float tau, float delta, float lambda) {
   return float_of(bits_of(tau) & kAbsMask) > bar;
 }
 
+// w * delta, w = min(1, limit / max(|delta|, 1e-6)); a NaN stays one.
+MF_HD float limited(float delta, float limit) {
+  const float distance = float_of(bits_of(delta) & kAbsMask);
+  const float share = limit / (distance < 1e-6f ? 1e-6f : distance);
+  return delta * (share > 1 ? 1.0f : share);
+}
+
 }  // namespace mf

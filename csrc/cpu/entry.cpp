@@ -220,12 +220,38 @@ mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_
   return guarded([&] { kernels_of(options).words(flat, n, stream, seed, words); });
 }
 
-mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after,
+mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after, double* squares,
                            const mf_options* options) {
   return guarded([&] {
     mf::Runner runner(kernels_of(options), threads_of(options));
     mf::Prepared p(*piece);
-    mf::norm_sums(runner, p, before, after);
+    mf::norm_sums(runner, p, before, after, squares);
+  });
+}
+
+mf_status mf_cpu_energies(mf_job* piece, double* squares, const mf_options* options) {
+  return guarded([&] {
+    mf::Runner runner(kernels_of(options), threads_of(options));
+    mf::Prepared p(*piece);
+    mf::energies(runner, p, squares);
+  });
+}
+
+mf_status mf_cpu_holders(mf_job* piece, int64_t* alone, int64_t* shared,
+                         const mf_options* options) {
+  return guarded([&] {
+    mf::Runner runner(kernels_of(options), threads_of(options));
+    mf::Prepared p(*piece);
+    mf::holders(runner, p, alone, shared);
+  });
+}
+
+mf_status mf_cpu_select_variance(mf_job* job, double fraction, float* threshold, int64_t* tie_cut,
+                                 const mf_options* options) {
+  return guarded([&] {
+    mf::Runner runner(kernels_of(options), threads_of(options));
+    mf::Prepared p(*job);
+    mf::select_variance(runner, p, fraction, threshold, tie_cut);
   });
 }
 

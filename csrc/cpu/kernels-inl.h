@@ -200,7 +200,7 @@ static void norm_sums(const float* x, int n, double sums[3]) {
 }
 
 static void norms(const Work& w, Scratch& s, int64_t start, int64_t n, double* before,
-                  double* after) {
+                  double* after, double* squares) {
   const int which = w.job->rescale == MF_RESCALE_L1 ? 0 : w.job->rescale == MF_RESCALE_L2 ? 1 : 2;
   Work both = w;  // before the trim and after
   both.keep_tau = true;
@@ -208,7 +208,13 @@ static void norms(const Work& w, Scratch& s, int64_t start, int64_t n, double* b
     const int len = imin(kTile, n - done);
     const float* base = load_base(w, s, start + done, len);
     for (int k = 0; k < w.k; ++k) {
-      if (w.experts[k].trim == MF_TRIM_NONE) continue;
+      if (squares) {
+        double whole[3] = {};
+        load_tau(w, s, k, base, start + done, len, s.tau);
+        norm_sums(s.tau, len, whole);
+        squares[k] += whole[1];
+      }
+      if (w.job->rescale == MF_RESCALE_NONE || w.experts[k].trim == MF_TRIM_NONE) continue;
       expert_tile(both, s, k, start + done, len, base, 1.0f, kStore, s.tau, s.value);
       double raw[3] = {0, 0, before[k]}, trimmed[3] = {0, 0, after[k]};
       norm_sums(s.tau, len, raw);
@@ -217,6 +223,39 @@ static void norms(const Work& w, Scratch& s, int64_t start, int64_t n, double* b
       after[k] = which == 2 ? trimmed[2] : after[k] + trimmed[which];
     }
   }
+}
+
+static void energies(const Work& w, Scratch& s, int64_t start, int64_t n, double* squares) {
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    values_tile(w, s, start + done, len, s.delta);
+    for (int k = 0; k < w.k; ++k) {
+      double sums[3] = {};
+      norm_sums(s.value + k * kTile, len, sums);
+      squares[k] += sums[1];
+    }
+  }
+}
+
+static void holders(const Work& w, Scratch& s, int64_t start, int64_t n, int64_t* alone,
+                    int64_t* shared) {
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    values_tile(w, s, start + done, len, s.delta);
+    holders_of_tile(w, s, len, alone, shared);
+  }
+}
+
+static int64_t variances(const Work& w, Scratch& s, int64_t start, int64_t n, float* out) {
+  int64_t positive = 0;
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    const float* base = load_base(w, s, start + done, len);
+    for (int k = 0; k < w.k; ++k) load_tau(w, s, k, base, start + done, len, s.tau + k * kTile);
+    positive += variances_of_tile(w, s, len);
+    in_memory_order(s.delta, len, out + done);
+  }
+  return positive;
 }
 
 static void row_norms(const Work& w, Scratch& s, int64_t start, int64_t n, double sums[3]) {
@@ -236,8 +275,9 @@ static void words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint
   }
 }
 
-constexpr Kernels kTable = {merge,      statistics, gram,        apply,     votes, norms,
-                            magnitudes, scan,       kth_largest, row_norms, words};
+constexpr Kernels kTable = {merge, statistics,  gram,      apply,     votes,
+                            norms, energies,    holders,   variances, magnitudes,
+                            scan,  kth_largest, row_norms, words};
 
 }  // namespace
 

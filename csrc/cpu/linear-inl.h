@@ -108,7 +108,7 @@ static bool linear_stretch(const Work& w, int64_t start, int64_t n) {
 static bool is_plain_sum(const Work& w) {
   const mf_job& job = *w.job;
   bool plain = w.linear && !job.merged && w.k >= 1 && w.k <= kLinearMost &&
-               job.consensus == MF_CONSENSUS_NONE;
+               job.consensus == MF_CONSENSUS_NONE && !job.limited;
   if (job.base) plain &= job.base_dtype == job.out_dtype;
   if (job.weights) plain &= job.weight_cols >= kShortRow;
   for (int k = 0; plain && k < w.k; ++k) {

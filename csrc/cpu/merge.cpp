@@ -125,7 +125,7 @@ void merge_twice(Runner& runner, Prepared& p, int64_t start, int64_t n, int64_t 
   runner.begin(p.work);
   Work merging = p.work;  // no statistics this time
   merging.m = 0;
-  merging.keep_tau = !p.job.merged && p.job.consensus == MF_CONSENSUS_LAMBDA;
+  merging.keep_tau = merging.compares();
   with_ranked_masks(runner, p, start, n, 1, [&](int64_t from, int64_t len) {
     merging.mask_start = p.work.mask_start;
     merge_flat(runner, merging, from, len, factor);

@@ -2,6 +2,7 @@
 // reduction, consensus.
 #pragma once
 
+#include "compare-inl.h"
 #include "weighted-inl.h"
 
 namespace mf {
@@ -14,6 +15,7 @@ struct ReduceTile {
   const mf_expert* experts;         // weights
   bool ones;                        // all weights are 1
   const vf* weight;                 // [K] where K <= 8
+  float least;                      // of a sum of weights that divides
   vi zero_positive, zero_negative;  // what a vote of exactly zero counts as
 };
 
@@ -56,8 +58,12 @@ MF_INLINE Elected elect(const ReduceTile& t, vf s) {
   return {positive | negative, (vf)(negative & INT32_MIN)};
 }
 
-MF_INLINE vf divided(int vote, int reduce, vf sum, vf count) {
+MF_INLINE vf divided(const ReduceTile& t, int vote, int reduce, vf sum, vf count) {
   const vf one = splat(1.0f);
+  if (reduce == MF_WEIGHTED_MEAN && t.least > 0) {
+    const vf least = splat(t.least);
+    return sum / where(count < least, least, count);
+  }
   if (reduce == MF_MEAN) return sum / where(count < one, one, count);
   const vi unusable = vote == MF_VOTE_NONE ? abs_of(count) < splat(1e-8f) : count == zero();
   return sum / where(unusable, one, count);
@@ -93,7 +99,7 @@ static bool agreeing_loop(const ReduceTile& t, float* delta) {
       }
     }
     if (REDUCE != MF_SUM)
-      sum = divided(MF_VOTE_MASS, REDUCE, sum, COUNTED ? to_float(count) : weights);
+      sum = divided(t, MF_VOTE_MASS, REDUCE, sum, COUNTED ? to_float(count) : weights);
     store(delta + i, keep_if(positive | negative, sum));
   }
   return any(top >= (int32_t)kInfBits);
@@ -159,7 +165,7 @@ static bool reduce_loop(const ReduceTile& t, float* delta) {
       if (REDUCE == MF_MEAN || REDUCE == MF_WEIGHTED_MEAN)
         count += CONTRIBUTORS == MF_ALL ? weight : keep_if(in, weight);
     }
-    if (REDUCE == MF_MEAN || REDUCE == MF_WEIGHTED_MEAN) sum = divided(VOTE, REDUCE, sum, count);
+    if (REDUCE == MF_MEAN || REDUCE == MF_WEIGHTED_MEAN) sum = divided(t, VOTE, REDUCE, sum, count);
     if (CONTRIBUTORS == MF_AGREEING) sum = keep_if(e.somebody, sum);
     store(delta + i, sum);
   }
@@ -200,7 +206,7 @@ static bool reduce_by_contributors(const ReduceTile& t, const mf_job& job, bool 
 }
 
 MF_INLINE ReduceTile reduce_tile_of(const Work& w, const Scratch& s, int n) {
-  ReduceTile t = {s.value, w.k, n, w.experts, true, nullptr, splat_i(0), splat_i(0)};
+  ReduceTile t = {s.value, w.k, n, w.experts, true, nullptr, w.job->least, splat_i(0), splat_i(0)};
   for (int k = 0; k < w.k; ++k) t.ones &= w.experts[k].weight == 1;
   const mf_job& job = *w.job;
   bool positive = job.zero_vote == MF_ZERO_POSITIVE, negative = job.zero_vote == MF_ZERO_NEGATIVE;
@@ -267,6 +273,16 @@ static void consensus_tile(const Work& w, int64_t start, int n, const float* tau
     store(delta + i, keep_if(load(needed + i) >= least, load(delta + i)));
 }
 
+// w * delta, w = min(1, limit / max(|delta|, 1e-6)).
+static void limit_tile(int n, float limit, float* delta) {
+  const vf most = splat(limit), one = splat(1.0f), near = splat(1e-6f);
+  for (int64_t i = 0; i < padded(n); i += kLanes) {
+    const vf d = load(delta + i), a = abs_of(d);
+    const vf share = most / where(a < near, near, a);
+    store(delta + i, d * where(share > one, one, share));
+  }
+}
+
 MF_INLINE void scale_tile(int n, float divisor, float scale, float* delta) {
   const vf d = splat(divisor), f = splat(scale);
   if (divisor == 1 && scale == 1) return;
@@ -290,6 +306,9 @@ static void values_tile(const Work& w, Scratch& s, int64_t start, int n, float* 
     s.kept[k] += expert_tile(w, s, k, start, n, base, unweighted ? 1.0f : w.experts[k].weight, sink,
                              tau, out);
   }
+  if (!w.variance) return;
+  const int64_t kept = variance_tile(w, s, start, n);
+  for (int k = 0; k < w.k; ++k) s.kept[k] += kept - n;
 }
 
 static void trace_merged(const Work& w, Scratch& s, int64_t start, int n) {
@@ -321,13 +340,15 @@ static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* d
   if (job.weights) return weighted_tile(w, s, start, n, delta);
   values_tile(w, s, start, n, delta);
   if (!w.linear && reduce_tile(w, s, n, delta)) trace_experts(w, s, start, n);
-  const bool consensus = job.consensus != MF_CONSENSUS_NONE;
-  if (consensus) {
+  if (job.alone) alone_tile(w, s, n, delta);
+  const bool consensus = job.consensus != MF_CONSENSUS_NONE, limited = job.limited != 0;
+  if (consensus || limited) {
     if (w.linear && not_finite(delta, n)) trace_experts(w, s, start, n);
     scale_tile(n, w.divisor, 1, delta);
-    consensus_tile(w, start, n, s.tau, delta);
   }
-  scale_tile(n, consensus ? 1 : w.divisor, job.scale, delta);
+  if (consensus) consensus_tile(w, start, n, s.tau, delta);
+  if (limited) limit_tile(n, job.limit, delta);
+  scale_tile(n, consensus || limited ? 1 : w.divisor, job.scale, delta);
 }
 
 }  // namespace

@@ -111,7 +111,12 @@ Prepared::Prepared(mf_job& j) : job(j) {
     work.wide = c->variant == MF_MANIFOLD_EXACT;
     work.powers = c->variant != MF_MANIFOLD && c->p != 2;
   }
-  work.keep_tau = work.m > 0 || (!job.merged && job.consensus == MF_CONSENSUS_LAMBDA);
+  for (int k = 0; k < work.k; ++k)
+    work.variance |= !job.merged && job.experts[k].trim == MF_TRIM_VARIANCE;
+  for (int k = 0; k < work.k; ++k)
+    require(!work.variance || job.experts[k].trim == MF_TRIM_VARIANCE,
+            "job: a trim by variance is one of all experts.");
+  work.keep_tau = work.m > 0 || work.compares();
   masks.assign((size_t)std::max(work.k, 1), nullptr);
   for (int k = 0; k < work.k; ++k) {
     if (job.experts[k].trim == MF_TRIM_RANKED && !job.merged) ranked = true;

@@ -111,8 +111,14 @@ void with_ranked_masks(Runner& runner, Prepared& p, int64_t start, int64_t n, in
 void select_job(Runner& runner, Prepared& p);
 // Norm sums of every expert before and after its trim, per fixed block [blocks, K]; the sum of the
 // elected signs.
-void norm_sums(Runner& runner, Prepared& p, double* before, double* after);
+void norm_sums(Runner& runner, Prepared& p, double* before, double* after, double* squares);
 int64_t vote_sum(Runner& runner, Prepared& p);
+// Sums of squares of the values of every expert, per fixed block [blocks, K]; entries held alone
+// and with others [K]; bounds of a trim by variance of a whole tensor.
+void energies(Runner& runner, Prepared& p, double* squares);
+void holders(Runner& runner, Prepared& p, int64_t* alone, int64_t* shared);
+void select_variance(Runner& runner, Prepared& p, double fraction, float* threshold,
+                     int64_t* tie_cut);
 // Merges (or calibrates) one job whose selection is known.
 void merge_job(Runner& runner, Prepared& p);
 // Adds the inner products of the task vectors of every `cols` elements to gram [rows, K, K].

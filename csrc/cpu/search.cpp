@@ -350,7 +350,8 @@ void Search::end_pass(const Kernels& kernels) {
 void Search::result(mf_expert* experts) const {
   if (!finished()) throw Failure(MF_INVALID, "select: the data has not been fed completely.");
   for (int k = 0; k < experts_; ++k) {
-    experts[k].threshold = 0, experts[k].tie_cut = total_;
+    if (experts[k].trim != MF_TRIM_ABOVE) experts[k].threshold = 0;
+    experts[k].tie_cut = experts[k].trim == MF_TRIM_ABOVE ? 0 : total_;
     experts[k].top_threshold = float_of(kInfBits), experts[k].top_tie_cut = 0;
   }
   if (total_ == 0) return;

@@ -66,7 +66,8 @@ void select_thresholds(Runner& runner, Prepared& p) {
   bool any = false;
   for (int k = 0; k < p.work.k; ++k) {
     mf_expert& e = p.job.experts[k];
-    e.threshold = 0, e.tie_cut = p.job.total;
+    if (e.trim != MF_TRIM_ABOVE) e.threshold = 0;
+    e.tie_cut = e.trim == MF_TRIM_ABOVE ? 0 : p.job.total;
     e.top_threshold = float_of(kInfBits), e.top_tie_cut = 0;
     any |= e.trim == MF_TRIM_BAND;
   }
@@ -108,7 +109,7 @@ void select_factors(Runner& runner, Prepared& p) {
   const bool maxima = p.job.rescale == MF_RESCALE_LINF;
   std::vector<double> before((size_t)(blocks * k)), after((size_t)(blocks * k));
   for (int i = 0; i < k; ++i) p.job.experts[i].factor = 1;
-  norm_sums(runner, p, before.data(), after.data());
+  norm_sums(runner, p, before.data(), after.data(), nullptr);
   for (int i = 0; i < k; ++i) {
     double x = 0, y = 0;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -124,18 +125,20 @@ void select_factors(Runner& runner, Prepared& p) {
 
 }  // namespace
 
-void norm_sums(Runner& runner, Prepared& p, double* before, double* after) {
+void norm_sums(Runner& runner, Prepared& p, double* before, double* after, double* squares) {
   const int k = p.work.k;
   const int64_t all = (p.job.numel + kBlock - 1) / kBlock;
   std::fill(before, before + all * k, 0.0);
   std::fill(after, after + all * k, 0.0);
+  if (squares) std::fill(squares, squares + all * k, 0.0);
   runner.begin(p.work);
   with_ranked_masks(runner, p, 0, p.job.numel, kBlock, [&](int64_t start, int64_t n) {
     const int64_t first = start / kBlock, blocks = (n + kBlock - 1) / kBlock;
     runner.parallel(blocks, [&](int64_t i, ThreadScratch& t) {
       const int64_t at = start + i * kBlock;
       runner.kernels.norms(p.work, t.scratch(), at, std::min(kBlock, start + n - at),
-                           before + (first + i) * k, after + (first + i) * k);
+                           before + (first + i) * k, after + (first + i) * k,
+                           squares ? squares + (first + i) * k : nullptr);
     });
   });
 }
@@ -143,7 +146,7 @@ void norm_sums(Runner& runner, Prepared& p, double* before, double* after) {
 int64_t vote_sum(Runner& runner, Prepared& p) {
   Work voting = p.work;  // values, whatever the reduction; no statistics
   voting.linear = false;
-  voting.m = 0, voting.keep_tau = false;
+  voting.m = 0, voting.keep_tau = p.work.variance;
   int64_t sum = 0;
   runner.begin(voting);
   with_ranked_masks(runner, p, 0, p.job.numel, 1, [&](int64_t start, int64_t n) {

@@ -174,6 +174,10 @@ static int trim_kind(const Work& w, Scratch& s, int k, int64_t start, int n, Tri
     t->high -= top_cut > 0;
     return e.top_count < 0 ? kKeepAbove : kKeepBand;
   }
+  if (e.trim == MF_TRIM_ABOVE) {
+    t->low = (int32_t)bits_of(e.threshold);
+    return kKeepAbove;
+  }
   if (e.trim == MF_TRIM_RANDOM) {
     t->words = draw_words((uint64_t)flat, n, e.stream, w.job->seed, s.words);
     t->bound = (int32_t)(e.random_bound ^ 0x80000000u);

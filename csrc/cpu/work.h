@@ -30,9 +30,14 @@ struct Work {
   bool keep_tau;      // raw task vectors of all experts stay in the scratch (statistics, consensus)
   bool linear;        // no vote, all contribute: sums as they come, no values kept
   bool traced;        // what is not finite shows in the linear sum, or in the vote's
+  bool variance;      // a trim looks at all experts at once
   bool gram, powers;  // which sums the calibration needs besides the squared norms
   bool wide;          // inner products in float64
   float divisor;      // of a linear mean, 1 otherwise
+  // Raw task vectors are looked at after the trims.
+  bool compares() const {
+    return variance || (!job->merged && job->consensus == MF_CONSENSUS_LAMBDA);
+  }
 };
 
 // One thread's buffers. Every pointer is 64-byte aligned and padded to kTilePad.
@@ -84,8 +89,15 @@ struct Kernels {
   // Sum of the elected signs, zeros as 0.
   int64_t (*votes)(const Work&, Scratch&, int64_t start, int64_t n);
   // Norm sums of every expert (l1, sum of squares or largest, by job.rescale) before and after the
-  // trim.
-  void (*norms)(const Work&, Scratch&, int64_t start, int64_t n, double* before, double* after);
+  // trim; sums of squares of whole task vectors into squares, unless null.
+  void (*norms)(const Work&, Scratch&, int64_t start, int64_t n, double* before, double* after,
+                double* squares);
+  // Sums of squares of the values of every expert, added.
+  void (*energies)(const Work&, Scratch&, int64_t start, int64_t n, double* squares);
+  // Entries that each expert holds alone, and together with others, added: [K] each.
+  void (*holders)(const Work&, Scratch&, int64_t start, int64_t n, int64_t* alone, int64_t* shared);
+  // Variances over the experts; how many are not zero.
+  int64_t (*variances)(const Work&, Scratch&, int64_t start, int64_t n, float* out);
   // |tau| bit patterns of one expert.
   void (*magnitudes)(const Work&, Scratch&, int expert, int64_t start, int64_t n, uint32_t* bits);
   // One pass of `count` searches, sorted by expert.

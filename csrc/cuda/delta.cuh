@@ -101,7 +101,8 @@ MF_HD bool is_fast(const mf_gpu_job& job) {
   const mf_gpu_rule& r = job.rule;
   if (job.k > 8) return false;
   if (r.merged) return true;
-  if (r.consensus != MF_CONSENSUS_NONE || r.reduce == MF_MAX || r.unweighted) return false;
+  if (r.consensus != MF_CONSENSUS_NONE || r.limited || r.reduce == MF_MAX || r.unweighted)
+    return false;
   if (r.vote == MF_VOTE_NONE) return r.contributors == MF_ALL;
   return r.vote == MF_VOTE_MASS && r.contributors == MF_AGREEING;
 }
@@ -192,6 +193,10 @@ MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* 
     }
     MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] =
         needed.v[e] >= min_tasks_of(job) ? d->v[e] : 0.0f;
+  }
+  if (rule.limited) {
+    const float limit = limit_of(job);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] = limited(d->v[e], limit);
   }
   MF_UNROLL for (int e = 0; e < kVec; ++e) {
     d->v[e] *= scale_of(job);

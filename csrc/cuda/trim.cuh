@@ -22,6 +22,7 @@ MF_DEVICE uint64_t seed_of(const Job& job) { return (uint64_t)integer(job, kSeed
 MF_DEVICE int64_t majority_of(const Job& job) { return integer(job, kSeed, 1); }
 MF_DEVICE float scale_of(const Job& job) { return number(job, kScale, 0); }
 MF_DEVICE float min_tasks_of(const Job& job) { return number(job, kScale, 1); }
+MF_DEVICE float limit_of(const Job& job) { return number(job, kScale, 2); }
 
 MF_DEVICE uint32_t random_byte(const Job& job, int k, int64_t flat) {
   const uint64_t stream = (uint64_t)integer(job, kStream, k),

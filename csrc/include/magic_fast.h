@@ -25,10 +25,12 @@ typedef enum mf_dtype { MF_F32 = 0, MF_F16 = 1, MF_BF16 = 2 } mf_dtype;
 
 typedef enum mf_trim {
   MF_TRIM_NONE = 0,
-  MF_TRIM_BAND = 1,    // rank by (|tau| descending, flat index ascending): (top, threshold] stays
-  MF_TRIM_RANDOM = 2,  // Philox word < random_bound
-  MF_TRIM_RANKED = 3,  // Philox word < bound that grows with the rank in the row
-  MF_TRIM_GIVEN = 4    // mask[i] != 0
+  MF_TRIM_BAND = 1,     // rank by (|tau| descending, flat index ascending): (top, threshold] stays
+  MF_TRIM_RANDOM = 2,   // Philox word < random_bound
+  MF_TRIM_RANKED = 3,   // Philox word < bound that grows with the rank in the row
+  MF_TRIM_GIVEN = 4,    // mask[i] != 0
+  MF_TRIM_ABOVE = 5,    // |tau| > threshold, which is given
+  MF_TRIM_VARIANCE = 6  // of all experts: variance over them at or above (threshold, tie_cut)
 } mf_trim;
 
 typedef enum mf_tie_rule {
@@ -83,7 +85,7 @@ typedef struct mf_expert {
   int64_t tie_cut;          // in/out
   int64_t top_tie_cut;      // in/out
   float factor;             // in/out: in where job.rescale is MF_RESCALE_NONE or job.selected
-  int32_t unused;           // keeps the struct free of padding that differs by compiler
+  float alone;              // in: factor of what this expert alone holds
   int64_t kept;             // out: entries that survived the trim
   int64_t first_nonfinite;  // out: flat index of the first NaN or infinity, -1: none
 } mf_expert;
@@ -125,10 +127,14 @@ typedef struct mf_job {
   int64_t rank_cols;  // MF_TRIM_RANKED: elements per ranked row
   uint64_t seed;
   float scale;
+  float least;  // the sum of weights that divides is at least this; 0: one of 0 does not divide
+  float limit;  // largest magnitude that counts in full, where `limited`
   int32_t num_experts;
   int32_t base_dtype, merged_dtype, out_dtype;
   int32_t tie_rule, rescale, vote, vote_on, zero_vote, contributors, reduce, consensus;
   int32_t min_tasks;
+  int32_t limited;           // bool
+  int32_t alone;             // bool: experts[k].alone acts where one expert alone is not zero
   int32_t selected;          // bool: the in/out fields are given
   int32_t majority;          // in/out: -1, 0, 1
   int64_t base_nonfinite;    // out, -1: none
@@ -187,10 +193,20 @@ mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_
 
 // For a selection of pieces, with job.selected: norm sums (job.rescale) before and after the trim
 // of every fixed 65536-element block of the piece, [blocks, num_experts] each (largest magnitudes
-// for MF_RESCALE_LINF) ...
-mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after, const mf_options* options);
+// for MF_RESCALE_LINF), and, where `squares` is not null, sums of squares of the whole task vectors
+mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after, double* squares,
+                           const mf_options* options);
+// ... sums of squares of the values that are voted on, [blocks, num_experts] ...
+mf_status mf_cpu_energies(mf_job* piece, double* squares, const mf_options* options);
+// ... how many entries each expert holds alone and together with others, [num_experts] each ...
+mf_status mf_cpu_holders(mf_job* piece, int64_t* alone, int64_t* shared, const mf_options* options);
 // ... and the sum of the elected signs, zeros as 0.
 mf_status mf_cpu_vote_sum(mf_job* piece, int64_t* sum, const mf_options* options);
+
+// (threshold, tie cut) of the floor(fraction * #(variance != 0)) largest variances over the experts
+// of a whole tensor. Takes 4 bytes an element.
+mf_status mf_cpu_select_variance(mf_job* job, double fraction, float* threshold, int64_t* tie_cut,
+                                 const mf_options* options);
 
 // A selection over data that arrives in pieces: begin, then feed whatever `wants` lists until it
 // lists nothing.

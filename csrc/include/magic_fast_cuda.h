@@ -26,13 +26,13 @@ typedef struct mf_gpu_rule {
   int8_t vote, zero_vote, contributors, reduce;
   int8_t unweighted;  // bool: the vote is on values before their weights
   int8_t consensus;
-  int8_t merged;  // bool: d = merged - base, the recipe is not run
-  int8_t unused;
+  int8_t merged;   // bool: d = merged - base, the recipe is not run
+  int8_t limited;  // bool: large entries of delta are shortened
 } mf_gpu_rule;
 
 // One tensor. `integers` [6 K + 2]: K each of threshold bits, tie cuts, bits and cuts of the top
-// threshold, Philox streams, random bounds; then seed and majority. `numbers` [3 K + 2]: K each of
-// factors, weights, lambdas; then scale and the least number of tasks.
+// threshold, Philox streams, random bounds; then seed and majority. `numbers` [3 K + 3]: K each of
+// factors, weights, lambdas; then scale, the least number of tasks and the limit.
 typedef struct mf_gpu_job {
   const void* base;  // [numel], or null
   const void* merged;

@@ -137,8 +137,9 @@ class Run:
         recipe = step.recipe
         if recipe is None:
             return sum(i.nbytes for i in step.inputs)
-        passes = (recipe.trim.by_magnitude and recipe.trims, recipe.needs_factors)
-        return sum((*passes, recipe.needs_majority)) * sum(i.nbytes for i in step.inputs)
+        by_magnitude = recipe.trim.by_magnitude and recipe.trims
+        passes = sum((by_magnitude, *recipe.phases.values()))
+        return passes * sum(i.nbytes for i in step.inputs)
 
     def _needs_search(self, step: Step) -> bool:
         recipe = step.recipe

@@ -33,6 +33,8 @@ def grain(step: Step) -> int:
         if len(step.shape) < 2 or (recipe.trim.rank_dim1 and len(step.shape) > 2):
             return whole
         n = whole // step.shape[0]
+    if recipe is not None and recipe.needs_variance:  # the variances are held beside it
+        return whole
     if calibration is not None:
         leading = calibration.axes == tuple(range(len(calibration.axes)))
         per_row = calibration.granularity is Granularity.ROW
@@ -84,6 +86,8 @@ class Piece:
 def piece_bytes(step: Step, count: int) -> int:
     """Bytes in a slot of ``count`` elements of a step."""
     total = aligned(count * _BYTES[step.dtype])
+    if step.recipe is not None and step.recipe.needs_variance:
+        total += aligned(count * _BYTES["F32"])  # the variances, for which this leaves room
     cast = None if step.copy else step.cast
     for source in step.inputs:
         dtype = source.info.dtype

@@ -105,15 +105,14 @@ ROWS: Mapping[str, Row] = {
     "sce": Row(
         "experts weighted by the energy of their changes, tensor by tensor, then a vote",
         "experts of unequal strength", "FuseChat", "2408.07990",
-        "2", "K task vectors",
     ),
     "ram": Row(
         "entries that one expert changed stay whole, shared ones are averaged",
-        "sparse changes, as after reinforcement learning", *_RAM, "1", "K task vectors",
+        "sparse changes, as after reinforcement learning", *_RAM,
     ),
     "ramplus_tl": Row(
         "as ram, what one expert changed alone amplified", "as ram, and experts overlap",
-        *_RAM, "2", "K task vectors",
+        *_RAM,
     ),
     "pcb": Row(
         "entries weighted by their size and by the experts' agreement", "strong interference",
@@ -122,7 +121,7 @@ ROWS: Mapping[str, Row] = {
     ),
     "nearswap": Row(
         "the expert's entries where they are near the base's", "a light touch of one expert",
-        "mergekit", "", "1", _ONE,
+        "mergekit",
     ),
     "arcee_fusion": Row(
         "the entries of one expert that matter most", "one expert, little side effect",
@@ -234,7 +233,7 @@ _BLOCKS = "blocks of memory (128 MiB, --memory)"
 def passes(recipe: Recipe) -> int:
     """Passes over the data: the merge, and what must be known before it."""
     by_magnitude = recipe.trim.by_magnitude and recipe.trims
-    return 1 + sum((by_magnitude, recipe.needs_factors, recipe.needs_majority))
+    return 1 + sum((by_magnitude, *recipe.phases.values()))
 
 
 def entry(name: str) -> Entry:
@@ -251,6 +250,8 @@ def entry(name: str) -> Entry:
     if name in RECIPES:
         reads = {p: str(passes(_recipe(name, p))) for p in presets}
         form, held, backends = "recipe", _BLOCKS, "native, cuda, triton, torch"
+        if any(_recipe(name, p).looks_across for p in presets):
+            backends = "native, torch"
     else:
         reads = dict.fromkeys(presets, row.reads)
         held, backends = f"one tensor at a time, float32: {row.held}", "torch"
@@ -302,7 +303,8 @@ def _recipe(name: str, preset: str) -> Recipe:
     spec = find_method(name)
     density = spec.find("density")
     own = None if density is None else density.default_for("default")
-    given = {"density": own} if own != 1 else {}
+    given = {"density": own} if own not in (None, 1) else {}
+    given |= {python_name(p): 1.0 for p in spec.parameters if p.required}
     arguments = resolve_arguments(name, given, spec.min_experts, preset)
     return build_recipe(name, spec.min_experts, arguments, preset=preset)
 

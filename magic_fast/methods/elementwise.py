@@ -1,5 +1,5 @@
-"""Element-wise methods whose rules no recipe can state: a statistic of the tensor (SCE, RAM+,
-Arcee Fusion, PCB), or another form than trim, vote and reduce (NearSwap, RAM)."""
+"""Methods by element that are no recipe: what Arcee Fusion compares is a divergence of whole rows,
+what PCB adds up are scores with exponentials, ranked over tensor or model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from magic_fast.errors import InputError
 from magic_fast.ops.backend import Job
 from magic_fast.reference import fusion
 from magic_fast.reference import pcb as competition
-from magic_fast.reference import ram as ram_formulas
-from magic_fast.reference import sce as sce_formulas
 from magic_fast.reference.merge import decision_dtype, task_vectors
 
 _BOUNDS = "bounds"
@@ -40,29 +38,8 @@ def _pair(job: Job, method: str) -> tuple[Tensor, Tensor]:
     return job.base.to(dtype), job.experts[0].to(dtype)
 
 
-def nearswap(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
-    return fusion.nearswap(*_pair(job, "nearswap"), arguments["t"])
-
-
 def arcee_fusion(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
     return fusion.arcee_fusion(*_pair(job, "arcee_fusion"))
-
-
-def sce(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
-    absolute = preset == "mergekit"
-    delta = sce_formulas.sce(_taus(job), arguments["select_topk"], absolute=absolute)
-    return _with_base(job, delta)
-
-
-def ram(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
-    """RAM, and RAM+ where there is an ``r``."""
-    delta = ram_formulas.ram(
-        _taus(job),
-        arguments["epsilon"],
-        r=arguments.get("r", 0.0),
-        alpha=arguments.get("alpha", 0.0),
-    )
-    return _with_base(job, delta)
 
 
 def prepare_pcb(source: competition.Source, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,10 +68,6 @@ def pcb(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
 
 
 ELEMENTWISE = {
-    "nearswap": nearswap,
     "arcee_fusion": arcee_fusion,
-    "sce": sce,
-    "ram": ram,
-    "ramplus_tl": ram,
     "pcb": pcb,
 }

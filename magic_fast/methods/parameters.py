@@ -218,6 +218,7 @@ _REDUCE = ParameterSpec(
     "reduce", kind="choice", choices=("sum", "mean", "weighted_mean", "max")
 )  # absent: by normalize, or the preset's own rule
 _ALIGN = ParameterSpec("align", kind="choice", choices=("none", "min_norm"))  # absent: none
+_RESCALE = ParameterSpec("rescale", kind="rescale", default=False)
 _PER_ROW = _flag("per_row", False)
 _RAM_EPSILON = _number("epsilon", 1e-5, 0.0)
 _CONSENSUS_ON = ParameterSpec("on", kind="choice", default="sum", choices=("sum", "ties"))
@@ -269,9 +270,10 @@ _ROWS = (
     MethodSpec("arcee_fusion", (), max_experts=1, available=True),
     MethodSpec("model_stock", (_flag("filter_wise", False),), min_experts=2, available=True),
     MethodSpec("sce", (_number("select_topk", 1.0, 0.0, 1.0, low_open=True),), available=True),
-    MethodSpec("ram", (_RAM_EPSILON,), available=True),
+    MethodSpec("ram", (_RAM_EPSILON, _ALIGN, _RESCALE), available=True),
     MethodSpec(
-        "ramplus_tl", (_number("r", 0.1), _number("alpha", 0.2, 0.0), _RAM_EPSILON),
+        "ramplus_tl",
+        (_number("r", 0.1), _number("alpha", 0.2, 0.0), _RAM_EPSILON, _ALIGN, _RESCALE),
         available=True,
     ),
     MethodSpec("magmax", (_lambda(0.5), _ALIGN), available=True),
@@ -280,7 +282,7 @@ _ROWS = (
         "consensus_ta",
         (ParameterSpec("tall_mask_lambda", "per_model", default=0.4, low=0.0), _CONSENSUS_ON,
          _CONSENSUS_DENSITY, _lambda(), ParameterSpec("min_tasks", kind="int", default=2, low=1),
-         _ALIGN),
+         _ALIGN, _RESCALE),
         available=True,
     ),
     MethodSpec("iso_c", (_lambda(), _SVD, _TENSORS), available=True),

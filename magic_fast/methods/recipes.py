@@ -14,6 +14,7 @@ from typing import Any
 from magic_fast.errors import InputError
 from magic_fast.recipe import (
     Align,
+    Alone,
     Consensus,
     Contributors,
     CountRule,
@@ -26,6 +27,7 @@ from magic_fast.recipe import (
     TrimScope,
     Vote,
     VoteOn,
+    Weigh,
     ZeroVote,
     per_expert,
 )
@@ -40,8 +42,12 @@ _TRIMS = {
     "della_linear": TrimRule.RANKED,
     "breadcrumbs": TrimRule.BAND,
     "breadcrumbs_ties": TrimRule.BAND,
+    "sce": TrimRule.VARIANCE,
+    "ram": TrimRule.THRESHOLD,
+    "ramplus_tl": TrimRule.THRESHOLD,
 }
-_VOTING = frozenset({"ties", "dare_ties", "della", "breadcrumbs_ties", "emr_unified"})
+_VOTING = frozenset({"ties", "dare_ties", "della", "breadcrumbs_ties", "emr_unified", "sce"})
+_LEAST_ENERGY = 1e-6  # of mergekit: less is shared equally, and divides as this much
 _VOTES = {"mass": Vote.MASS, "count": Vote.COUNT, "total": Vote.MASS, "frequency": Vote.COUNT}
 
 #: Methods that are a recipe; the others are functions over whole tensors.
@@ -50,6 +56,7 @@ RECIPES = frozenset(_TRIMS) | {
     "emr_unified",
     "linear",
     "magmax",
+    "nearswap",
     "passthrough",
     "task_arithmetic",
 }
@@ -61,6 +68,8 @@ def _trim(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str | 
     rule = _TRIMS.get(method, TrimRule.NONE)
     if rule is TrimRule.NONE:
         return Trim()
+    if rule is TrimRule.VARIANCE:
+        return Trim(rule, density=per_expert(p["select_topk"], k, "select_topk"))
 
     def numbers(name: str) -> tuple[float, ...]:
         return per_expert(p[name], k, name) if name in p else ()
@@ -86,6 +95,10 @@ def _plain(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str |
         reduce = Reduce.MAX
     if p.get("reduce") is not None:
         reduce = Reduce(p["reduce"])
+    if method == "nearswap":
+        _check_pair(method, k)
+    if method in ("ram", "ramplus_tl"):
+        return _ram(k, p, _trim(method, k, p, preset, compat))
     weights = p.get("weights", 1.0)
     if method == "passthrough":  # its scale is one number per model, so it is a weight
         p, weights = {}, p.get("scale", 1.0)
@@ -100,6 +113,39 @@ def _plain(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str |
         reduce=reduce,
         consensus=_consensus(k, p) if method == "consensus_ta" else None,
         scale=per_expert(p.get("scale", 1.0), k, "scale")[0],
+        limit=p["t"] if method == "nearswap" else None,
+    )
+
+
+def _check_pair(method: str, k: int) -> None:
+    if k != 1:
+        raise InputError(
+            f"experts for method {method!r}: expected one beside the base, got {k}. It goes from "
+            "one model to another."
+        )
+
+
+def _ram(k: int, p: Mapping[str, Any], trim: Trim) -> Recipe:
+    """RAM, and RAM+ where there is an ``r``."""
+    alone = Alone(p["r"], p["alpha"], p["epsilon"]) if p.get("r") else None
+    return Recipe(
+        (1.0,) * k,
+        trim,
+        rescale=Rescale(p.get("rescale", "none")),
+        align=Align(p.get("align") or "none"),
+        contributors=Contributors.NONZERO,
+        reduce=Reduce.MEAN,
+        alone=alone,
+    )
+
+
+def _sce(recipe: Recipe, preset: str) -> Recipe:
+    return replace(
+        recipe,
+        vote_on=VoteOn.UNWEIGHTED,
+        reduce=Reduce.WEIGHTED_MEAN,
+        weigh=Weigh.ENERGY,
+        least=_LEAST_ENERGY if preset == "mergekit" else 0.0,
     )
 
 
@@ -232,4 +278,6 @@ def build_recipe(
     if compat is not None and compat not in COMPATS:
         raise InputError(f"compat {compat!r}: expected one of {', '.join(COMPATS)}.")
     recipe = _plain(method, num_experts, parameters, preset, compat)
+    if method == "sce":
+        recipe = _sce(recipe, preset)
     return _PRESETS[preset][0](recipe, method, parameters)

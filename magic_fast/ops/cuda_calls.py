@@ -93,5 +93,5 @@ def call_job(
         report=report.data_ptr(),
         kept=kept.data_ptr(),
         offset=d.job.offset + start,
-        rule=[*rule[:5], rule[7], rule[9]],
+        rule=[*rule[:5], rule[7], rule[9], rule[10]],
     )

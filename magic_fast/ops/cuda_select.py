@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from magic_fast.ops.cuda_calls import call_job, extension, stream_of_device
+from magic_fast.ops.gpu_factors import find_factors
 from magic_fast.ops.gpu_jobs import (
     BYTES,
     KEEP_ALL,
-    POWERS,
     SAMPLE,
     Device,
     Target,
-    factors_of,
     multiprocessors,
     sample_of,
 )
@@ -43,8 +42,8 @@ def prepare(d: Device, report: Tensor, kept: Tensor) -> None:
         return
     if d.numbers.targets:
         _find_thresholds(d, d.numbers.targets, report, kept)
-    if job.recipe.needs_factors and any(kind != KEEP_ALL for kind in d.numbers.kinds):
-        _norm_factors(d, report, kept)
+    if job.recipe.needs_factors:
+        find_factors(d, lambda of, power: _norm_sums(of, power, report, kept))
     if job.recipe.needs_majority:
         _majority(d, report, kept)
 
@@ -162,15 +161,15 @@ def _only(d: Device, i: int) -> Any:
     return replace(d, job=job, numbers=numbers, masks=(d.masks[i],), task_masks=(d.masks[i],))
 
 
-def _norm_factors(d: Device, report: Tensor, kept: Tensor) -> None:
-    """factor = norm before ÷ norm after the trim, from float64 sums, into the device's numbers."""
-    k, power = len(d.experts), POWERS[d.job.recipe.rescale]
+def _norm_sums(d: Device, power: int, report: Tensor, kept: Tensor) -> Tensor:
+    """float64 [blocks, K, 2]: sums before and after the trim."""
+    k = len(d.experts)
     blocks = -(-d.n // _SUM_BLOCK)
     partial = torch.zeros((blocks, k, 2), dtype=torch.float64, device=d.integers.device)
     job = call_job(d, report=report, kept=kept)
     stream = stream_of_device(d.integers.device)
     extension().norm_sums(job, d.n, power, partial.data_ptr(), stream)
-    d.floats[:k] = factors_of(partial, power)
+    return partial
 
 
 def _majority(d: Device, report: Tensor, kept: Tensor) -> None:

@@ -14,7 +14,7 @@ from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Array, Job, Stats, View
 from magic_fast.ops.gpu_jobs import BYTES, MERGED_RULE, Device, everything, to_device, unfit
 from magic_fast.ops.gpu_results import Pending, collect
-from magic_fast.ops.limits import default_rows, unsupported
+from magic_fast.ops.limits import default_rows, unsupported_on_gpu
 from magic_fast.reference.calibration import RowStats
 
 MOST_EXPERTS = 64
@@ -35,7 +35,7 @@ class GpuBackend(ABC):
             return "means of directions run in PyTorch"
         if len(job.experts) > MOST_EXPERTS:
             return f"it takes up to {MOST_EXPERTS} experts, not {len(job.experts)}"
-        return unsupported(job)
+        return unsupported_on_gpu(job)
 
     def merge(self, job: Job) -> Stats:
         return self.merge_many([job])[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from magic_fast.ops.backend import Job, View
 from magic_fast.recipe import (
+    Align,
     Contributors,
     Recipe,
     Reduce,
@@ -37,10 +38,8 @@ _HOW = {Reduce.SUM: 0, Reduce.MEAN: 1, Reduce.WEIGHTED_MEAN: 2, Reduce.MAX: 3}
 _TIES = {TieRule.EXACT: 0, TieRule.KEEP_ALL: 1, TieRule.DROP_ALL: 2}
 SAMPLE = 32768  # magnitudes per expert at most, for the bracket of a threshold
 RUN = 16  # of them side by side
-POWERS = {Rescale.L1: 1, Rescale.L2: 2, Rescale.LINF: 0}  # 0: the largest
-_TINY_NORM = 1e-7  # below it a norm is not restored
 #: RULE of d = merged − base
-MERGED_RULE = (0, 0, 2, 0, 0, 0, 0, 0, 0, 1)
+MERGED_RULE = (0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0)
 
 
 def bits_of(value: float) -> int:
@@ -71,7 +70,7 @@ class Target:
 @dataclass
 class Numbers:
     """What a recipe says of one tensor: for the compiler (``kinds``, ``rule``) and for the device
-    (``integers`` [6 K + 2], ``numbers`` [3 K + 2]; magic_fast/kernels/words.py names the rows)."""
+    (``integers`` [6 K + 2], ``numbers`` [3 K + 3]; magic_fast/kernels/words.py names the rows)."""
 
     kinds: tuple[int, ...]
     rule: tuple[int, ...]
@@ -91,7 +90,7 @@ def _kind(job: Job, k: int, n: int) -> int:
         return RANDOM
     if trim.rule is TrimRule.RANKED:
         return BYTES
-    return BAND if trim.rule is TrimRule.BAND else ABOVE
+    return BAND if trim.rule is TrimRule.BAND else ABOVE  # a threshold that is given, too
 
 
 def _targets(recipe: Recipe, k: int, kind: int, n: int) -> tuple[list[Target], bool]:
@@ -138,6 +137,8 @@ def numbers_of(job: Job) -> Numbers:
             factor = selection.factor[k]
             low[k], cut[k] = bits_of(selection.threshold[k]), selection.tie_cut[k]
             high[k], top_cut[k] = bits_of(selection.top_threshold[k]), selection.top_tie_cut[k]
+        elif recipe.trim.rule is TrimRule.THRESHOLD and kind == ABOVE:
+            low[k], cut[k] = bits_of(recipe.trim.epsilon[k]), 0
         elif kind in (ABOVE, BAND):
             found, everything = _targets(recipe, k, kind, total)
             targets += found
@@ -145,6 +146,8 @@ def numbers_of(job: Job) -> Numbers:
                 kind = KEEP_ALL
         if kind not in (ABOVE, BAND) and selection is None:
             low[k], cut[k] = 0, total
+        if kind == KEEP_ALL and recipe.align is not Align.NONE and total:
+            kind = ABOVE  # 0, which keeps everything: what trims nothing has no factor
         kinds.append(kind)
         factors.append(factor)
     streams = [_signed(job.stream + k * _GOLDEN) for k in range(count)]
@@ -163,6 +166,7 @@ def numbers_of(job: Job) -> Numbers:
         numbers=[
             *(*factors, *recipe.weights, *lambdas),
             *(recipe.scale, 0.0 if consensus is None else float(consensus.min_tasks)),
+            recipe.limit or 0.0,
         ],
         targets=targets,
     )
@@ -181,6 +185,7 @@ def _rule(recipe: Recipe, factored: bool) -> tuple[int, ...]:
         0 if consensus is None else 2 if consensus.given else 1,
         int(recipe.scale != 1),
         0,
+        int(recipe.limit is not None),
     )
 
 
@@ -267,14 +272,14 @@ def to_device(jobs: Sequence[Job]) -> list[Device]:
                 job,
                 numbers,
                 integers[i : i + 6 * k + 2],
-                floats[f : f + 3 * k + 2],
+                floats[f : f + 3 * k + 3],
                 _bytes(job.masks, like, k),
                 _bytes(job.task_masks, like, k),
                 integers[at : at + len(search)],
             )
         )
         at += len(search)
-        i, f = i + 6 * k + 2, f + 3 * k + 2
+        i, f = i + 6 * k + 2, f + 3 * k + 3
     return ready
 
 
@@ -312,15 +317,6 @@ def places_of(targets: list[Target], sample: int, total: int) -> list[int]:
         high = sample - int(rank - margin) if rank - margin >= 1 else sample
         places += [low, min(max(sample - int(rank), 0), sample - 1), high]
     return places
-
-
-def factors_of(partial: Tensor, power: int) -> Tensor:
-    """factor float32 [K] = norm before ÷ norm after the trim, from ``partial`` float64
-    [programs, K, 2] sums of |τ|^power (0: the largest |τ|)."""
-    sums = partial.amax(0) if power == 0 else partial.sum(0)
-    before, after = (sums.sqrt() if power == 2 else sums).unbind(1)
-    usable = (before >= _TINY_NORM) & (after >= _TINY_NORM)
-    return torch.where(usable, before / after, torch.ones_like(before)).float()
 
 
 def everything(job: Job) -> Selection:

@@ -49,7 +49,7 @@ def _stats(d: Device, p: Pending, words: Iterator[int]) -> Stats:
         return [next(words) for _ in range(count)]
 
     k = len(d.experts)
-    integers, floats = take(6 * k + 2), _doubles(take(3 * k + 2))
+    integers, floats = take(6 * k + 2), _doubles(take(3 * k + 3))
     *first, merged, base, over = (-1 if i == NO_INDEX else i for i in take(k + 3))
     kept = take(k)
     stats = Stats(

@@ -1,4 +1,4 @@
-"""What the fused backends (native, Triton) leave to PyTorch, and the rows they take by default."""
+"""What the fused backends leave to PyTorch, and the rows they take by default."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ def unsupported(job: Job) -> str | None:
     return job.recipe.reference_only or _rows_unsupported(job) or _slab_unsupported(job)
 
 
+def unsupported_on_gpu(job: Job) -> str | None:
+    """The same for the kernels of GPUs, which do not compare experts before they add them."""
+    recipe = job.recipe
+    if recipe.needs_variance or recipe.looks_across:
+        return "what the experts of an entry hold together is found natively and in torch only"
+    return unsupported(job)
+
+
 def _rows_unsupported(job: Job) -> str | None:
     shape, c = job.experts[0].shape, job.calibration
     if job.recipe.trim.rank_dim1 and job.recipe.trim.rule is TrimRule.RANKED and len(shape) > 2:
         if math.prod(shape[2:]) != 1:
             return "ranks along dimension 1 alone of three or more are in the reference only"
+    if job.recipe.needs_variance and job.recipe.needs_factors:
+        return "norms before and after a trim by variance are found in the reference only"
     if c is None:
         return None
     if c.variant is Variant.SPECTRAL and c.granularity is Granularity.TENSOR:

@@ -23,8 +23,10 @@ from magic_fast.ops.native_jobs import (
     missing,
     numel_of,
 )
+from magic_fast.ops.native_phases import Phases, thresholds_only
 from magic_fast.ops.native_search import StreamingSelect, cut_for
 from magic_fast.recipe import (
+    Align,
     Recipe,
     RowCalibration,
     Selection,
@@ -90,13 +92,22 @@ class NativeBackend:
 
     # ---- the primitives ----
     def select(self, job: Job) -> Selection:
-        return Selection(*_native.select([Call().job(job)], self.threads, self.isa)[0])
+        recipe, n = job.recipe, numel_of(job.experts[0])
+        if not _in_phases(recipe):
+            return Selection(*_native.select([Call().job(job)], self.threads, self.isa)[0])
+        plain = replace(job, recipe=thresholds_only(recipe), calibration=None)
+        selection = Selection(*_native.select([Call().job(plain)], self.threads, self.isa)[0])
+        phases = Phases(recipe, n, self.threads, self.isa)
+        while phases.pending:
+            selection = phases.feed(job, selection)
+        return selection
 
     def merge(self, job: Job) -> Stats:
         return self.merge_many([job])[0]
 
     def merge_many(self, jobs: Sequence[Job]) -> list[Stats]:
         call = Call()
+        jobs = [self._selected(job) for job in jobs]
         rows = [
             None if j.calibration is None else RowResults(j.calibration.rows, len(j.experts))
             for j in jobs
@@ -106,12 +117,22 @@ class NativeBackend:
         results = _native.merge(tuples, self.threads, self.isa)
         found = []
         for job, r, result in zip(jobs, rows, results, strict=True):
-            selection, kept, first, base, _, overflow = result
-            stats = Stats(Selection(*selection), None, kept, first, base, overflow)
+            used, kept, first, base, _, overflow = result
+            selection = Selection(*used)
+            if job.selection is not None:  # what a phase found is not told back
+                given = job.selection
+                selection = replace(selection, weights=given.weights, alone=given.alone)
+            stats = Stats(selection, None, kept, first, base, overflow)
             if r is not None:
                 stats.coefficient, stats.extra = r.coefficient, r.extra()
             found.append(native_directions.in_terms_of(job, stats))
         return found
+
+    def _selected(self, job: Job) -> Job:
+        """With a selection where passes of their own find it; the others are found on the way."""
+        if job.selection is not None or not _in_phases(job.recipe):
+            return job
+        return replace(job, selection=self.select(job))
 
     def calibrate(self, job: Job, merged: Array) -> Stats:
         """WSC of a tensor merged elsewhere: one read of base, experts and ``merged``, one write."""
@@ -178,6 +199,12 @@ class NativeBackend:
         task = call.job(Job(base=base, experts=[x], recipe=recipe))
         threshold: float = _native.select([task], self.threads, self.isa)[0][0][0]
         return threshold
+
+
+def _in_phases(recipe: Recipe) -> bool:
+    """Whether more is needed than the native core finds by itself."""
+    aligns = recipe.align is not Align.NONE
+    return recipe.needs_variance or recipe.looks_across or aligns
 
 
 def _check_merged(job: Job, merged: Array) -> None:

@@ -47,7 +47,8 @@ _WORDS = {
 }
 _codes: dict[Any, int | None] = {}  # dtype object or word -> code
 
-_NONE, _BAND, _RANDOM, _RANKED, _GIVEN = range(5)
+_NONE, _BAND, _RANDOM, _RANKED, _GIVEN, _ABOVE, _VARIANCE = range(7)
+_WITHOUT_COUNTS = {TrimRule.THRESHOLD: _ABOVE, TrimRule.VARIANCE: _VARIANCE}
 _TIE_RULES = {TieRule.EXACT: 0, TieRule.KEEP_ALL: 1, TieRule.DROP_ALL: 2}
 _RESCALES = {
     Rescale.NONE: 0,
@@ -138,6 +139,8 @@ def _trim_counts(trim: Trim, k: int, n: int | None) -> tuple[int, int, int]:
         return _RANDOM, 0, -1
     if trim.rule is TrimRule.RANKED:
         return _RANKED, 0, -1
+    if trim.rule in (TrimRule.THRESHOLD, TrimRule.VARIANCE):
+        return _NONE if n == 0 else _WITHOUT_COUNTS[trim.rule], 0, -1
     if n is None:
         return _BAND, 0, 0 if trim.rule is TrimRule.BAND else -1
     if n == 0:
@@ -171,6 +174,7 @@ def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> A
                 "top_count": top,
                 "density": density,
                 "epsilon": float(trim.epsilon[k]) if trim.epsilon else 0.0,
+                "threshold": float(trim.epsilon[k]) if kind == _ABOVE else 0.0,
                 "random_bound": math.floor(density * 2.0**32) if kind == _RANDOM else 0,
                 "lambda": consensus.lambdas[k] if consensus and not consensus.given else 0.0,
                 "factor": restored if drops else 1.0,
@@ -187,6 +191,10 @@ def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> A
         "reduce": _REDUCES[recipe.reduce],
         "consensus": 0 if consensus is None else 2 if consensus.given else 1,
         "min_tasks": 0 if consensus is None else consensus.min_tasks,
+        "least": recipe.least,
+        "alone": int(recipe.alone is not None),
+        "limited": int(recipe.limit is not None),
+        "limit": recipe.limit or 0.0,
         "scale": recipe.scale,
         "seed": trim.seed,
     }
@@ -327,6 +335,8 @@ class Call:
                 selection.top_tie_cut,
                 selection.factor,
                 selection.majority,
+                selection.weights,
+                selection.alone,
             ),
             0 if job.weights is None else job.weights.values.data_ptr(),
             0 if job.weights is None else job.weights.cols,

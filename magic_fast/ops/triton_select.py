@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from magic_fast.kernels import cut, launch, norms, ranked, select
+from magic_fast.ops.gpu_factors import find_factors
 from magic_fast.ops.gpu_jobs import (
     BYTES,
-    KEEP_ALL,
-    POWERS,
     RUN,
     SAMPLE,
     Device,
     Target,
-    factors_of,
     multiprocessors,
     places_of,
 )
@@ -26,7 +24,7 @@ from magic_fast.recipe import TrimRule
 
 _RANKED_ELEMENTS = 1 << 22  # sorted at a time: bounds the sort's workspace to some 64 MiB
 _OPTIONS = {"enable_fp_fusion": False}
-_PLAIN = (0,) * 10  # a rule without factors and weights
+_PLAIN = (0,) * 11  # a rule without factors and weights
 
 
 def prepare(d: Device) -> None:
@@ -40,8 +38,8 @@ def prepare(d: Device) -> None:
         return
     if d.numbers.targets:
         find_thresholds(d, d.numbers.targets)
-    if job.recipe.needs_factors and any(kind != KEEP_ALL for kind in d.numbers.kinds):
-        _norm_factors(d)
+    if job.recipe.needs_factors:
+        find_factors(d, _norm_sums)
     if job.recipe.needs_majority:
         _majority(d)
 
@@ -156,9 +154,9 @@ def _rank(d: Device, i: int, part: slice, cols: int, chances: Tensor, mask: Tens
 
 
 # ---- norms and votes ----
-def _norm_factors(d: Device) -> None:
-    """factor = norm before ÷ norm after the trim, from float64 sums, into the device's numbers."""
-    k, power = len(d.experts), POWERS[d.job.recipe.rescale]
+def _norm_sums(d: Device, power: int) -> Tensor:
+    """float64 [programs, K, 2]: sums before and after the trim."""
+    k = len(d.experts)
     shape = launch.block_shape(k, d.widest, True)
     blocks = -(-d.n // shape.block)
     chunks = min(64, max(1, blocks // 64))
@@ -169,7 +167,7 @@ def _norm_factors(d: Device) -> None:
         k, d.has_base, d.numbers.kinds, _PLAIN, power, d.aligned(), shape.lanes, shape.vec,
         num_warps=shape.warps, **_OPTIONS,
     )  # fmt: skip
-    d.floats[:k] = factors_of(partial, power)
+    return partial
 
 
 def _majority(d: Device) -> None:

@@ -1,27 +1,11 @@
-"""Two models, element by element: NearSwap and Arcee Fusion (docs/methods.md)."""
+"""Two models, element by element: Arcee Fusion (docs/methods.md)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_NO_DISTANCE = 1e-6
 _SMALL_PROBABILITY = 1e-8
-
-
-def nearswap(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """w·b + (1−w)·a with w = clamp(t ÷ max(|a−b|, 1e-6), 0, 1): b where it is near, hardly moved
-    where it is far.
-
-    Args:
-        a, b: float32 or float64, same shape.
-        t: distance up to which b is taken whole, ≥ 0.
-
-    >>> nearswap(torch.tensor([0.0, 0.0]), torch.tensor([0.1, 2.0]), 0.5)
-    tensor([0.1000, 0.5000])
-    """
-    w = (t / (a - b).abs().clamp(min=_NO_DISTANCE)).clamp(0, 1)
-    return w * b + (1 - w) * a
 
 
 def importance(a: Tensor, b: Tensor) -> Tensor:

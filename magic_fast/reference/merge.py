@@ -21,16 +21,22 @@ from magic_fast.recipe import (
     Selection,
     Vote,
     VoteOn,
+    Weigh,
     ZeroVote,
 )
-from magic_fast.reference import consensus
+from magic_fast.reference import consensus, shares
 from magic_fast.reference.trim import (
+    keep_above,
     keep_mask,
     keep_probabilities,
     rescale_factor,
     select_trim,
+    select_variance,
     tensor_norm,
+    variance,
 )
+
+LEAST_DISTANCE = 1e-6  # what is nearer to the base counts as this far from it, of a limit
 
 
 @dataclass
@@ -144,37 +150,76 @@ def select(
     masks: Sequence[Tensor | None] | None = None,
 ) -> Selection:
     """Thresholds, tie cuts, factors and majority sign of one tensor (see ``Selection``); one task
-    vector is held at a time."""
+    vector is held at a time, unless experts are compared."""
     dtype = decision_dtype(base, experts)
     bounds, factors, lengths = [], [], []
+    shared = None
+    if recipe.needs_variance:
+        shared = select_variance(task_vectors(base, experts, dtype), recipe.trim)
     for k, expert in enumerate(experts):
         tau = task_vectors(base, [expert], dtype)[0]
-        bounds.append(select_trim(tau, recipe.trim, k))
+        bounds.append(shared or select_trim(tau, recipe.trim, k))
         given = masks[k] if masks is not None else None
         factor, keep = 1.0, None
         if recipe.rescale is not Rescale.NONE or recipe.needs_majority:
             keep = keep_mask(tau, recipe.trim, k, bounds=bounds[k], stream=stream, given=given)
             factor = rescale_factor(tau, keep, recipe, k)
-        lengths.append(tensor_norm(tau, Rescale.L2) if recipe.align is not Align.NONE else 1.0)
+        lengths.append(_length(tau, recipe))
         factors.append(factor)
     lows, cuts, tops, top_cuts = zip(*bounds, strict=True)
-    selection = Selection(lows, cuts, tops, top_cuts, _aligned(factors, lengths, dtype))
-    if recipe.needs_majority:
-        taus = task_vectors(base, experts, dtype)
-        voted = _decide_trim(taus, recipe, stream, masks, selection)[1]
-        selection = replace(selection, majority=_majority(_raw_vote(voted, recipe.vote)))
+    own = _rounded(shares.aligned(factors, lengths), dtype)
+    selection = Selection(lows, cuts, tops, top_cuts, own)
+    if recipe.looks_across or recipe.needs_majority:
+        selection = _found(task_vectors(base, experts, dtype), recipe, stream, masks, selection)
     return selection
 
 
-def _aligned(
-    factors: Sequence[float], lengths: Sequence[float], dtype: torch.dtype
-) -> tuple[float, ...]:
-    """Each factor × the smallest length other than 0 ÷ its own, rounded once to ``dtype``."""
-    shortest = min((n for n in lengths if n > 0), default=0.0)
-    return tuple(
-        f if n in (0.0, shortest) else float(torch.tensor(f * shortest / n, dtype=dtype))
-        for f, n in zip(factors, lengths, strict=True)
-    )
+def _rounded(values: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
+    """Each rounded once to ``dtype``."""
+    return tuple(torch.tensor(values, dtype=torch.float64).to(dtype).tolist())
+
+
+def _length(tau: Tensor, recipe: Recipe) -> float:
+    return tensor_norm(tau, Rescale.L2) if recipe.align is not Align.NONE else 1.0
+
+
+def _count(masks: Sequence[Tensor]) -> Tensor:
+    """How many of the masks have an entry, int16."""
+    count = torch.zeros(masks[0].shape, dtype=torch.int16, device=masks[0].device)
+    for mask in masks:
+        count += mask
+    return count
+
+
+def _found(
+    taus: Sequence[Tensor],
+    recipe: Recipe,
+    stream: int,
+    masks: Sequence[Tensor | None] | None,
+    selection: Selection,
+) -> Selection:
+    """What comes of the trimmed task vectors of a whole tensor: weights, and factors of what one
+    expert alone holds."""
+    _, kept = _decide_trim(taus, recipe, stream, masks, selection)
+    dtype = taus[0].dtype
+    if recipe.weigh is Weigh.ENERGY:
+        n = max(1, taus[0].numel())
+        means = [float(v.double().square().sum()) / n for v in kept]
+        weights = _rounded(shares.energy_weights(means, recipe.least), dtype)
+        selection = replace(selection, weights=weights)
+    if recipe.alone is not None:
+        holds = [v != 0 for v in kept]
+        count = _count(holds)
+        factors = [
+            shares.alone_factor(
+                recipe.alone, int((h & (count == 1)).sum()), int((h & (count > 1)).sum())
+            )
+            for h in holds
+        ]
+        selection = replace(selection, alone=_rounded(factors, dtype))
+    if recipe.needs_majority:
+        selection = replace(selection, majority=_majority(_raw_vote(kept, recipe.vote)))
+    return selection
 
 
 def _decide_trim(
@@ -187,6 +232,9 @@ def _decide_trim(
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Keep masks and the vectors voted on."""
     keep, voted = [], []
+    shared = None
+    if recipe.needs_variance:  # one mask for all
+        shared = keep_above(variance(taus), selection.threshold[0], selection.tie_cut[0], offset)
     for k, tau in enumerate(taus):
         bounds = (
             selection.threshold[k],
@@ -194,7 +242,7 @@ def _decide_trim(
             selection.top_threshold[k],
             selection.top_tie_cut[k],
         )
-        given = masks[k] if masks is not None else None
+        given = masks[k] if masks is not None else shared
         mask = keep_mask(
             tau, recipe.trim, k, bounds=bounds, stream=stream, offset=offset, given=given
         )
@@ -215,8 +263,7 @@ def factors(
     found = [
         rescale_factor(t, m, recipe, k) for k, (t, m) in enumerate(zip(taus, keep, strict=True))
     ]
-    aligns = recipe.align is not Align.NONE
-    return _aligned(found, [tensor_norm(t, Rescale.L2) if aligns else 1.0 for t in taus], dtype)
+    return _rounded(shares.aligned(found, [_length(t, recipe) for t in taus]), dtype)
 
 
 def raw_signs(
@@ -271,8 +318,13 @@ def _contributions(
     out = []
     for k, tau in enumerate(taus):
         x = _trimmed(tau.to(dtype), decisions.keep[k], decisions.selection.factor[k])
-        out.append(x if recipe.weights[k] == 1.0 else x * recipe.weights[k])
+        w = _weights(recipe, decisions)[k]
+        out.append(x if w == 1.0 else x * w)
     return out
+
+
+def _weights(recipe: Recipe, decisions: Decisions) -> tuple[float, ...]:
+    return decisions.selection.weights or recipe.weights
 
 
 def _consensus(
@@ -310,7 +362,9 @@ def _reduce(
         for v, c in zip(values, contributes, strict=True):
             result += v if c is None else torch.where(c, v, zero)
         if recipe.reduce is not Reduce.SUM:
-            result = result / _divisor(values[0], recipe, contributes)
+            result = result / _divisor(values[0], recipe, decisions)
+        if recipe.alone is not None:
+            result = result * _alone(values[0], decisions)
     if recipe.signed_result and decisions.elected is not None:
         result = result.abs() * decisions.elected.to(dtype)
     return result
@@ -327,15 +381,35 @@ def _take_winner(values: Sequence[Tensor], recipe: Recipe, decisions: Decisions)
     return result
 
 
-def _divisor(like: Tensor, recipe: Recipe, contributes: Sequence[Tensor | None]) -> Tensor:
+def _alone(like: Tensor, decisions: Decisions) -> Tensor:
+    """The factor of the one contributor where there is one, 1 elsewhere."""
+    assert decisions.contributes is not None
+    held = [c for c in decisions.contributes if c is not None]
+    count = _count(held)
+    factor = torch.ones_like(like)
+    for c, f in zip(held, decisions.selection.alone, strict=True):
+        factor = torch.where(c & (count == 1), torch.full_like(factor, f), factor)
+    return factor
+
+
+def _limited(delta: Tensor, limit: float) -> Tensor:
+    """w·Δ, w = min(1, limit ÷ max(|Δ|, 1e-6))."""
+    return delta * (limit / delta.abs().clamp(min=LEAST_DISTANCE)).clamp(max=1.0)
+
+
+def _divisor(like: Tensor, recipe: Recipe, decisions: Decisions) -> Tensor:
     """What the sum over the contributors is divided by."""
+    contributes = decisions.contributes
+    assert contributes is not None
     total = torch.zeros_like(like)
     if recipe.reduce is Reduce.MEAN:
         for c in contributes:
             total += 1 if c is None else c
         return total.clamp(min=1)
-    for w, c in zip(recipe.weights, contributes, strict=True):
+    for w, c in zip(_weights(recipe, decisions), contributes, strict=True):
         total += w if c is None else w * c.to(total.dtype)
+    if recipe.least:
+        return total.clamp(min=recipe.least)
     unusable = total == 0 if recipe.vote is not Vote.NONE else total.abs() < 1e-8
     return torch.where(unusable, torch.ones_like(total), total)
 
@@ -353,4 +427,6 @@ def combine(
     delta = _reduce(taus, recipe, decisions, dtype)
     if decisions.consensus is not None:
         delta = torch.where(decisions.consensus, delta, torch.zeros_like(delta))
+    if recipe.limit is not None:
+        delta = _limited(delta, recipe.limit)
     return delta if recipe.scale == 1.0 else delta * recipe.scale

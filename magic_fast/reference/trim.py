@@ -77,6 +77,8 @@ def select_trim(x: Tensor, trim: Trim, k: int) -> tuple[float, int, float, int]:
     """(threshold, tie_cut, top_threshold, top_tie_cut) of expert ``k`` with task vector ``x``."""
     n = x.numel()
     everything = (0.0, n, math.inf, 0)
+    if trim.rule is TrimRule.THRESHOLD:
+        return trim.epsilon[k], 0, math.inf, 0
     if n == 0 or not trim.active(k) or not trim.by_magnitude:
         return everything
     if trim.rule is TrimRule.BAND:
@@ -92,6 +94,25 @@ def select_trim(x: Tensor, trim: Trim, k: int) -> tuple[float, int, float, int]:
             return everything
         return kth_magnitude(x, n - dropped + 1), 0, math.inf, 0
     return (*threshold_and_cut(x, trim.kept_count(k, n), trim.tie_rule), math.inf, 0)
+
+
+def variance(taus: Sequence[Tensor]) -> Tensor:
+    """Biased variance of each entry over the experts, summed in their order."""
+    mean = torch.zeros_like(taus[0])
+    for t in taus:
+        mean += t
+    mean /= len(taus)
+    found = torch.zeros_like(mean)
+    for t in taus:
+        found += (t - mean).square()
+    return found / len(taus)
+
+
+def select_variance(taus: Sequence[Tensor], trim: Trim) -> tuple[float, int, float, int]:
+    """Bounds of the ⌊q·#(variance ≠ 0)⌋ entries of the largest variance, equal ones by index."""
+    found = variance(taus)
+    count = math.trunc(float(torch.count_nonzero(found)) * trim.density[0])
+    return (*threshold_and_cut(found, count, TieRule.EXACT), math.inf, 0)
 
 
 def ranked_probability(x: Tensor, density: float, epsilon: float, along_dim1: bool) -> Tensor:
@@ -161,13 +182,15 @@ def keep_mask(
 ) -> Tensor | None:
     """bool keep mask of expert ``k`` (task vector ``x``), or None where everything stays.
 
-    ``given`` replaces the draw of a random or ranked trim and is the mask of ``TrimRule.GIVEN``.
+    ``given`` replaces the draw of a random or ranked trim and is the mask of ``TrimRule.GIVEN``
+    and of ``VARIANCE``, which looks at all experts.
     """
     if given is not None:
         return given.to(torch.bool).reshape(x.shape)
     if trim.rule is TrimRule.GIVEN or not trim.active(k) or x.numel() == 0:
         return None
-    if trim.by_magnitude:
+    assert trim.rule is not TrimRule.VARIANCE
+    if trim.by_magnitude or trim.rule is TrimRule.THRESHOLD:
         threshold, cut, top_threshold, top_cut = bounds
         keep = keep_above(x, threshold, cut, offset)
         if trim.rule is TrimRule.BAND:

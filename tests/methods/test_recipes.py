@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import magic_fast as mf
-from support.backends import available_backends, backend_params
+from support.backends import backend_params
 
 of = torch.tensor
 backends = pytest.mark.parametrize("backend", backend_params())
@@ -231,7 +231,9 @@ def test_alignment_measures_before_the_trim_and_multiplies_the_rescale() -> None
     assert torch.equal(whole["a"], of([6.0, 8.0]))
 
 
-@pytest.mark.skipif("native" not in available_backends(), reason="backend native is not here")
-def test_alignment_is_the_references() -> None:
-    with pytest.raises(mf.BackendError, match="alignment 'min_norm' exists in the reference only"):
-        mf.merge_task_vectors(TAUS, "average", align="min_norm", backend="native")
+@pytest.mark.parametrize("backend", backend_params())
+def test_alignment_on_every_backend(backend: str) -> None:
+    """(3 + 3) / 2 and (4 + 4) / 2: the factor of the second is 1/2, in every backend's own sums."""
+    taus = [of([3.0, 4.0]), of([6.0, 8.0])]
+    got = mf.merge_task_vectors(taus, "average", align="min_norm", backend=backend)
+    assert torch.equal(got, of([3.0, 4.0]))

@@ -10,6 +10,7 @@ from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe, Trim, TrimRule
 from magic_fast.reference import merge as reference
+from magic_fast.reference.trim import variance
 from support.backends import backend_params
 from support.cases import MergeCase, is_quick, merge_cases
 from support.oracle import assert_within_budget, truth
@@ -69,7 +70,9 @@ def test_select(backend: str, case: MergeCase) -> None:
     )
     assert found.factor == expected.factor
     assert found.majority == expected.majority
-    if job.recipe.trim.by_magnitude:
+    assert found.weights == expected.weights
+    assert found.alone == expected.alone
+    if job.recipe.trim.by_magnitude or job.recipe.needs_variance:
         assert found.threshold == expected.threshold
         assert found.top_threshold == expected.top_threshold
         _assert_same_cuts(job, expected, found)
@@ -80,6 +83,8 @@ def _assert_same_cuts(job: Job, expected: ops.Selection, found: ops.Selection) -
     taus = reference.task_vectors(
         job.base, job.experts, reference.decision_dtype(job.base, job.experts)
     )
+    if job.recipe.needs_variance:
+        taus = [variance(taus)] * len(taus)
     for k, tau in enumerate(taus):
         flat = tau.flatten().abs()
         for threshold, one, other in (

@@ -22,6 +22,7 @@ from magic_fast.methods.recipes import RECIPES as METHODS_THAT_ARE_RECIPES
 from magic_fast.methods.recipes import build_recipe, check_preset
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import (
+    Align,
     Consensus,
     Contributors,
     CountRule,
@@ -144,8 +145,8 @@ def _weights(k: int) -> tuple[float, ...]:
 def _methods() -> Iterator[tuple[str, RecipeOf]]:
     """Every method that is a recipe, under every preset that has it."""
     for (name, spec), preset in product(METHODS.items(), PRESETS):
-        if not spec.available or name not in METHODS_THAT_ARE_RECIPES or name == "passthrough":
-            continue  # passthrough takes one model: it is in the extra recipes
+        if not spec.available or name not in METHODS_THAT_ARE_RECIPES or spec.max_experts == 1:
+            continue  # what takes one model is in the extra recipes
         try:
             check_preset(preset, name)
         except InputError:
@@ -158,6 +159,8 @@ def _methods() -> Iterator[tuple[str, RecipeOf]]:
             density = {"mergekit": 0.5}.get(preset)  # absent there means no trim at all
             if density and "density" in arguments:
                 arguments["density"] = density
+            if "select_topk" in arguments and preset == "default":
+                arguments["select_topk"] = 0.4
             return build_recipe(name, k, {**arguments, "seed": 7}, preset=preset)
 
         yield f"{name}_{preset}", of
@@ -223,6 +226,32 @@ def _choices() -> Iterator[tuple[str, RecipeOf]]:
         )
 
 
+def _aligned(k: int, **fields: object) -> Recipe:
+    plain: dict[str, object] = {"weights": _weights(k), "align": Align.MIN_NORM}
+    return Recipe(**{**plain, **fields})  # type: ignore[arg-type]
+
+
+def _across() -> Iterator[tuple[str, RecipeOf]]:
+    """What looks at the experts together, with numbers that act on values this small."""
+    yield "limit", lambda k: Recipe((1.0,) * k, limit=0.05, scale=0.7)
+    yield "limit_zero", lambda k: Recipe((1.0,) * k, reduce=Reduce.MEAN, limit=0.0)
+    yield "ram_coarse", lambda k: build_recipe("ram", k, {"epsilon": 0.04, "rescale": "l1"})
+    yield (
+        "ramplus_coarse",
+        lambda k: build_recipe("ramplus_tl", k, {"r": 0.5, "alpha": 0.9, "epsilon": 0.04}),
+    )
+    for word, trim in {
+        "magnitude": _magnitude, "random": _random, "ranked": _ranked, "band": _band
+    }.items():  # fmt: skip
+        yield f"align_{word}", lambda k, t=trim: _aligned(k, trim=t(k), rescale=Rescale.L1)
+    yield "align_dare", lambda k: _aligned(k, trim=_random(k), rescale=Rescale.KEEP_PROBABILITY)
+    yield "align_sum", lambda k: _aligned(k)
+    yield (
+        "align_majority",
+        lambda k: _voting(k, align=Align.MIN_NORM, zero_vote=ZeroVote.MAJORITY, reduce=Reduce.MEAN),
+    )
+
+
 def _extras() -> Iterator[tuple[str, RecipeOf]]:
     yield "passthrough", lambda k: Recipe((1.3,) + (0.0,) * (k - 1))
     yield "magmax", lambda k: Recipe((1.0,) * k, reduce=Reduce.MAX, scale=0.5)
@@ -265,7 +294,7 @@ def _extras() -> Iterator[tuple[str, RecipeOf]]:
     )
 
 
-RECIPES: Mapping[str, RecipeOf] = dict([*_methods(), *_choices(), *_extras()])
+RECIPES: Mapping[str, RecipeOf] = dict([*_methods(), *_choices(), *_extras(), *_across()])
 #: one of each trim, for the shapes
 SOME_RECIPES = (
     "task_arithmetic_default",
@@ -276,6 +305,9 @@ SOME_RECIPES = (
     "breadcrumbs_ties_default",
     "consensus",
     "magmax",
+    "sce_default",
+    "ramplus_coarse",
+    "align_band",
 )
 
 

@@ -27,7 +27,14 @@ def test_document_is_generated() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reads"),
-    [("average", "1"), ("ties", "2"), ("dare_ties", "1"), ("breadcrumbs", "2"), ("sce", "2")],
+    [
+        ("average", "1"),
+        ("ties", "2"),
+        ("dare_ties", "1"),
+        ("breadcrumbs", "2"),
+        ("sce", "2"),
+        ("ramplus_tl", "2"),
+    ],
 )
 def test_reads(name: str, reads: str) -> None:
     assert catalog.entry(name).reads == reads

@@ -1,0 +1,183 @@
+"""What a recipe needs to know of a whole tensor beside thresholds, a pass for each: the bounds of
+a trim by variance, factors, weights, who holds what alone, the majority sign."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from magic_fast.ops.backend import Job
+from magic_fast.ops.native_jobs import Call, numel_of
+from magic_fast.recipe import (
+    Align,
+    Recipe,
+    Rescale,
+    Selection,
+    TrimRule,
+    Weigh,
+    ZeroVote,
+)
+from magic_fast.reference import shares
+
+try:
+    from magic_fast import _native
+except ImportError:  # the backend tells it
+    pass
+
+_BLOCK = 65536  # elements; sums over a tensor are float64 partials of so many, added in order
+_TINY_NORM = 1e-7  # below it a norm is not restored
+
+
+def thresholds_only(recipe: Recipe) -> Recipe:
+    """The recipe without whatever a phase finds: what a search looks for."""
+    keeps = recipe.rescale is Rescale.KEEP_PROBABILITY
+    return replace(
+        recipe,
+        rescale=recipe.rescale if keeps else Rescale.NONE,
+        align=Align.NONE,
+        zero_vote=ZeroVote.POSITIVE if recipe.needs_majority else recipe.zero_vote,
+        weigh=Weigh.GIVEN,
+        alone=None,
+    )
+
+
+class Phases:
+    """The passes of one recipe, in order; each is fed all of the data, in any order and cut, whole
+    blocks of 65536 elements but for the last of a tensor (by variance: a whole tensor at once).
+
+    Args:
+        recipe: of all the data.
+        total: elements of all the data.
+        threads, isa: as of :class:`~magic_fast.ops.native.NativeBackend`.
+    """
+
+    def __init__(self, recipe: Recipe, total: int, threads: int, isa: int) -> None:
+        self._recipe, self._total = recipe, total
+        self._options = threads, isa
+        self._left = [p for p, needed in recipe.phases.items() if needed and total > 0]
+        self._fed = 0
+        self._sums: list[tuple[int, tuple[Any, ...]]] = []  # offset, arrays
+        self._counts: list[int] = []
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._left)
+
+    def feed(self, job: Job, selection: Selection) -> Selection:
+        """One piece. Returns what is known then."""
+        job = replace(job, selection=selection, calibration=None)
+        piece = Call().job(job, total=self._total)
+        numel = numel_of(job.experts[0])
+        found = getattr(self, "_" + self._left[0])(job, piece, numel, selection)
+        self._fed += numel
+        if self._fed < self._total:
+            return selection
+        self._fed = 0
+        self._left.pop(0)
+        known: Selection = found()
+        self._sums, self._counts = [], []
+        return known
+
+    # Each takes a piece in and returns what to call after the last.
+    def _variance(
+        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+    ) -> Callable[[], Selection]:
+        k = self._recipe.num_experts
+        threshold, cut = _native.select_variance(
+            piece, self._recipe.trim.density[0], *self._options
+        )
+        return lambda: replace(selection, threshold=(threshold,) * k, tie_cut=(cut,) * k)
+
+    def _factors(
+        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+    ) -> Callable[[], Selection]:
+        before, after, squares = (self._room(numel) for _ in range(3))
+        aligns = self._recipe.align is not Align.NONE
+        _native.norm_sums(
+            piece,
+            before.buffer_info()[0],
+            after.buffer_info()[0],
+            squares.buffer_info()[0] if aligns else 0,
+            *self._options,
+        )
+        self._sums.append((job.offset, (before, after, squares)))
+        return lambda: replace(selection, factor=self._all_factors(selection))
+
+    def _weights(
+        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+    ) -> Callable[[], Selection]:
+        squares = self._room(numel)
+        _native.energies(piece, squares.buffer_info()[0], *self._options)
+        self._sums.append((job.offset, (squares,)))
+
+        def weights() -> Selection:
+            means = [x / self._total for x in self._added(0)]
+            found = shares.energy_weights(means, self._recipe.least)
+            return replace(selection, weights=tuple(shares.single(w) for w in found))
+
+        return weights
+
+    def _alone(
+        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+    ) -> Callable[[], Selection]:
+        k = self._recipe.num_experts
+        alone, shared = array("q", bytes(8 * k)), array("q", bytes(8 * k))
+        _native.holders(piece, alone.buffer_info()[0], shared.buffer_info()[0], *self._options)
+        here = [*alone, *shared]
+        self._counts = [x + y for x, y in zip(self._counts or [0] * 2 * k, here, strict=True)]
+
+        def factors() -> Selection:
+            rule = self._recipe.alone
+            assert rule is not None
+            pairs = zip(self._counts[:k], self._counts[k:], strict=True)
+            found = tuple(shares.single(shares.alone_factor(rule, a, s)) for a, s in pairs)
+            return replace(selection, alone=found)
+
+        return factors
+
+    def _majority(
+        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+    ) -> Callable[[], Selection]:
+        votes = _native.vote_sum(piece, *self._options)
+        self._counts = [sum(self._counts) + votes]
+
+        def majority() -> Selection:
+            (sum_,) = self._counts
+            return replace(selection, majority=(sum_ > 0) - (sum_ < 0))
+
+        return majority
+
+    # ---- sums ----
+    def _room(self, numel: int) -> Any:
+        return array("d", bytes(8 * self._recipe.num_experts * -(-numel // _BLOCK)))
+
+    def _added(self, which: int, *, largest: bool = False) -> Sequence[float]:
+        """[K] of block sums of all pieces, in the order of the elements."""
+        k = self._recipe.num_experts
+        self._sums.sort(key=lambda entry: entry[0])
+        totals = [0.0] * k
+        for _, arrays in self._sums:
+            for expert in range(k):
+                for x in arrays[which][expert::k]:
+                    totals[expert] = max(totals[expert], x) if largest else totals[expert] + x
+        return totals
+
+    def _all_factors(self, selection: Selection) -> tuple[float, ...]:
+        recipe = self._recipe
+        found = list(selection.factor)
+        if recipe.rescale not in (Rescale.NONE, Rescale.KEEP_PROBABILITY):
+            largest, square = recipe.rescale is Rescale.LINF, recipe.rescale is Rescale.L2
+            sums = [self._added(which, largest=largest) for which in (0, 1)]
+            for k, (before, after) in enumerate(zip(*sums, strict=True)):
+                if square:
+                    before, after = math.sqrt(before), math.sqrt(after)
+                trimmed = recipe.trim.active(k) or recipe.trim.rule is TrimRule.GIVEN
+                usable = trimmed and before >= _TINY_NORM and after >= _TINY_NORM
+                found[k] = shares.single(before / after) if usable else 1.0
+        if recipe.align is Align.NONE:
+            return tuple(found)
+        lengths = [math.sqrt(x) for x in self._added(2)]
+        return tuple(shares.single(f) for f in shares.aligned(found, lengths))
