@@ -26,9 +26,9 @@ from triton.compiler import ASTSource
 
 from . import cut, launch, merge, norms, ranked, rows, select, sums, table
 
-_SUM = (0, 0, 2, 0, 0, 0, 0, 0, 0, 0)
-_TIES = (1, 0, 0, 2, 0, 0, 1, 0, 1, 0)  # mass on weighted values, weighted mean, a scale
-_DARE = (1, 0, 0, 0, 0, 1, 1, 0, 0, 0)  # ÷ density, mass, sum
+_SUM = (0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0)
+_TIES = (1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0)  # mass on weighted values, weighted mean, a scale
+_DARE = (1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0)  # ÷ density, mass, sum
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 #: columns of the row that the fused kernel is compiled for
 COLS = 8192

@@ -23,7 +23,7 @@ from magic_fast.ops.native_jobs import (
     missing,
     numel_of,
 )
-from magic_fast.ops.native_phases import Phases, thresholds_only
+from magic_fast.ops.native_phases import Phases, of_nothing, thresholds_only
 from magic_fast.ops.native_search import StreamingSelect, cut_for
 from magic_fast.recipe import (
     Align,
@@ -100,7 +100,7 @@ class NativeBackend:
         phases = Phases(recipe, n, self.threads, self.isa)
         while phases.pending:
             selection = phases.feed(job, selection)
-        return selection
+        return selection if n else of_nothing(recipe, selection)
 
     def merge(self, job: Job) -> Stats:
         return self.merge_many([job])[0]

@@ -44,6 +44,20 @@ def thresholds_only(recipe: Recipe) -> Recipe:
     )
 
 
+def of_nothing(recipe: Recipe, selection: Selection) -> Selection:
+    """What the phases find in a tensor without elements: no expert holds more than another."""
+    k = recipe.num_experts
+    if recipe.needs_variance:  # none of nothing is kept
+        selection = replace(selection, threshold=(math.inf,) * k)
+    if recipe.weigh is Weigh.ENERGY:
+        found = shares.energy_weights([0.0] * k, recipe.least)
+        selection = replace(selection, weights=tuple(shares.single(w) for w in found))
+    if recipe.alone is not None:
+        factor = shares.single(shares.alone_factor(recipe.alone, 0, 0))
+        selection = replace(selection, alone=(factor,) * k)
+    return selection
+
+
 class Phases:
     """The passes of one recipe, in order; each is fed all of the data, in any order and cut, whole
     blocks of 65536 elements but for the last of a tensor (by variance: a whole tensor at once).

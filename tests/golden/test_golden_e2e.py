@@ -174,10 +174,15 @@ def _params() -> list[object]:
     return params
 
 
+#: Methods whose experts are compared before they are added: native and in torch.
+_ACROSS = ("sce", "ramplus_tl")
+
+
 def _backend(case: GoldenCase, name: str) -> str | None:
     """The backend asked for; methods that it does not run choose theirs."""
     method = MergeConfig.from_yaml(_folder(case, "config").read_text()).merge_method
-    refused = method in FUNCTIONS or (method in GEOMETRIC and name in ("cuda", "triton"))
+    gpu = name in ("cuda", "triton")
+    refused = method in FUNCTIONS or (gpu and (method in GEOMETRIC or method in _ACROSS))
     return None if refused else name
 
 

@@ -47,7 +47,12 @@ def test_slabs_give_the_same_bits(backend: str, recipe: str) -> None:
         pytest.skip("ranks are of whole rows")
     rows = job.experts[0].shape[0]
     job.calibration = RowCalibration(rows, job.experts[0].shape[1])
-    ops.merge([job], backend=backend)
+    try:
+        ops.merge([job], backend=backend)
+    except BackendError as refusal:
+        if backend == "native":
+            raise
+        pytest.skip(str(refusal))
     selection = ops.select(job, backend=backend) if job.recipe.needs_select else None
     assert job.out is not None
     in_slabs = replace(job, out=torch.empty_like(job.out))
