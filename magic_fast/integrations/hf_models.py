@@ -25,7 +25,7 @@ def library() -> Any:
         import transformers
     except ImportError:
         raise InputError(
-            "package 'transformers': expected it for calibration in feature space, got none "
+            "package 'transformers': expected it to run models of checkpoints, got none "
             "installed. Install the extra: pip install 'magic_fast[hf]'."
         ) from None
     return transformers

@@ -293,7 +293,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         InputError,
-        match=r"^package 'transformers': expected it for calibration in feature space, got none "
+        match=r"^package 'transformers': expected it to run models of checkpoints, got none "
         r"installed\. Install the extra: pip install 'magic_fast\[hf\]'\.$",
     ):
         hf_models.library()

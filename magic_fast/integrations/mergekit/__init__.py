@@ -1,4 +1,4 @@
-"""mergekit with the methods that are faster here: :func:`install`, and everything that goes through
+"""mergekit with methods that run here: :func:`install`, and everything that goes through
 mergekit's registry (its commands, ``merge_tensors``, ``merge_state_dicts``) runs them.
 
 Known release: 0.1.5. docs/drop-in.md says what is replaced and how results may differ.
@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from types import TracebackType
 
 from magic_fast.errors import InputError
+from magic_fast.integrations.installation import Revertible
 from magic_fast.integrations.mergekit.replacing import Replaced
 
 __all__ = ["Installation", "install", "uninstall"]
@@ -25,7 +25,7 @@ _PROTOCOLS = {"0.1.5": "registry"}
 _active: Replaced | None = None
 
 
-class Installation:
+class Installation(Revertible):
     """What :func:`install` did; leaving its ``with`` takes it back, unless it was there before.
 
     Attributes:
@@ -35,19 +35,7 @@ class Installation:
 
     def __init__(self, done: Replaced, *, own: bool) -> None:
         self.replaced, self.added, self.left = done.replaced, done.added, done.left
-        self._own = own
-
-    def __enter__(self) -> Installation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._own:
-            uninstall()
+        self._undo = uninstall if own else None
 
 
 def installed_version() -> str:
@@ -66,7 +54,7 @@ def installed_version() -> str:
 
 
 def install() -> Installation:
-    """Replaces the merge methods of mergekit that are faster here, and adds ours that it lacks.
+    """Replaces merge methods of mergekit by ours (docs/drop-in.md), and adds ours that it lacks.
 
     One line of the log (``magic_fast``, INFO) says which. Done twice, it stays done once.
 

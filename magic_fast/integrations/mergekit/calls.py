@@ -18,7 +18,7 @@ from magic_fast.errors import InputError
 from magic_fast.methods.arguments import python_name
 from magic_fast.methods.parameters import METHODS, MethodSpec, available_methods
 
-#: Methods of mergekit that run faster here (benchmarks/results/dropin.md); the others stay its own.
+#: Methods of mergekit that run here; the others stay its own (TIES is timed by make bench-dropin).
 REPLACED = (
     "linear",
     "task_arithmetic",

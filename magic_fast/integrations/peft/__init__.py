@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from magic_fast.errors import InputError
+from magic_fast.integrations.installation import Revertible
 
 __all__ = ["Installation", "install", "uninstall"]
 
@@ -21,7 +21,7 @@ log = logging.getLogger("magic_fast")
 
 
 @dataclass
-class Installation:
+class Installation(Revertible):
     """What :func:`install` did; leaving its ``with`` takes it back, unless it was there before.
 
     Attributes:
@@ -33,19 +33,7 @@ class Installation:
     version: str
     replaced: tuple[str, ...]
     left: Mapping[str, str]
-    _own: bool = True
-
-    def __enter__(self) -> Installation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._own:
-            uninstall()
+    _undo: Callable[[], None] | None = None
 
     def in_words(self) -> str:
         """The one line that is logged."""
@@ -78,7 +66,7 @@ def install() -> Installation:
     """
     global _active
     if _active is not None:
-        return Installation(_active.version, _active.replaced, _active.left, _own=False)
+        return Installation(_active.version, _active.replaced, _active.left)
     version = _version()
     from magic_fast.integrations.peft import functions, svd, trial
 
@@ -91,7 +79,7 @@ def install() -> Installation:
     else:
         left["svd"] = power
     replaced = (*chosen, "svd") if isinstance(power, int) else tuple(chosen)
-    _active = Installation(version, replaced, left)
+    _active = Installation(version, replaced, left, uninstall)
     log.info(_active.in_words())
     return _active
 

@@ -1,0 +1,83 @@
+"""What is known of one tensor: what ``select`` found, the rows of its calibration, its stream of
+random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+from magic_fast.recipe.words import (
+    Direction,
+    EpsMode,
+    Granularity,
+    Variant,
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What ``select`` found, K numbers each: an entry of expert k stays if its rank by
+    (|τ| descending, flat index ascending) lies at or below (threshold, tie_cut) and above (top_*).
+
+    Attributes:
+        threshold: smallest kept magnitude (float32 value; inf keeps nothing).
+        tie_cut: entries equal to the threshold stay while their flat index is < tie_cut.
+        top_threshold, top_tie_cut: the same pair for the outliers a band drops (inf, 0: none).
+        factor: what each kept entry is multiplied by (norm rescale or 1/density, times the
+            alignment), a float32 value.
+        majority: sign for zero votes under ``ZeroVote.MAJORITY``: −1, 0 or 1.
+        weights: those found (``Weigh.ENERGY``), float32 values; empty where they are given.
+        alone: factor of what each expert alone holds (:class:`Alone`); empty without.
+
+    Under ``TrimRule.VARIANCE`` threshold and cut are of the variance, equal for all experts.
+    """
+
+    threshold: tuple[float, ...]
+    tie_cut: tuple[int, ...]
+    top_threshold: tuple[float, ...]
+    top_tie_cut: tuple[int, ...]
+    factor: tuple[float, ...]
+    majority: int = 0
+    weights: tuple[float, ...] = ()
+    alone: tuple[float, ...] = ()
+
+    @staticmethod
+    def keep_everything(num_experts: int, numel: int) -> Selection:
+        k = num_experts
+        return Selection((0.0,) * k, (numel,) * k, (math.inf,) * k, (0,) * k, (1.0,) * k, 0)
+
+
+@dataclass(frozen=True)
+class RowCalibration:
+    """WSC resolved for one tensor: what the kernels need (docs/methods.md).
+
+    ``direction`` is never AUTO here. ``rows`` × ``cols`` is the row view of the tensor: ``axes``
+    moved to the front and flattened, everything else flattened behind (a 1-D tensor is [n, 1]).
+    Where ``axes`` are the leading ones in order, that is the contiguous tensor itself.
+    ``included`` says which experts count (those of weight 0 are left out); empty means all.
+    """
+
+    rows: int
+    cols: int
+    axes: tuple[int, ...] = (0,)
+    variant: Variant = Variant.MANIFOLD
+    granularity: Granularity = Granularity.ROW
+    p: float = 2
+    eps_mode: EpsMode = EpsMode.RELATIVE
+    guards: bool = True
+    clamp: tuple[float, float] | None = (0.1, 10.0)
+    strength: float = 1.0
+    scale: float = 1.0
+    direction: Direction = Direction.FREE
+    included: tuple[bool, ...] = ()
+
+
+def stream_of(name: str) -> int:
+    """Philox stream of a tensor: little-endian u64 of BLAKE2b-64 of the UTF-8 output name ('' if
+    bare).
+
+    >>> hex(stream_of("model.layers.0.mlp.up_proj.weight"))
+    '0x345b65baf420f1e5'
+    """
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
