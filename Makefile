@@ -133,7 +133,8 @@ bench-features: venv ## memory of calibration in feature space, layer by layer a
 	$(BIN)/python benchmarks/features/bench.py --make .bench --size 1b --markdown $(RESULTS)/features.md
 
 bench-spectral: venv ## the spectral methods against torch.linalg.svd
-	$(BIN)/python benchmarks/spectral/bench.py
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/spectral/bench.py --json $(RESULTS)/spectral.json --markdown $(RESULTS)/spectral.md
 
 # Trains everything it needs; the digits come in scikit-learn's wheel.
 quality: venv ## whether calibration helps: one seed, three scenarios, five λ (benchmarks/quality/PROTOCOL.md)

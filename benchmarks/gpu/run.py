@@ -179,11 +179,21 @@ class Run:
         state, last = self.one(command, deadline)
         return state, "" if state == PASSED else last
 
-    def figures(self) -> tuple[Any, str]:
-        """JSON and Markdown of the benchmark; None and words where it did not end."""
-        found = self.logs / "bench.json", self.logs / "bench.md"
+    def spectral(self, deadline: float) -> tuple[str, str]:
+        """Against SVD, which takes most of the time: one round, the cheap rows first."""
+        words = [self.python, "benchmarks/spectral/bench.py", "--device", "cuda", "--rounds", "1"]
+        words += ["--shapes", "768x3072", "4096x4096"]
+        words += ["--json", str(self.logs / "spectral.json")]
+        words += ["--markdown", str(self.logs / "spectral.md")]
+        command = self.command("spectral", words)
+        state, last = self.one(command, deadline)
+        return state, "" if state == PASSED else last
+
+    def figures(self, name: str) -> tuple[Any, str]:
+        """JSON and Markdown of a benchmark; None and words where it did not end."""
+        found = self.logs / f"{name}.json", self.logs / f"{name}.md"
         if not all(f.exists() for f in found):
-            return None, "No figures: the benchmark did not end."
+            return None, f"No figures: the benchmark ({name}) did not end."
         return json.loads(found[0].read_text()), found[1].read_text().strip()
 
 
@@ -238,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--limit", type=float, default=470, help="seconds for all steps together")
-    steps = ("build", "tests", "bench", "sanitizer", "triton")
+    steps = ("build", "tests", "bench", "spectral", "sanitizer", "triton")
     parser.add_argument("--skip", nargs="+", default=[], choices=steps)
     options = parser.parse_args(arguments)
     reason = why_no_gpu(sys.executable)
@@ -247,8 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     options.results.mkdir(parents=True, exist_ok=True)
     run = Run(sys.executable, LOGS, time.monotonic() + options.limit)
-    for old in ("bench.json", "bench.md"):
-        (LOGS / old).unlink(missing_ok=True)
+    benches = ("bench", "spectral")
+    for old in benches:
+        for ending in ("json", "md"):
+            (LOGS / f"{old}.{ending}").unlink(missing_ok=True)
     if "build" in options.skip:
         lay_out()
     # A step that takes all its time leaves the later ones theirs. Triton's tests come last, as what
@@ -258,17 +270,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tests": (100, partial(run.tests, "tests", "not triton")),
         "bench": (80, run.bench),
         "sanitizer": (60, run.sanitizer),
+        "spectral": (100, run.spectral),
         "triton": (options.limit, partial(run.tests, "triton", "triton")),
     }
     for name, (most, work) in plan.items():
         if name not in options.skip:
             run.step(name, most, work)
-    figures, tables = run.figures()
+    figures = {name: run.figures(name) for name in benches}
+    tables = "\n\n".join(
+        ["## One merge", figures["bench"][1], "## Spectral methods", figures["spectral"][1]]
+    )
     result = {
         "command": " ".join(["make gpu", *(sys.argv[1:] if arguments is None else arguments)]),
         "facts": facts(),
         "steps": [asdict(s) for s in run.steps],
-        "bench": figures,
+        **{name: found for name, (found, _) in figures.items()},
     }
     (options.results / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.results / "gpu.md").write_text(document(result, tables))

@@ -1,26 +1,33 @@
 """Spectral methods by matrix products against the same formulas by ``torch.linalg.svd``.
 
-    python benchmarks/spectral/bench.py --shape 4096 4096 --experts 8 --method iso_c
+    python benchmarks/spectral/bench.py [--shapes 4096x4096 768x3072] [--methods iso_c tsv_m]
+                                        [--experts 8] [--rounds 3] [--device cuda]
+                                        [--json FILE] [--markdown FILE]
 
 Both run in float32 on the same task vectors, in turns; medians. The answers are compared on the
 way (relative Frobenius distance). ``--spectrum``: ``decay`` is what fine-tuning leaves (strong
 directions over a long tail, weights 1/√i, in a random position per expert); ``flat`` is Gaussian
-noise, the hardest case for truncation, since no gap separates one direction from the next.
+noise, the hardest case for truncation, since no gap separates one direction from the next. The
+files are written after each row, so that a run that is cut off leaves what it had.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import machine
 
 from magic_fast.reference import spectral
 from magic_fast.reference.spectral import ExactFactorizations, Factorizations
@@ -32,9 +39,31 @@ METHODS: dict[str, Callable[[list[Tensor], Factorizations], Tensor]] = {
     "tsv_m": spectral.tsv_m,
     "polar": lambda taus, by: by.polar(taus[0]),
 }
+#: times as fast as by SVD that is aimed at: (CPU, GPU), of squares; others: not slower
+AIMS = {"iso_c": (2.0, 25.0), "iso_cts": (1.5, 8.0), "tsv_m": (2.0, 10.0)}
+Shape = tuple[int, int]
 
 
-def task_vectors(shape: tuple[int, int], k: int, spectrum: str, device: str) -> list[Tensor]:
+@dataclass(frozen=True)
+class Row:
+    """Medians in seconds; ``distance`` of the two answers, relative to the exact one."""
+
+    method: str
+    shape: Shape
+    experts: int
+    spectrum: str
+    products: float
+    svd: float
+    distance: float
+    rounds: int
+    aim: float | None
+
+    @property
+    def times(self) -> float:
+        return self.svd / self.products
+
+
+def task_vectors(shape: Shape, k: int, spectrum: str, device: str) -> list[Tensor]:
     """K task vectors of float32."""
     generator = torch.Generator().manual_seed(0)
     taus = []
@@ -59,54 +88,94 @@ def seconds(run: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
     return time.perf_counter() - start, result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096))
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--method", choices=sorted(METHODS), nargs="+", default=["iso_c"])
-    parser.add_argument("--spectrum", choices=("decay", "flat"), default="decay")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", help="append one line per method to this file")
-    options = parser.parse_args()
-    shape, k = tuple(options.shape), options.experts
-    taus = task_vectors(shape, k, options.spectrum, options.device)
+def measured(method: str, taus: list[Tensor], spectrum: str, rounds: int, device: str) -> Row:
+    """One row of the table: both ways ``rounds`` times in turns, after a small warm-up."""
     variants: dict[str, Factorizations] = {
         "products": FastFactorizations(),
         "svd": ExactFactorizations(),
     }
-    warm = [tau[:96, :96].clone() for tau in taus]
-    for method in options.method:
-        formula = METHODS[method]
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        results: dict[str, Tensor] = {}
-        for by in variants.values():
-            formula(warm, by)
-        for _ in range(options.rounds):
-            for name, by in variants.items():
-                run = partial(formula, taus, by)
-                took, results[name] = seconds(run, options.device)
-                times[name].append(took)
-        median = {name: statistics.median(t) for name, t in times.items()}
-        exact = results["svd"].double()
-        error = float((results["products"].double() - exact).norm() / exact.norm())
-        row = {
-            "method": method, "shape": shape, "experts": k, "spectrum": options.spectrum,
-            "products_s": round(median["products"], 3), "svd_s": round(median["svd"], 3),
-            "speedup": round(median["svd"] / median["products"], 2), "distance": error,
-            "rounds": options.rounds, "device": options.device, "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "cpu": platform.machine(),
-            "load": round(os.getloadavg()[0], 1),
-        }  # fmt: skip
-        print(
-            f"{method:8} {shape[0]}x{shape[1]} K={k} {options.spectrum:5}  "
-            f"products {row['products_s']:8.2f} s  svd {row['svd_s']:8.2f} s  "
-            f"{row['speedup']:5.2f}x  distance {error:.1e}  (load {row['load']})",
-            flush=True,
-        )
-        if options.json:
-            with open(options.json, "a") as file:
-                file.write(json.dumps(row) + "\n")
+    formula = METHODS[method]
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    results: dict[str, Tensor] = {}
+    for by in variants.values():
+        formula([tau[:96, :96].clone() for tau in taus], by)
+    if device == "cuda":  # libraries load, and kernels are chosen, at the size that is timed
+        formula(taus, variants["products"])
+    for _ in range(rounds):
+        for name, by in variants.items():
+            took, results[name] = seconds(partial(formula, taus, by), device)
+            times[name].append(took)
+    exact = results["svd"].double()
+    shape: Shape = (taus[0].shape[0], taus[0].shape[1])
+    aims = AIMS.get(method)
+    square = shape[0] == shape[1]
+    aim = None if aims is None else aims[device == "cuda"] if square else 1.0
+    return Row(
+        method, shape, len(taus), spectrum,
+        statistics.median(times["products"]), statistics.median(times["svd"]),
+        float((results["products"].double() - exact).norm() / exact.norm()), rounds, aim,
+    )  # fmt: skip
+
+
+def line(row: Row) -> str:
+    """Of the table."""
+    aim = "" if row.aim is None else f"{row.aim:g}"
+    return (
+        f"| {row.method} | {row.shape[0]} × {row.shape[1]} | {row.experts} | {row.spectrum} | "
+        f"{row.rounds} | {row.products:.3g} | {row.svd:.3g} | {row.times:.2f} | {aim} | "
+        f"{row.distance:.1e} |"
+    )
+
+
+HEAD = [
+    "| method | shape | K | spectra | rounds | products, s | SVD, s | times | aim | distance |",
+    "|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
+]
+
+
+def shape_of(word: str) -> Shape:
+    """From ``ROWSxCOLUMNS``."""
+    try:
+        rows, columns = (int(x) for x in word.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, got {word!r}") from None
+    return rows, columns
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shapes: list[Shape] = [(4096, 4096), (768, 3072)]
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=shapes)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--methods", choices=sorted(METHODS), nargs="+", default=list(AIMS))
+    parser.add_argument("--spectrum", choices=("decay", "flat"), default="decay")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = arguments()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("device cuda: expected a GPU that torch sees, found none.")
+    about = machine.facts("torch") | {"threads": str(torch.get_num_threads())}
+    if options.device == "cuda":
+        about["device"] = torch.cuda.get_device_name()
+    rows: list[Row] = []
+    print("\n".join(HEAD))
+    for shape in options.shapes:
+        taus = task_vectors(shape, options.experts, options.spectrum, options.device)
+        for method in options.methods:
+            rows.append(measured(method, taus, options.spectrum, options.rounds, options.device))
+            print(line(rows[-1]), flush=True)
+            if options.json:
+                report = {"facts": about, "rows": [asdict(r) | {"times": r.times} for r in rows]}
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
+            if options.markdown:
+                table = [*HEAD, *map(line, rows), "", machine.line(about)]
+                options.markdown.write_text("\n".join(table) + "\n")
 
 
 if __name__ == "__main__":
