@@ -13,27 +13,48 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import magic_fast as mf
+from magic_fast.methods.arguments import find_method
 from magic_fast.methods.parameters import available_methods
 
-# method → (number of experts, parameters of the YAML)
-CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "slerp": (1, {"t": 0.3, "per_row": True}),
-    "nuslerp": (2, {"weight": 0.5, "nuslerp_flatten": False}),
-    "multislerp": (3, {"normalize_weights": True}),
-    "karcher": (3, {"max_iter": 5}),
-    "model_stock": (3, {"filter_wise": True}),
-    "nearswap": (1, {"t": 0.001}),
-    "arcee_fusion": (1, {}),
-    "sce": (3, {"select_topk": 0.5}),
-    "ram": (3, {"epsilon": 1e-4}),
-    "ramplus_tl": (3, {"epsilon": 1e-4, "r": 0.2}),
-    "pcb": (3, {"ratio": 0.2, "lambda": 1.1}),
-    "magmax": (3, {"scale": 0.4}),
-    "emr_unified": (3, {}),
-    "consensus_ta": (3, {"on": "ties", "density": 0.3, "min_tasks": 2, "tall_mask_lambda": 0.3}),
-    "della": (3, {"density": 0.4, "epsilon": 0.1}),
-    "della_linear": (3, {"density": 0.4, "epsilon": 0.1}),
+# parameters of the YAML; a method that is not here runs with its defaults
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "linear": {"weight": 0.4, "normalize": False},
+    "average": {"lambda": 0.9, "align": "min_norm"},
+    "task_arithmetic": {"weight": 0.7, "normalize": True},
+    "ties": {"density": 0.3, "lambda": 0.8},
+    "magnitude_prune": {"density": 0.3, "rescale": "l1"},
+    "dare_linear": {"density": 0.4},
+    "dare_ties": {"density": 0.4, "rescale": False},
+    "breadcrumbs": {"density": 0.8, "gamma": 0.05},
+    "breadcrumbs_ties": {"density": 0.8, "gamma": 0.05},
+    "passthrough": {"scale": 0.9},
+    "slerp": {"t": 0.3, "per_row": True},
+    "nuslerp": {"weight": 0.5, "nuslerp_flatten": False},
+    "multislerp": {"normalize_weights": True},
+    "karcher": {"max_iter": 5},
+    "model_stock": {"filter_wise": True},
+    "nearswap": {"t": 0.001},
+    "sce": {"select_topk": 0.5},
+    "ram": {"epsilon": 1e-4},
+    "ramplus_tl": {"epsilon": 1e-4, "r": 0.2},
+    "pcb": {"ratio": 0.2, "lambda": 1.1},
+    "magmax": {"scale": 0.4},
+    "consensus_ta": {"on": "ties", "density": 0.3, "min_tasks": 2, "tall_mask_lambda": 0.3},
+    "della": {"density": 0.4, "epsilon": 0.1},
+    "della_linear": {"density": 0.4, "epsilon": 0.1},
+    "iso_c": {"lambda": 1.3, "tensors": "proj"},
+    "iso_cts": {"common_space_fraction": 0.5},
+    "tsv_m": {"lambda": 0.8},
+    "star": {"eta": 0.3},
 }
+METHODS = available_methods()
+SPECTRAL = ("iso_c", "iso_cts", "tsv_m", "star")
+
+
+def count_of(method: str) -> int:
+    """Three experts, or as many as it takes."""
+    spec = find_method(method)
+    return max(spec.min_experts, min(3, spec.max_experts or 3))
 
 
 def load(folder: Path) -> dict[str, Tensor]:
@@ -42,12 +63,11 @@ def load(folder: Path) -> dict[str, Tensor]:
 
 
 def config_of(method: str, models: Path, **changes: Any) -> dict[str, Any]:
-    count, parameters = CASES[method]
     return {
         "merge_method": method,
         "base_model": str(models / "base"),
-        "models": [{"model": str(models / f"expert-{k}")} for k in range(count)],
-        "parameters": parameters,
+        "models": [{"model": str(models / f"expert-{k}")} for k in range(count_of(method))],
+        "parameters": PARAMETERS.get(method, {}),
         **changes,
     }
 
@@ -57,12 +77,13 @@ def text(config: dict[str, Any]) -> str:
 
 
 def in_memory(method: str, models: Path, **settings: Any) -> dict[str, Tensor]:
-    count, parameters = CASES[method]
-    parameters = {{"lambda": "scale"}.get(n, n): v for n, v in parameters.items()}
+    named = {"lambda": "scale", "weight": "weights"}
+    parameters = {named.get(n, n): v for n, v in PARAMETERS.get(method, {}).items()}
+    experts = [load(models / f"expert-{k}") for k in range(count_of(method))]
+    base = None if find_method(method).base == "none" else load(models / "base")
     merged: dict[str, Tensor] = mf.merge(
-        load(models / "base"), [load(models / f"expert-{k}") for k in range(count)], method,
-        preset="mergekit", backend="torch", **parameters, **settings,
-    )  # fmt: skip
+        base, experts, method, preset="mergekit", backend="torch", **(parameters | settings)
+    )
     return merged
 
 
@@ -72,16 +93,52 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert not different
 
 
-@pytest.mark.parametrize("calibrate", [None, "wsc"])
-@pytest.mark.parametrize("method", CASES)
-def test_yaml_is_the_call(
-    method: str, calibrate: str | None, tiny_models: Path, tmp_path: Path
-) -> None:
-    config = config_of(method, tiny_models, **({"calibrate": calibrate} if calibrate else {}))
+@pytest.mark.parametrize("method", METHODS)
+def test_yaml_is_the_call(method: str, tiny_models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = mf.merge_checkpoints(text(config), out, backend="torch")
-    same(load(out), in_memory(method, tiny_models, calibrate=calibrate))
-    assert any(t.calibrated for t in report.tensors) == (calibrate is not None)
+    report = mf.merge_checkpoints(text(config_of(method, tiny_models)), out, backend="torch")
+    same(load(out), in_memory(method, tiny_models))
+    assert not any(t.calibrated for t in report.tensors)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wsc_follows(method: str, tiny_models: Path, tmp_path: Path) -> None:
+    config, out = text(config_of(method, tiny_models, calibrate="wsc")), tmp_path / "out"
+    report = mf.merge_checkpoints(config, out, backend="torch")
+    assert sum(t.calibrated for t in report.tensors) == 14  # seven matrices a layer
+    if find_method(method).base != "none":
+        same(load(out), in_memory(method, tiny_models, calibrate="wsc"))
+        return
+    # a method on whole models: the base is there for the calibration alone, which the call on
+    # tensors takes as a step of its own
+    models = [load(tiny_models / m) for m in ("base", *(f"expert-{k}" for k in range(3)))]
+    base, *experts = ({n: t.float() for n, t in m.items()} for m in models)
+    experts = experts[: count_of(method)]
+    named = {"weight": "weights"}
+    parameters = {named.get(n, n): v for n, v in PARAMETERS[method].items()}
+    merged = mf.merge(None, experts, method, preset="mergekit", backend="torch", **parameters)
+    want, _ = mf.calibrate_weights(base, experts, merged)
+    for name, tensor in load(out).items():  # bfloat16's ulp is 2⁻⁷ of the number at most
+        torch.testing.assert_close(tensor.float(), want[name], rtol=2**-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", SPECTRAL)
+def test_spectral_methods_are_the_decomposition(
+    method: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    """By products, from sharded files, against singular value decompositions in float64."""
+    out = tmp_path / "out"
+    mf.merge_checkpoints(text(config_of(method, tiny_models, out_dtype="float32")), out)
+    wide = [load(tiny_models / m) for m in ("base", *(f"expert-{k}" for k in range(3)))]
+    base, *experts = ({n: t.double() for n, t in model.items()} for model in wide)
+    parameters = dict(PARAMETERS[method])
+    scale = parameters.pop("lambda", 1.0)
+    exact = {} if method == "star" else {"svd": "exact"}  # star has no other way
+    want = mf.merge(base, experts, method, scale=scale, **parameters, **exact)
+    for name, tensor in load(out).items():
+        error = (tensor.double() - want[name]).norm()
+        # 1e-3 of Δ, and half an ulp of the float32 output
+        assert error <= 1e-3 * (want[name] - base[name]).norm() + 2**-24 * want[name].norm(), name
 
 
 def test_gradients_and_weights_per_model(tiny_models: Path, tmp_path: Path) -> None:
@@ -142,7 +199,8 @@ def test_pcb_wants_one_ratio_for_a_model(tiny_models: Path, tmp_path: Path) -> N
     mf.merge_checkpoints(text(config), tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", sorted(CASES))
+# passthrough has one model, which nothing disagrees with
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "passthrough"])
 def test_vocabularies_of_different_sizes(method: str, tiny_models: Path, tmp_path: Path) -> None:
     """A clear error before anything is written; the leading rows where the user asks for that."""
     models = tmp_path / "models"
@@ -157,15 +215,7 @@ def test_vocabularies_of_different_sizes(method: str, tiny_models: Path, tmp_pat
     with pytest.raises(mf.InputError, match=r"shape of 'model.embed_tokens.weight' in .*expert-0"):
         mf.merge_checkpoints(config, out)
     assert not out.exists()
-    if method in ("karcher", "pcb", "consensus_ta"):  # a member base, a whole model, a recipe
+    if method in ("karcher", "pcb", "consensus_ta", "tsv_m"):
+        # a member base, a whole model, a recipe, whole tensors
         mf.merge_checkpoints(config, out, allow_embedding_truncation=True)
         same(load(out), in_memory(method, tiny_models))
-
-
-def test_every_available_method_is_in_a_test_of_this_kind() -> None:
-    elsewhere = {
-        "average", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "linear",
-        "magnitude_prune", "passthrough", "task_arithmetic", "ties",
-    }  # fmt: skip
-    spectral = {"iso_c", "iso_cts", "tsv_m", "star"}
-    assert set(available_methods()) - elsewhere - spectral == set(CASES)
