@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.api.collection import no_collection
+from magic_fast.api.whole_model import refuse_uneven
 from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_from_file
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
@@ -98,7 +99,9 @@ def steps_of(
         if calibration is not None:
             calibration.check_names(t.name for t in layout)
         builder = _Builder(config, models, calibration, seed, compat, allow_truncation)
-        return [builder.step(tensor) for tensor in layout], builder.vocab_size
+        steps = [builder.step(tensor) for tensor in layout]
+        refuse_uneven(steps)
+        return steps, builder.vocab_size
 
 
 class _Builder:

@@ -47,7 +47,7 @@ def _check_list(spec: ParameterSpec, setting: Sequence[object], path: Path) -> I
                     f"expected {{filter, value}} entries only, got {item!r}. "
                     f"Write '- value: {item}' for the default.",
                 )
-    elif spec.kind not in ("float", "int"):
+    elif not spec.numeric:
         yield Problem(
             path,
             "gradient of something that is not a number",

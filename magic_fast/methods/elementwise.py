@@ -46,8 +46,7 @@ def prepare_pcb(source: competition.Source, arguments: Mapping[str, Any]) -> dic
     """Under scope ``model`` the bounds of all tensors together."""
     if arguments["scope"] != "model":
         return {}
-    ratio = arguments["ratio"]
-    return {_BOUNDS: (ratio, competition.model_bounds(source, ratio))}
+    return {_BOUNDS: competition.model_bounds(source, arguments["ratio"])}
 
 
 def pcb(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
@@ -57,13 +56,7 @@ def pcb(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
     if arguments["scope"] == "tensor":
         bounds = competition.tensor_bounds(taus, arguments["ratio"])
     else:
-        ratio, bounds = arguments.get(_BOUNDS, (None, None))
-        if ratio != arguments["ratio"]:
-            raise InputError(
-                f"ratio and scope of method 'pcb' for '{job.name}': expected the same for all "
-                f"tensors, got another than for the first. With scope 'model' all compete at once; "
-                "use scope 'tensor' to give them different ratios."
-            )
+        bounds = arguments[_BOUNDS]
     return _with_base(job, competition.pcb(taus, bounds) * arguments["scale"])
 
 

@@ -58,6 +58,11 @@ class ParameterSpec:
         """The name and its aliases, the name first."""
         return (self.name, *self.aliases)
 
+    @property
+    def numeric(self) -> bool:
+        """Whether values lie on a line, so that a gradient may run between two of them."""
+        return self.kind in ("float", "int")
+
     def default_for(self, preset: str) -> Value | None:
         """The value of an absent parameter under ``preset``."""
         if preset == "mergekit":

@@ -119,7 +119,7 @@ def karcher(gram: Tensor, *, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
     Directions of vectors longer than ``tol`` take part; the lengths of all do. Starting at the
     normalised mean x (the first direction where that is shorter than ``tol``), repeat: with
     θ_k = arccos⟨x, x̂_k⟩, step along N·ŷ = (1/M)Σ_k (θ_k/sin θ_k)(x̂_k − cos θ_k·x) on the great
-    circle, until N < ``tol``.
+    circle, until N ≤ ``tol``.
 
     Args:
         gram: float64 [K, K].
@@ -141,7 +141,7 @@ def karcher(gram: Tensor, *, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
     cosines = gram[valid][:, valid] / torch.outer(norms[valid], norms[valid])
     x = torch.full((count,), 1.0 / count, dtype=torch.float64)
     size = _length(x, cosines)
-    if size < tol:
+    if size <= tol:
         x = torch.zeros_like(x)
         x[0] = 1.0
     else:
@@ -149,10 +149,10 @@ def karcher(gram: Tensor, *, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
     for _ in range(max_iter):
         cosine = (cosines @ x).clamp(-1, 1)
         theta = torch.arccos(cosine)
-        g = torch.where(theta < tol, torch.zeros_like(theta), theta / torch.sin(theta)) / count
+        g = torch.where(theta <= tol, torch.zeros_like(theta), theta / torch.sin(theta)) / count
         y = g - float(g @ cosine) * x
         step = _length(y, cosines)
-        if step < tol:
+        if step <= tol:
             break
         x = math.cos(step) * x + math.sin(step) / step * y
         x = x / _length(x, cosines)

@@ -176,7 +176,8 @@ def test_karcher_corners() -> None:
     a, zero = torch.tensor([1.0, 2.0, -2.0]), torch.zeros(3)
     assert torch.equal(mf.merge(None, [a], "karcher"), a)
     assert torch.equal(mf.merge(None, [zero, zero], "karcher"), zero)
-    close(mf.merge(None, [a, a, a], "karcher"), a.double())
+    for tol in (1e-5, 0.0):  # a tolerance of 0: no angle, and no step to divide by
+        close(mf.merge(None, [a, a, a], "karcher", tol=tol), a.double())
     # a zero tensor has no direction, but counts in the mean length
     close(mf.merge(None, [a, zero], "karcher"), a.double() / 2)
     close(mf.merge(None, [a, -a], "karcher"), a.double())  # no mean: starts at the first, θ = π

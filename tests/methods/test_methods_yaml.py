@@ -189,16 +189,6 @@ def test_without_a_base_whole_weights_are_merged(
     same(load(tmp_path / "out"), mf.merge(None, experts, method))
 
 
-def test_pcb_wants_one_ratio_for_a_model(tiny_models: Path, tmp_path: Path) -> None:
-    ratios = [{"filter": "mlp", "value": 0.2}, {"value": 0.1}]
-    config = config_of("pcb", tiny_models, parameters={"ratio": ratios})
-    with pytest.raises(mf.InputError, match=r"ratio and scope of method 'pcb' for 'model.layers.0"):
-        mf.merge_checkpoints(text(config), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    config["parameters"]["scope"] = "tensor"
-    mf.merge_checkpoints(text(config), tmp_path / "out")
-
-
 # passthrough has one model, which nothing disagrees with
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "passthrough"])
 def test_vocabularies_of_different_sizes(method: str, tiny_models: Path, tmp_path: Path) -> None:
