@@ -57,15 +57,10 @@ def svc(
     tensor([[2., 0.],
             [0., 1.]])
     """
-    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
-        raise InputError(f"alpha for svc: expected a finite number > 0, got {alpha!r}.")
+    check_svc(alpha)
 
     def change(tensor_name: str, taus: list[Tensor], delta: Tensor) -> Tensor | None:
-        if delta.dim() != 2:
-            return None
-        if not spectral.all_finite([*taus, delta]):
-            return torch.full_like(delta, math.nan)
-        return spectral.svc(taus, delta, alpha).to(delta.dtype)
+        return spectral.svc(taus, delta, alpha).to(delta.dtype) if delta.dim() == 2 else None
 
     return _changed(_table(base, experts, merged), base is not None, change, out, nonfinite, name)
 
@@ -104,19 +99,33 @@ def lines(
     >>> lines(None, experts, experts[0], alpha=0.5, beta=0.5, num_blocks=2)
     {'h.0.w': tensor([0.5000, 0.5000]), 'h.1.w': tensor([1., 1.])}
     """
-    for what, value in (("alpha", alpha), ("beta", beta)):
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise InputError(f"{what} for lines: expected a finite number, got {value!r}.")
-    if not (isinstance(num_blocks, int) and num_blocks >= 1):
-        raise InputError(f"num_blocks for lines: expected a whole number >= 1, got {num_blocks!r}.")
-    table = _table(base, experts, merged)
-    first = _lines_alpha(table, base is not None) if alpha is None else float(alpha)
+    check_lines(alpha, beta, num_blocks)
+    table, has_base = _table(base, experts, merged), base is not None
+    if alpha is None:
+        names = [name for name in table.names if table.copied(name) is None]
+        alpha = spectral.lines_alpha(_differences(table.row(name), has_base) for name in names)
+    first = float(alpha)
 
     def change(tensor_name: str, taus: list[Tensor], delta: Tensor) -> Tensor | None:
         block = spectral.block_of(tensor_name, num_blocks)
         return delta * spectral.lines_factor(first, beta, block, num_blocks)
 
-    return _changed(table, base is not None, change, out, nonfinite, name)
+    return _changed(table, has_base, change, out, nonfinite, name)
+
+
+def check_svc(alpha: object) -> None:
+    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"alpha for svc: expected a finite number > 0, got {alpha!r}.")
+
+
+def check_lines(alpha: object, beta: object, num_blocks: object) -> None:
+    for what, value in (("alpha", alpha), ("beta", beta)):
+        if what == "alpha" and value is None:
+            continue
+        if not (isinstance(value, int | float) and math.isfinite(value)):
+            raise InputError(f"{what} for lines: expected a finite number, got {value!r}.")
+    if not (isinstance(num_blocks, int) and num_blocks >= 1):
+        raise InputError(f"num_blocks for lines: expected a whole number >= 1, got {num_blocks!r}.")
 
 
 def _table(base: Any, experts: Any, merged: Any) -> Named:
@@ -135,18 +144,6 @@ def _differences(row: list[Tensor], has_base: bool) -> tuple[list[Tensor], Tenso
     base, experts = (row[1], row[2:]) if has_base else (None, row[1:])
     *taus, delta = task_vectors(base, [*experts, row[0]], decision_dtype(base, row))
     return taus, delta
-
-
-def _lines_alpha(table: Named, has_base: bool) -> float:
-    sum_norm = merged_norm = 0.0
-    num_experts = 1
-    for name in table.names:
-        if table.copied(name) is None:
-            taus, delta = _differences(table.row(name), has_base)
-            num_experts = len(taus)
-            sum_norm += float(spectral.total(taus).abs().sum(dtype=torch.float64))
-            merged_norm += float(delta.abs().sum(dtype=torch.float64))
-    return sum_norm / merged_norm / num_experts if merged_norm > 0 else 1.0
 
 
 def _changed(

@@ -261,18 +261,25 @@ def word(kind: type, value: object, what: str) -> object:
         raise InputError(f"calibration {what}: expected one of {allowed}, got {value!r}.") from None
 
 
+#: What one word may ask for: the default, or a variant of WSC.
+CALIBRATE_WORDS = ("wsc", *(variant.value for variant in Variant))
+
+
 def as_calibration(
     value: str | WeightCalibration | Mapping[str, object] | None,
 ) -> WeightCalibration | None:
-    """None, ``"wsc"`` (the defaults), settings, or a mapping of them."""
+    """None, ``"wsc"`` (the defaults), the name of a variant, settings, or a mapping of them."""
     if value is None or isinstance(value, WeightCalibration):
         return value
     if isinstance(value, Mapping):
         return WeightCalibration(**known_settings(WeightCalibration, value))
     if value == "wsc":
         return WeightCalibration()
+    if value in set(Variant):
+        return WeightCalibration(variant=Variant(value))
     raise InputError(
-        f"calibrate: expected None, 'wsc' or a WeightCalibration, got {value!r}. "
+        f"calibrate: expected None, {', '.join(map(repr, CALIBRATE_WORDS))} or a "
+        f"WeightCalibration, got {value!r}. "
         "Feature-space calibration runs on a model: see calibrate_features."
     )
 

@@ -20,7 +20,9 @@ def add_parser(commands: Any) -> None:
         help="restore the magnitudes of a model that any tool merged",
         description="Scales each row of the merged model's change so that its magnitude fits its "
         "experts' (weight space calibration, WSC), or each layer's by what it makes of samples "
-        "(feature space, FSC), or both (dual, DSC), and writes the result to the new folder OUT.",
+        "(feature space, FSC), or both (dual, DSC); or its singular values by how far the experts "
+        "agree (svc), or its blocks by their depth (lines). Writes the result to the new folder "
+        "OUT. magic-fast methods tells when to use which.",
         allow_abbrev=False,
     )
     options.models(parser)
@@ -28,6 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to make; it must be missing or empty")
     options.weight_calibration(parser)
     options.feature_calibration(parser)
+    options.spectrum_and_depth(parser)
     options.execution(parser)
     options.common(parser)
     parser.set_defaults(run=run)
@@ -47,10 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
             space=arguments.space,
             calibration=weight_calibration(arguments),
             data=data(arguments),
-            features=feature_calibration(arguments) if arguments.space != "weight" else None,
+            features=feature_calibration(arguments),
             samples=arguments.samples,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length,
+            alpha=arguments.alpha,
+            beta=arguments.beta,
+            num_blocks=arguments.num_blocks,
             device=arguments.device,
             backend=arguments.backend,
             max_shard_size=arguments.max_shard_size,
@@ -70,7 +76,8 @@ def weight_calibration(arguments: argparse.Namespace) -> WeightCalibration:
     sensitive = arguments.sensitive
     return WeightCalibration(
         variant=Variant(arguments.variant),
-        granularity=Granularity(arguments.granularity),
+        granularity=arguments.granularity and Granularity(arguments.granularity),
+        p=norm(arguments, 2) if arguments.space == "weight" else 2,
         eps_mode=EpsMode(arguments.eps_mode),
         clamp=arguments.clamp,
         strength=arguments.strength,
@@ -83,17 +90,22 @@ def feature_calibration(arguments: argparse.Namespace) -> FeatureCalibration:
     from magic_fast.calibration import sensitive_from_file
     from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity, Reduction
 
-    norm = arguments.norm
     per_channel = arguments.per_channel
     return FeatureCalibration(
         reduction=Reduction(arguments.reduction),
-        p=int(norm) if norm.isdecimal() else norm,
+        p=norm(arguments, 1),
         granularity=FeatureGranularity.CHANNEL if per_channel else FeatureGranularity.LAYER,
         sequential=arguments.sequential,
         clamp=arguments.clamp,
         strength=arguments.strength,
         sensitive=None if arguments.sensitive is None else sensitive_from_file(arguments.sensitive),
     )
+
+
+def norm(arguments: argparse.Namespace, default: int) -> Any:
+    """The p of ``--norm``; the settings refuse what is none."""
+    given = default if arguments.norm is None else arguments.norm
+    return int(given) if str(given).isdecimal() else given
 
 
 def data(arguments: argparse.Namespace) -> dict[str, str]:
@@ -106,26 +118,41 @@ def data(arguments: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-#: Options that mean something in one kind of space only, and their defaults.
-_OF_WEIGHTS: dict[str, object] = {
-    "variant": "manifold",
-    "granularity": "row",
-    "eps_mode": "relative",
+_WEIGHTS, _FEATURES, _SPECTRUM = ("weight", "dual"), ("feature", "dual"), ("svc", "lines")
+_MAGNITUDES = ("weight", "feature", "dual")
+#: Options that mean something in some spaces only: those, and the option's default.
+_OF_SPACES: dict[str, tuple[tuple[str, ...], object]] = {
+    "variant": (_WEIGHTS, "manifold"),
+    "granularity": (_WEIGHTS, None),
+    "eps_mode": (_WEIGHTS, "relative"),
+    "clamp": (_MAGNITUDES, (0.1, 10.0)),
+    "strength": (_MAGNITUDES, 1.0),
+    "sensitive": (_MAGNITUDES, None),
+    "norm": (_MAGNITUDES, None),
+    "samples": (_FEATURES, 64),
+    "batch_size": (_FEATURES, 8),
+    "max_length": (_FEATURES, 512),
+    "reduction": (_FEATURES, "ratio_of_sums"),
+    "per_channel": (_FEATURES, False),
+    "sequential": (_FEATURES, False),
+    "alpha": (_SPECTRUM, None),
+    "beta": (("lines",), None),
+    "num_blocks": (("lines",), None),
 }
-_OF_FEATURES: dict[str, object] = {
-    "samples": 64, "batch_size": 8, "max_length": 512, "reduction": "ratio_of_sums", "norm": "1",
-    "per_channel": False, "sequential": False,
-}  # fmt: skip
 
 
 def refuse_idle(arguments: argparse.Namespace) -> None:
     """Refuses options that would do nothing in the chosen space."""
-    spaces: dict[str, dict[str, object]] = {"weight": _OF_FEATURES, "feature": _OF_WEIGHTS}
-    idle = spaces.get(arguments.space, {})
-    for name, default in idle.items():
-        if getattr(arguments, name) != default:
-            other = "'feature' or 'dual'" if arguments.space == "weight" else "'weight' or 'dual'"
+    for name, (spaces, default) in _OF_SPACES.items():
+        if arguments.space not in spaces and getattr(arguments, name) != default:
+            words = [f"'{space}'" for space in spaces]
+            where = " or ".join([", ".join(words[:-1]), words[-1]]) if words[1:] else words[0]
             raise InputError(
-                f"--{name.replace('_', '-')}: expected it with --space {other}, got "
-                f"--space {arguments.space}. Leave it out, or choose another space."
+                f"--{name.replace('_', '-')}: expected it with --space {where}, got --space "
+                f"{arguments.space}. Leave it out, or choose another space."
             )
+    if arguments.norm and arguments.space == "weight" and arguments.variant != "sphere":
+        raise InputError(
+            f"--norm: expected it with --variant 'sphere', got --variant {arguments.variant}. "
+            "Leave it out, or choose that variant."
+        )

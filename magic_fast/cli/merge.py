@@ -44,7 +44,9 @@ def add_parser(commands: Any) -> None:
         "--preset", help="whose defaults and rules hold, instead of the configuration's"
     )
     parser.add_argument(
-        "--calibrate", choices=("wsc",), help="calibrate, though the configuration does not say so"
+        "--calibrate",
+        choices=("wsc", "manifold", "manifold_exact", "sphere", "spectral"),
+        help="calibrate, though the configuration does not say so: WSC, or a variant of it by name",
     )
     parser.add_argument("--seed", type=int, help="of the random trims")
     parser.add_argument(

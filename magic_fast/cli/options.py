@@ -102,8 +102,7 @@ def weight_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--granularity",
         choices=("row", "tensor"),
-        default="row",
-        help="what shares a coefficient (default: row)",
+        help="what shares a coefficient (default: row; of spectral: tensor)",
     )
     group.add_argument(
         "--eps-mode",
@@ -137,9 +136,10 @@ def feature_calibration(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration in feature space (FSC, DSC)")
     group.add_argument(
         "--space",
-        choices=("weight", "feature", "dual"),
+        choices=("weight", "feature", "dual", "svc", "lines"),
         default="weight",
-        help="weight: WSC, without data (default); feature: FSC; dual: WSC, then FSC",
+        help="weight: WSC, without data (default); feature: FSC; dual: WSC, then FSC; svc: "
+        "singular values; lines: scale by depth",
     )
     samples(group, "one for each expert, by the name of its folder, else in order")
     group.add_argument(
@@ -148,7 +148,11 @@ def feature_calibration(parser: argparse.ArgumentParser) -> None:
         default="ratio_of_sums",
         help="how positions become one coefficient (default: ratio_of_sums)",
     )
-    group.add_argument("--norm", default="1", metavar="P", help="of a feature: 1 (default), 2, inf")
+    group.add_argument(
+        "--norm",
+        metavar="P",
+        help="1, 2, …, inf: of a feature (1); in weight space of variant sphere (2)",
+    )
     group.add_argument(
         "--per-channel", action="store_true", help="a coefficient for each output channel"
     )
@@ -156,6 +160,21 @@ def feature_calibration(parser: argparse.ArgumentParser) -> None:
         "--sequential",
         action="store_true",
         help="each layer on what the calibrated ones before it give",
+    )
+
+
+def spectrum_and_depth(parser: argparse.ArgumentParser) -> None:
+    """The numbers of ``--space svc`` and ``--space lines``."""
+    group = parser.add_argument_group("singular values and depth (svc, lines)")
+    group.add_argument(
+        "--alpha",
+        type=float,
+        help="svc: least share of an expert that counts (0.1); lines: factor of the first block "
+        "(default: from the norms of the models)",
+    )
+    group.add_argument("--beta", type=float, help="lines: what the last block gets beyond alpha")
+    group.add_argument(
+        "--num-blocks", type=positive, metavar="N", help="lines: default: as many as the model has"
     )
 
 

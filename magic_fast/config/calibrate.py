@@ -86,7 +86,8 @@ Number = Annotated[float, Field(strict=True)]
 
 
 class CalibrateConfig(Strict):
-    """Weight-space calibration (WSC) as the YAML spells it; ``calibrate: wsc`` is all defaults.
+    """Weight-space calibration (WSC) as the YAML spells it; ``calibrate: wsc`` is all defaults,
+    ``calibrate: sphere`` another variant's.
 
     Attributes:
         variant: which coefficient; ``manifold`` is the paper's.
@@ -135,9 +136,10 @@ class CalibrateConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _shorthands(cls, value: Any) -> Any:
-        """``wsc`` for the defaults; ``sensitive: file.json`` with ``top: N`` beside it."""
-        if value == "wsc":
-            return {}
+        """``wsc`` for the defaults, a variant's name for it; ``sensitive: file.json`` with
+        ``top: N`` beside it."""
+        if isinstance(value, str):
+            return {} if value == "wsc" else {"variant": value}
         if not isinstance(value, Mapping):
             return value
         fields = dict(value)

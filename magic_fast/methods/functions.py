@@ -13,7 +13,9 @@ from torch import Tensor
 from magic_fast.methods.elementwise import ELEMENTWISE, prepare_pcb
 from magic_fast.methods.spectral import SPECTRAL
 from magic_fast.ops.backend import Job
+from magic_fast.reference import spectral
 from magic_fast.reference.features import fold
+from magic_fast.reference.merge import decision_dtype, task_vectors
 
 Function = Callable[[Job, Mapping[str, Any], str], Tensor]
 Source = Callable[[], Iterable[tuple[Tensor | None, Sequence[Tensor]]]]
@@ -31,8 +33,16 @@ def _scale_channels(job: Job, arguments: Mapping[str, Any], preset: str) -> Tens
     return fold(job.base.to(wide), merged.to(wide), factor, arguments["axis"])
 
 
+def _svc(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
+    """base + the calibrated Δ; the merged model stands behind the experts."""
+    *taus, delta = task_vectors(job.base, job.experts, decision_dtype(job.base, job.experts))
+    assert job.base is not None
+    base: Tensor = job.base.to(delta.dtype)
+    return base + spectral.svc(taus, delta, arguments["alpha"]).to(delta.dtype)
+
+
 #: What a step of a plan may also be; no method that a user names.
-STEPS: Mapping[str, Function] = {**FUNCTIONS, "scale_channels": _scale_channels}
+STEPS: Mapping[str, Function] = {**FUNCTIONS, "scale_channels": _scale_channels, "svc": _svc}
 
 #: Functions that first look at the whole model: from its tensors and the arguments to further
 #: arguments.

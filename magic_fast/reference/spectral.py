@@ -7,7 +7,8 @@ singular values: the nearest partial isometry, zero for X = 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -201,10 +202,12 @@ def svc(taus: Sequence[Tensor], delta: Tensor, alpha: float) -> Tensor:
         alpha: least s_kr that counts, > 0.
 
     Returns:
-        float64 [m, n].
+        float64 [m, n]; NaN where an input is not finite, which reaches every direction.
     """
     if delta.numel() == 0:
         return delta.double()
+    if not all_finite([*taus, delta]):
+        return torch.full_like(delta, math.nan, dtype=torch.float64)
     u, s, vh = thin_svd(delta.double())
     floor = torch.zeros_like(s)
     for tau in taus:
@@ -221,6 +224,18 @@ def lines_factor(alpha: float, beta: float, block: int | None, num_blocks: int) 
     if block is None or num_blocks <= 1:
         return alpha
     return alpha + beta * block / (num_blocks - 1)
+
+
+def lines_alpha(tensors: Iterable[tuple[Sequence[Tensor], Tensor]]) -> float:
+    """(‖Σ τ‖₁ / ‖Δ‖₁) / K over all tensors of a model, which come as (K task vectors, Δ); 1 where
+    Δ is zero."""
+    sum_norm = merged_norm = 0.0
+    num_experts = 1
+    for taus, delta in tensors:
+        num_experts = len(taus)
+        sum_norm += float(total(taus).abs().sum(dtype=torch.float64))
+        merged_norm += float(delta.abs().sum(dtype=torch.float64))
+    return sum_norm / merged_norm / num_experts if merged_norm > 0 else 1.0
 
 
 def block_of(name: str, num_blocks: int) -> int | None:

@@ -341,7 +341,8 @@ CASES: dict[str, tuple[Call, type[Exception], str]] = {
     "calibration_word": (
         merging(base(), experts(), calibrate="fsc"),
         InputError,
-        "calibrate: expected None, 'wsc' or a WeightCalibration, got 'fsc'.",
+        "calibrate: expected None, 'wsc', 'manifold', 'manifold_exact', 'sphere', 'spectral' or a "
+        "WeightCalibration, got 'fsc'.",
     ),
     "calibration_key": (
         merging(base(), experts(), calibrate={"varient": "sphere"}),

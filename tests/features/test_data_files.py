@@ -197,7 +197,7 @@ def test_mistake(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), "data: expected none in weight space, got some. Choose space 'feature' or 'dual'."),
+        ((), "data: expected none for space 'weight', got some. Choose space 'feature' or 'dual'."),
         (
             ("--sequential",),
             "--sequential: expected it with --space 'feature' or 'dual', got --space weight. Leave "
