@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from magic_fast.spectral.leading_triples import leading
@@ -24,8 +25,8 @@ class FastFactorizations:
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         return multiply(a, b)
 
-    def polar(self, x: Tensor) -> Tensor:
-        return polar(x, label=self.label)
+    def polar(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return polar(x, dtype=dtype, label=self.label)
 
     def leading(self, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         return leading(x, count, label=self.label)

@@ -65,15 +65,17 @@ def residual(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(gram(wide) @ wide - wide)) / norm
 
 
-def polar(x: Tensor, *, label: str = "a matrix") -> Tensor:
+def polar(x: Tensor, *, dtype: torch.dtype | None = None, label: str = "a matrix") -> Tensor:
     """U Vᵀ of ``x`` = U Σ Vᵀ over the non-zero singular values: the nearest partial isometry.
 
     Args:
         x: float32 or float64 [m, n], finite; any device.
+        dtype: of the result, None: of ``x``. A float64 ``x`` for a float32 result costs little
+            more than a float32 one, and at condition 1e6 its last bits decide.
         label: what to call it in the log, where the exact decomposition has to step in.
 
     Returns:
-        Shape and dtype of ``x``. Held to :func:`tolerance`; where that fails, computed from the
+        Shape of ``x``. Held to :func:`tolerance` of its dtype; where that fails, computed from the
         singular value decomposition in float64, with one line in the log. Singular values up to
         2⁻²³ (float64: 1e-14) of the largest count as zero.
 
@@ -81,36 +83,38 @@ def polar(x: Tensor, *, label: str = "a matrix") -> Tensor:
     tensor([[ 1.,  0.],
             [ 0., -1.]])
     """
+    dtype = dtype or x.dtype
     if x.shape[0] > x.shape[1]:
-        return polar(x.T, label=label).T
+        return polar(x.T, dtype=dtype, label=label).T
     with full_float32():
-        return _wide_polar(x, label)
+        return _wide_polar(x, dtype, label)
 
 
-def _wide_polar(x: Tensor, label: str) -> Tensor:
+def _wide_polar(x: Tensor, dtype: torch.dtype, label: str) -> Tensor:
     scaled, unit = normalized(x)
     if unit == 0:
-        return torch.zeros_like(x)
-    found = _full_rank(scaled)
-    if found is None and x.dtype == torch.float32:  # float64's zero is below what A resolves
-        found = _low_rank(scaled)
+        return torch.zeros_like(x, dtype=dtype)
+    found = _full_rank(scaled, dtype)
+    if found is None and dtype == torch.float32:  # float64's zero is below what A resolves
+        found = _low_rank(scaled, dtype)
     if found is not None:
         return found
     log.info("polar factor of %s by singular value decomposition: its condition is above %g, or "
              "matrix products miss the certificate", label, _MAX_CONDITION)  # fmt: skip
-    exact = ExactFactorizations(rank_cutoff(x.dtype))
-    return exact.polar(scaled.double()).to(x.dtype)
+    exact = ExactFactorizations(rank_cutoff(dtype))
+    return exact.polar(scaled.double()).to(dtype)
 
 
-def _full_rank(x: Tensor) -> Tensor | None:
-    """The polar factor of a wide matrix of condition up to 1e6, else None."""
-    if x.dtype == torch.float32 and x.shape[1] >= _WIDE * x.shape[0]:
-        a, unit = _scaled_gram(x)
+def _full_rank(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The polar factor, in ``dtype``, of a wide matrix of condition up to 1e6, else None."""
+    if dtype == torch.float32 and x.shape[1] >= _WIDE * x.shape[0]:
+        single = x.to(dtype)
+        a, unit = _scaled_gram(single)
         low = _LOW * _smallest(a)
         if low >= _SINGLE_FROM:
-            return _converge(*_rational_step(x / unit, a, low))
-        del a
-    if (begun := _first_step(x)) is None:
+            return _converge(*_rational_step(single / unit, a, low))
+        del a, single
+    if (begun := _first_step(x, dtype)) is None:
         return None
     y, low = begun
     if low < _QUINTIC_FROM:
@@ -142,8 +146,8 @@ def _shifted_factor(a: Tensor, c: float) -> Tensor:
     return t
 
 
-def _first_step(x: Tensor) -> tuple[Tensor, float] | None:
-    """(y, low) with the polar factor of x and singular values in [low, 1], dtype of x; None where
+def _first_step(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float] | None:
+    """(y, low) with the polar factor of x and singular values in [low, 1], in ``dtype``; None where
     those of x reach below 1/2e6 of the largest.
 
     In float32 the step is made for one and the same σ: its gain hardly depends on that, and where
@@ -151,9 +155,9 @@ def _first_step(x: Tensor) -> tuple[Tensor, float] | None:
     """
     y = x.double()
     a, unit = _scaled_gram(y)
-    y /= unit
+    y = y / unit if y is x else y.div_(unit)
     weak = None
-    if x.dtype == torch.float32:
+    if dtype == torch.float32:
         step = rational(_USUAL)
         t = _shifted_factor(a, step.c)
         if float(torch.linalg.vector_norm(t)) ** 2 <= _FEW:  # tr (I + c·A)⁻¹ counts σ < 1/√c
@@ -169,12 +173,12 @@ def _first_step(x: Tensor) -> tuple[Tensor, float] | None:
         return None
     del a
     if weak is None:
-        return _apply(y, t, step).to(x.dtype), min(step.low, step(low))
+        return _apply(y, t, step).to(dtype), min(step.low, step(low))
     # float32, but for its weak rows, where rounding would cost 1e-7/σ
-    after = _apply(y.to(x.dtype), t.to(x.dtype), step)
+    after = _apply(y.to(dtype), t.to(dtype), step)
     share = step.b / step.c
     rows = (share * weak + (step.a - share) * (t.T @ (t @ weak))).T @ y
-    after += (weak @ (rows - weak.T @ after.double())).to(x.dtype)
+    after += (weak @ (rows - weak.T @ after.double())).to(dtype)
     return after, min(step.low, step(low))
 
 
@@ -255,14 +259,14 @@ def _finished(y: Tensor, last: Finish) -> Tensor:
     return multiply(q, y)
 
 
-def _low_rank(x: Tensor) -> Tensor | None:
-    """The partial isometry of a wide matrix from the eigenvectors of its Gram matrix in float64,
-    where a gap separates the zero singular values from the others; else None."""
+def _low_rank(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The partial isometry, in ``dtype``, of a wide matrix from the eigenvectors of its Gram
+    matrix in float64, where a gap separates the zero singular values from the others; else None."""
     y = x.double()
     values, vectors = torch.linalg.eigh(gram(y))
     relative = (values / values[-1]).clamp_min(0).sqrt()
     kept = relative > 1 / _MAX_CONDITION
-    if bool(((relative > rank_cutoff(x.dtype)) & ~kept).any()):
+    if bool(((relative > rank_cutoff(dtype)) & ~kept).any()):
         return None
     u = vectors[:, kept]
     rows = u.T @ y
@@ -271,5 +275,5 @@ def _low_rank(x: Tensor) -> Tensor | None:
     found = _converge(rows, 0.99) if len(rows) else rows
     if found is None:
         return None
-    result = (u @ found).to(x.dtype)
-    return result if residual(result) <= tolerance(x.dtype) else None
+    result = (u @ found).to(dtype)
+    return result if residual(result) <= tolerance(dtype) else None

@@ -55,6 +55,22 @@ def test_leading_triples(spectrum: str, shape: tuple[int, int], count: int) -> N
         assert float((gram - torch.diag(used)).abs().max()) <= 2e-3
 
 
+@pytest.mark.parametrize("gap", [1e-3, 3e-4, 1e-5])
+@pytest.mark.parametrize(("shape", "count"), [((200, 320), 24), ((320, 200), 8)])
+def test_hardly_a_gap(
+    shape: tuple[int, int], count: int, gap: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first σ left out is as large as the last one kept, but for ``gap``: rounding of float32
+    stalls the iteration, float64 ends it, or eigenvectors do."""
+    caplog.set_level(logging.INFO, "magic_fast")
+    rest = torch.linspace(2 * (1 - gap), 0.2, min(shape) - count)
+    x = matrix(shape, torch.cat([torch.linspace(3, 2, count), rest]))
+    u0, s0, vh0 = torch.linalg.svd(x.double(), full_matrices=False)
+    best = (u0[:, :count] * s0[:count]) @ vh0[:count]
+    assert distance(product(leading(x, count)), best) <= MAX_ERROR
+    assert not caplog.records
+
+
 def test_no_direction_is_made_up() -> None:
     """Zero singular values come with zero columns."""
     x = matrix((300, 260), geometric(7, 2))

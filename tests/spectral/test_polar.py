@@ -11,6 +11,7 @@ from torch import Tensor
 from magic_fast.reference.spectral import ExactFactorizations, iso_c, rank_cutoff
 from magic_fast.spectral import FastFactorizations, polar
 from magic_fast.spectral.polar_factor import _converge, residual, tolerance
+from magic_fast.spectral.products import inverse_factor
 from magic_fast.spectral.schedule import quintic, rational
 from spectral.spectra import distance, geometric, matrix
 
@@ -114,6 +115,33 @@ def test_unfinished_steps_are_refused() -> None:
     x = torch.eye(40)
     x[0, 0] = 1e-12
     assert _converge(x, 0.9) is None
+
+
+@pytest.mark.parametrize("where", [10, 590])
+def test_no_factor_of_an_indefinite_matrix(where: int) -> None:
+    """By halves, above 512 rows: the first has none, or what is left of the second."""
+    b = torch.eye(600, dtype=torch.float64)
+    t = inverse_factor(b)
+    assert t is not None and torch.equal(t, b)
+    b[where, where] = -1.0
+    assert inverse_factor(b) is None
+
+
+@pytest.mark.parametrize("shape", [(30, 30), (600, 610)], ids=str)
+def test_inverse_factor(shape: tuple[int, int]) -> None:
+    x = matrix(shape, geometric(min(shape), 20), dtype=torch.float64)
+    b = x @ x.T
+    t = inverse_factor(b)
+    assert t is not None and not t.triu(1).any()
+    assert distance(t @ b @ t.T, torch.eye(len(b))) <= 1e-12
+
+
+def test_float32_from_float64() -> None:
+    """At condition 1e6 rounding the matrix to float32 alone costs 9e-4."""
+    x = matrix((60, 150), geometric(60, 1e6), dtype=torch.float64)
+    factor = polar(x, dtype=torch.float32)
+    assert factor.dtype == torch.float32
+    assert distance(factor, exact(x)) <= 2e-5 < distance(polar(x.float()), exact(x))
 
 
 def test_iso_c_spread_of_singular_values() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from magic_fast.api.merging import merge
 from magic_fast.api.steps import calibration_from
 from magic_fast.calibration import WeightCalibration
+from magic_fast.calibration.weight import CALIBRATE_WORDS
 from magic_fast.config.calibrate import CalibrateConfig
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import python_name
@@ -131,12 +132,14 @@ def run(
 
 
 def calibration_of(value: Any) -> WeightCalibration | None:
-    """The parameter ``calibrate`` of a YAML: ``wsc``, ``none``, or settings as text.
+    """The parameter ``calibrate`` of a YAML: ``wsc``, a variant, ``none``, or settings as text.
 
     mergekit's parameters are numbers and words, so settings are a mapping in quotes.
 
     >>> calibration_of("{variant: sphere, p: 1}").p
     1
+    >>> calibration_of("sphere").p
+    2
     >>> calibration_of("none") is None
     True
     """
@@ -155,7 +158,7 @@ def _calibration(text: Any) -> WeightCalibration | None:
         given = yaml.safe_load(text) if isinstance(text, str) else text
         if given in ("none", None):
             return None
-        if given == "wsc" or isinstance(given, dict):
+        if isinstance(given, dict) or given in CALIBRATE_WORDS:
             return calibration_from(CalibrateConfig.model_validate(given).as_dict())
     except ValidationError as error:
         first = error.errors()[0]
