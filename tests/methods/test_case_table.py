@@ -1,5 +1,6 @@
-"""The corners that every method meets: one expert, a zero task vector, all of them zero, vectors,
-filters and scalars, with and without WSC."""
+"""The corners that every method of the registry meets: one expert, a zero task vector, all of them
+zero, ties, vectors, filters and scalars, with and without WSC. Embeddings of different sizes:
+test_methods_yaml.py."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"density": 0.5, "gamma": 0.1},
     "breadcrumbs_ties": {"density": 0.5, "gamma": 0.1},
 }
-METHODS = sorted(m for m in available_methods() if find_method(m).base != "none")
+METHODS = available_methods()
 BY_ROWS = {"arcee_fusion", "della", "della_linear"}  # a softmax, or ranks, within a row
 # one expert has no second task to agree with, and no variance to be chosen by
 NOTHING_OF_ONE = {"consensus_ta", "sce"}
@@ -49,7 +50,13 @@ def models(shape: tuple[int, ...], k: int) -> tuple[Tensor, list[Tensor]]:
 
 def merge(method: str, base: Tensor, experts: list[Tensor], **more: Any) -> Tensor:
     settings = {**SETTINGS.get(method, {}), **more}
-    merged: Tensor = mf.merge(base, experts, method, name="w", **settings)
+    if find_method(method).base != "none":
+        merged: Tensor = mf.merge(base, experts, method, name="w", **settings)
+        return merged
+    calibration = settings.pop("calibrate", None)  # of whole models: a step of its own
+    merged = mf.merge(None, experts, method, name="w", **settings)
+    if calibration is not None:
+        merged, _ = mf.calibrate_weights(base, experts, merged, calibration=calibration, name="w")
     return merged
 
 
@@ -113,3 +120,20 @@ def test_rows_of_zeros(method: str, calibrate: str | None) -> None:
         merged = merge(method, base, experts, calibrate=calibrate)
         assert bool(merged.isfinite().all())
         torch.testing.assert_close(merged[2], torch.zeros(16), rtol=0, atol=1e-6)
+
+
+@WSC
+@pytest.mark.parametrize("shape", [(8, 16), (65,), (4, 3, 2, 2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_ties(method: str, shape: tuple[int, ...], calibrate: str | None) -> None:
+    """Five values in all, so that equal magnitudes, zero votes and equal variances are everywhere:
+    every backend takes the same of them, and the same every time."""
+    for k in counts(method):
+        g = torch.Generator().manual_seed(5)
+        base, *experts = (torch.randint(-2, 3, shape, generator=g) / 4 for _ in range(k + 1))
+        experts[-1] = experts[0].clone()  # two that agree in everything
+        merged = merge(method, base, experts, calibrate=calibrate)
+        assert bool(merged.isfinite().all())
+        assert torch.equal(merged, merge(method, base, experts, calibrate=calibrate))
+        plain = merge(method, base, experts, calibrate=calibrate, backend="torch")
+        torch.testing.assert_close(merged, plain)
