@@ -1,7 +1,7 @@
-"""TIES or DELLA, with WSC, here against the tools in use, one tensor, interleaved in one run.
+"""TIES, DELLA or PCB, with WSC, here against the tools in use, one tensor, interleaved in one run.
 
-    python benchmarks/cpu/against.py [--method ties|della] [--peers PYTHON] [--rows N] [--cols N]
-    [--experts K] [--rounds N] [--warmup N] [--json FILE] [--markdown FILE]
+    python benchmarks/cpu/against.py [--method ties|della|pcb] [--peers PYTHON] [--rows N]
+    [--cols N] [--experts K] [--rounds N] [--warmup N] [--json FILE] [--markdown FILE]
 
 PYTHON is the interpreter of an environment that has mergekit 0.1.5 and PEFT; `make peers` makes
 one. Without it their rows are printed as absent. They merge without WSC; ours does both.
@@ -23,6 +23,7 @@ import torch
 from bench import data, recipes
 
 from magic_fast import _native
+from magic_fast.methods.recipes import build_recipe
 from magic_fast.ops.backend import Job
 from magic_fast.ops.native import NativeBackend
 from magic_fast.ops.torch_backend import TorchBackend
@@ -32,7 +33,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import machine  # noqa: E402 - benchmarks/machine.py
 
-TOOLS = {"ties": ("mergekit", "peft"), "della": ("mergekit",)}  # which peers have the method
+# which peers have the method
+TOOLS: dict[str, tuple[str, ...]] = {
+    "ties": ("mergekit", "peft"),
+    "della": ("mergekit",),
+    "pcb": (),
+}
 
 
 @dataclass
@@ -87,7 +93,8 @@ def main() -> None:
     out = torch.zeros_like(base)
     calibration = RowCalibration(options.rows, options.cols)
     method, title = options.method, options.method.upper()
-    recipe = recipes(k)[method]
+    scored = {"ratio": 0.1, "scope": "tensor", "scale": 1.2}  # no GPU kernel has it
+    recipe = build_recipe("pcb", k, scored) if method == "pcb" else recipes(k)[method]
     job = Job(base, experts, recipe, out, calibration=calibration)
     authors = RowCalibration(options.rows, options.cols, eps_mode=EpsMode.ABSOLUTE, clamp=None)
     eager = Job(base, experts, recipe, torch.zeros_like(base), calibration=authors, details=True)

@@ -4,6 +4,7 @@
 // Arrays come as addresses. SAFETY: the caller (magic_fast/ops/native.py) keeps every array alive
 // until the call returns, and has checked shapes, dtypes, contiguity and overlap.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
@@ -46,7 +47,7 @@ struct Plan {
     job.contributors = get("contributors"), job.reduce = get("reduce");
     job.consensus = get("consensus"), job.min_tasks = get("min_tasks");
     job.least = recipe["least"].cast<float>(), job.limit = recipe["limit"].cast<float>();
-    job.alone = get("alone"), job.limited = get("limited");
+    job.alone = get("alone"), job.limited = get("limited"), job.competes = get("competes");
     for (py::handle item : per_expert) {
       const auto d = py::reinterpret_borrow<py::dict>(item);
       mf_expert e{};
@@ -190,7 +191,7 @@ struct Batch {
 
   static void select(mf_job& job, const py::tuple& s) {
     const py::tuple threshold = s[0], tie_cut = s[1], top_threshold = s[2], top_cut = s[3],
-                    factor = s[4], weights = s[6], alone = s[7];
+                    factor = s[4], weights = s[6], alone = s[7], score_cut = s[8], score_top = s[9];
     job.selected = 1;
     job.majority = s[5].cast<int32_t>();
     for (int k = 0; k < job.num_experts; ++k) {
@@ -202,6 +203,9 @@ struct Batch {
       e.factor = factor[(size_t)k].cast<float>();
       if (!weights.empty()) e.weight = weights[(size_t)k].cast<float>();
       if (!alone.empty()) e.alone = alone[(size_t)k].cast<float>();
+      if (score_cut.empty()) continue;
+      e.score_cut = score_cut[(size_t)k].cast<float>();
+      e.score_top = score_top[(size_t)k].cast<float>();
     }
   }
 };
@@ -342,6 +346,17 @@ void holders(const py::tuple& job, uintptr_t alone, uintptr_t shared, int thread
   });
 }
 
+void score_counts(const py::tuple& job, const std::vector<uint32_t>& prefix, uintptr_t counts,
+                  uintptr_t top, int threads, int isa) {
+  Batch batch = one(job);
+  const mf_options options{threads, isa};
+  run([&] {
+    return mf_cpu_score_counts(batch.jobs.data(), prefix.empty() ? nullptr : prefix.data(),
+                               reinterpret_cast<int64_t*>(counts), reinterpret_cast<uint32_t*>(top),
+                               &options);
+  });
+}
+
 py::tuple select_variance(const py::tuple& job, double fraction, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
@@ -472,6 +487,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("isa") = -1);
   m.def("holders", &holders, py::arg("job"), py::arg("alone"), py::arg("shared"),
         py::arg("threads") = 0, py::arg("isa") = -1);
+  m.def("score_counts", &score_counts, py::arg("job"), py::arg("prefix"), py::arg("counts"),
+        py::arg("top"), py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("select_variance", &select_variance, py::arg("job"), py::arg("fraction"),
         py::arg("threads") = 0, py::arg("isa") = -1);
   m.def("vote_sum", &vote_sum, py::arg("job"), py::arg("threads") = 0, py::arg("isa") = -1);

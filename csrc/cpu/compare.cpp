@@ -50,6 +50,26 @@ void holders(Runner& runner, Prepared& p, int64_t* alone, int64_t* shared) {
   });
 }
 
+void score_counts(Runner& runner, Prepared& p, const uint32_t* prefix, int64_t* counts,
+                  uint32_t* top) {
+  constexpr int64_t kMost = (int64_t)1 << 30;  // elements whose counts surely fit
+  Work w = values_of(p);
+  const size_t k = (size_t)w.k, room = k * 65536;
+  for (int64_t start = 0; start < p.job.numel; start += kMost) {
+    const int64_t n = std::min(kMost, p.job.numel - start);
+    std::vector<uint32_t> own(room * (size_t)runner.threads, 0),
+        largest(k * (size_t)runner.threads, 0);
+    runner.begin(w);
+    runner.parallel((n + kBlock - 1) / kBlock, [&](int64_t i, ThreadScratch& t) {
+      const size_t index = (size_t)runner.index_of(t);
+      runner.kernels.scores(w, t.scratch(), start + i * kBlock, std::min(kBlock, n - i * kBlock),
+                            prefix, &own[index * room], &largest[index * k]);
+    });
+    for (size_t i = 0; i < own.size(); ++i) counts[i % room] += own[i];
+    for (size_t i = 0; i < largest.size(); ++i) top[i % k] = std::max(top[i % k], largest[i]);
+  }
+}
+
 void select_variance(Runner& runner, Prepared& p, double fraction, float* threshold,
                      int64_t* tie_cut) {
   const int64_t n = p.job.numel;

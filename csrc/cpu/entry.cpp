@@ -246,6 +246,16 @@ mf_status mf_cpu_holders(mf_job* piece, int64_t* alone, int64_t* shared,
   });
 }
 
+mf_status mf_cpu_score_counts(mf_job* piece, const uint32_t* prefix, int64_t* counts, uint32_t* top,
+                              const mf_options* options) {
+  return guarded([&] {
+    const bool small = piece->numel * piece->num_experts <= kSmallJob;
+    mf::Runner runner(kernels_of(options), small ? 1 : threads_of(options));
+    mf::Prepared p(*piece);
+    mf::score_counts(runner, p, prefix, counts, top);
+  });
+}
+
 mf_status mf_cpu_select_variance(mf_job* job, double fraction, float* threshold, int64_t* tie_cut,
                                  const mf_options* options) {
   return guarded([&] {

@@ -258,6 +258,28 @@ static int64_t variances(const Work& w, Scratch& s, int64_t start, int64_t n, fl
   return positive;
 }
 
+static void scores(const Work& w, Scratch& s, int64_t start, int64_t n, const uint32_t* prefix,
+                   uint32_t* counts, uint32_t* top) {
+  float found[kTile];
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int len = imin(kTile, n - done);
+    values_tile(w, s, start + done, len, s.delta);
+    for (int k = 0; k < w.k; ++k) {
+      scores_of_tile(w, s, k, len, found);
+      uint32_t* own = counts + (int64_t)k * 65536;
+      for (int i = 0; i < len; ++i) {
+        const uint32_t bits = ordered_bits(found[i]);
+        if (!prefix) {
+          ++own[bits >> 16];
+          if (bits > top[k]) top[k] = bits;
+        } else if (bits >> 16 == prefix[k]) {
+          ++own[bits & 65535];
+        }
+      }
+    }
+  }
+}
+
 static void row_norms(const Work& w, Scratch& s, int64_t start, int64_t n, double sums[3]) {
   for (int64_t done = 0; done < n; done += kTile) {
     const int len = imin(kTile, n - done);
@@ -275,9 +297,9 @@ static void words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint
   }
 }
 
-constexpr Kernels kTable = {merge, statistics,  gram,      apply,     votes,
-                            norms, energies,    holders,   variances, magnitudes,
-                            scan,  kth_largest, row_norms, words};
+constexpr Kernels kTable = {merge,      statistics, gram,        apply,     votes,
+                            norms,      energies,   holders,     variances, scores,
+                            magnitudes, scan,       kth_largest, row_norms, words};
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "compare-inl.h"
+#include "compete-inl.h"
 #include "weighted-inl.h"
 
 namespace mf {
@@ -339,7 +340,11 @@ static void delta_tile(const Work& w, Scratch& s, int64_t start, int n, float* d
   }
   if (job.weights) return weighted_tile(w, s, start, n, delta);
   values_tile(w, s, start, n, delta);
-  if (!w.linear && reduce_tile(w, s, n, delta)) trace_experts(w, s, start, n);
+  if (job.competes) {
+    compete_tile(w, s, n, delta);
+  } else if (!w.linear && reduce_tile(w, s, n, delta)) {
+    trace_experts(w, s, start, n);
+  }
   if (job.alone) alone_tile(w, s, n, delta);
   const bool consensus = job.consensus != MF_CONSENSUS_NONE, limited = job.limited != 0;
   if (consensus || limited) {

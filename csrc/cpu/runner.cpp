@@ -67,11 +67,14 @@ void check(const mf_job& job) {
                 job.numel == 0,
             "job: rank_cols must divide the tensor.");
   }
+  require(!job.competes || job.num_experts <= kMostCompeting,
+          "job: expected at most 64 experts that compete.");
   if (job.weights) {
     require(job.weight_cols > 0 && job.numel % job.weight_cols == 0,
             "job: weight_cols must divide the tensor.");
     bool plain = !job.merged && job.vote == MF_VOTE_NONE && job.contributors == MF_ALL &&
-                 job.reduce == MF_SUM && job.consensus == MF_CONSENSUS_NONE && job.scale == 1;
+                 job.reduce == MF_SUM && job.consensus == MF_CONSENSUS_NONE && job.scale == 1 &&
+                 !job.competes;
     for (int k = 0; k < job.num_experts; ++k)
       plain &= job.experts[k].trim == MF_TRIM_NONE && job.experts[k].factor == 1;
     require(plain, "job: weights of rows are those of a plain sum.");
@@ -98,8 +101,8 @@ Prepared::Prepared(mf_job& j) : job(j) {
   work.job = &job;
   work.experts = job.experts;
   work.k = job.num_experts;
-  const bool whole_sum =
-      job.contributors == MF_ALL && job.vote == MF_VOTE_NONE && job.reduce != MF_MAX;
+  const bool whole_sum = job.contributors == MF_ALL && job.vote == MF_VOTE_NONE &&
+                         job.reduce != MF_MAX && !job.competes;
   work.linear = job.merged || whole_sum;
   work.traced = work.linear || job.vote == MF_VOTE_MASS;
   work.divisor = work.linear && !job.merged ? linear_divisor(job) : 1;

@@ -117,6 +117,8 @@ int64_t vote_sum(Runner& runner, Prepared& p);
 // and with others [K]; bounds of a trim by variance of a whole tensor.
 void energies(Runner& runner, Prepared& p, double* squares);
 void holders(Runner& runner, Prepared& p, int64_t* alone, int64_t* shared);
+void score_counts(Runner& runner, Prepared& p, const uint32_t* prefix, int64_t* counts,
+                  uint32_t* top);
 void select_variance(Runner& runner, Prepared& p, double fraction, float* threshold,
                      int64_t* tie_cut);
 // Merges (or calibrates) one job whose selection is known.

@@ -14,8 +14,9 @@ constexpr int64_t kBlock =
     65536;                    // sums over more than this are float64 partials, added in index order
 constexpr int kTilePad = 16;  // buffers are zero up to the next multiple of the 16 virtual lanes
 constexpr int kBins = 1024;   // of a search bracket
-constexpr int kMaxVectors = 1025;  // experts and d in the row statistics of one job
-constexpr int kHeavy = 8;          // values of a search bracket that are counted instead of listed
+constexpr int kMaxVectors = 1025;   // experts and d in the row statistics of one job
+constexpr int kHeavy = 8;           // values of a search bracket that are counted instead of listed
+constexpr int kMostCompeting = 64;  // experts whose scores are counted at once
 constexpr int64_t kNone = INT64_MAX;  // no bad index so far
 
 // One job, prepared: what can be known before the first element.
@@ -98,6 +99,10 @@ struct Kernels {
   void (*holders)(const Work&, Scratch&, int64_t start, int64_t n, int64_t* alone, int64_t* shared);
   // Variances over the experts; how many are not zero.
   int64_t (*variances)(const Work&, Scratch&, int64_t start, int64_t n, float* out);
+  // Upper halves of the ordered bit patterns of all scores, or lower halves of those with a prefix,
+  // counted: [K][65536]; the largest pattern of each expert, kept.
+  void (*scores)(const Work&, Scratch&, int64_t start, int64_t n, const uint32_t* prefix,
+                 uint32_t* counts, uint32_t* top);
   // |tau| bit patterns of one expert.
   void (*magnitudes)(const Work&, Scratch&, int expert, int64_t start, int64_t n, uint32_t* bits);
   // One pass of `count` searches, sorted by expert.

@@ -73,21 +73,24 @@ typedef struct mf_expert {
   int64_t
       top_count;    // in: MF_TRIM_BAND: how many of the very largest are dropped; -1: it is no band
   uint64_t stream;  // in: high half of the Philox counter of this expert
-  double density, epsilon;  // in: MF_TRIM_RANKED
-  uint32_t random_bound;    // in: MF_TRIM_RANDOM: floor(p * 2^32)
-  float weight;             // in
-  float lambda;             // in: MF_CONSENSUS_LAMBDA
-  int32_t dtype;            // in: mf_dtype
-  int32_t trim;             // in: mf_trim
-  int32_t included;         // in: counts in the row statistics
-  float threshold;          // in/out
-  float top_threshold;      // in/out
-  int64_t tie_cut;          // in/out
-  int64_t top_tie_cut;      // in/out
-  float factor;             // in/out: in where job.rescale is MF_RESCALE_NONE or job.selected
-  float alone;              // in: factor of what this expert alone holds
-  int64_t kept;             // out: entries that survived the trim
-  int64_t first_nonfinite;  // out: flat index of the first NaN or infinity, -1: none
+  double density, epsilon;     // in: MF_TRIM_RANKED
+  uint32_t random_bound;       // in: MF_TRIM_RANDOM: floor(p * 2^32)
+  float weight;                // in
+  float lambda;                // in: MF_CONSENSUS_LAMBDA
+  int32_t dtype;               // in: mf_dtype
+  int32_t trim;                // in: mf_trim
+  int32_t included;            // in: counts in the row statistics
+  float threshold;             // in/out
+  float top_threshold;         // in/out
+  int64_t tie_cut;             // in/out
+  int64_t top_tie_cut;         // in/out
+  float factor;                // in/out: in where job.rescale is MF_RESCALE_NONE or job.selected
+  float alone;                 // in: factor of what this expert alone holds
+  float score_cut, score_top;  // in: job.competes: scores at or below the one count as nothing, at
+                               // the other in full; magnitudes are held within [threshold,
+                               // top_threshold]
+  int64_t kept;                // out: entries that survived the trim
+  int64_t first_nonfinite;     // out: flat index of the first NaN or infinity, -1: none
 } mf_expert;
 
 // WSC of one job: rows x cols is the row view of the contiguous arrays.
@@ -135,6 +138,7 @@ typedef struct mf_job {
   int32_t min_tasks;
   int32_t limited;           // bool
   int32_t alone;             // bool: experts[k].alone acts where one expert alone is not zero
+  int32_t competes;          // bool: entries are weighted by their scores, nothing is trimmed
   int32_t selected;          // bool: the in/out fields are given
   int32_t majority;          // in/out: -1, 0, 1
   int64_t base_nonfinite;    // out, -1: none
@@ -202,6 +206,12 @@ mf_status mf_cpu_energies(mf_job* piece, double* squares, const mf_options* opti
 mf_status mf_cpu_holders(mf_job* piece, int64_t* alone, int64_t* shared, const mf_options* options);
 // ... and the sum of the elected signs, zeros as 0.
 mf_status mf_cpu_vote_sum(mf_job* piece, int64_t* sum, const mf_options* options);
+
+// With job.competes: digits of the scores of a piece, [num_experts, 65536] added. `prefix` null:
+// the upper halves of the bit patterns (in an order that unsigned numbers have too); else the lower
+// halves of those whose upper half is prefix[k]. top [num_experts]: largest bit pattern, kept.
+mf_status mf_cpu_score_counts(mf_job* piece, const uint32_t* prefix, int64_t* counts, uint32_t* top,
+                              const mf_options* options);
 
 // (threshold, tie cut) of the floor(fraction * #(variance != 0)) largest variances over the experts
 // of a whole tensor. Takes 4 bytes an element.

@@ -16,11 +16,10 @@ from magic_fast.api.results import MergeResult
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import find_method, resolve_arguments
-from magic_fast.methods.functions import FUNCTIONS, PREPARATIONS
+from magic_fast.methods.functions import FUNCTIONS
 from magic_fast.methods.geometric import GEOMETRIC, Question
 from magic_fast.methods.recipes import RECIPES, build_recipe
 from magic_fast.ops.backend import Job, Stats
-from magic_fast.ops.checks import check
 from magic_fast.recipe import Recipe, TrimScope
 
 log = logging.getLogger("magic_fast")
@@ -179,14 +178,8 @@ def job_of(
 
 def prepare(jobs: Sequence[Job], call: Call) -> None:
     """What looks at all tensors before any is merged: thresholds and bounds over the model."""
-    if call.method in PREPARATIONS:
-        for job in jobs:
-            check(job)
-        call.arguments |= PREPARATIONS[call.method](
-            lambda: ((job.base, job.experts) for job in jobs), call.arguments
-        )
-    elif call.over_model and any(job.selection is None for job in jobs):
-        ops.select_model(jobs)
+    if call.over_model and any(job.selection is None for job in jobs):
+        ops.select_model(jobs, backend=call.backend)
 
 
 def run(jobs: Sequence[Job], call: Call) -> list[Stats]:

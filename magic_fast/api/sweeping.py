@@ -170,7 +170,7 @@ def _select_model(
         assert call.recipe is not None
         key = unscaled(call.recipe)
         if key not in found:
-            ops.select_model(jobs)
+            ops.select_model(jobs, backend=call.backend)
             found[key] = [job.selection for job in jobs]
         for t, selection in enumerate(found[key]):
             jobs[t].selection = selection

@@ -9,37 +9,36 @@ from typing import Any
 from magic_fast.engine import Step
 from magic_fast.engine.native import over_model
 from magic_fast.errors import InputError
+from magic_fast.recipe import TrimRule
 
 
 def refuse_uneven(steps: Sequence[Step]) -> None:
     """Raises:
     InputError: a gradient or a filter gives such a parameter different values.
     """
-    shared = [(step, _shared(step)) for step in steps]
-    together = [one for one in shared if one[1]]
-    if not together:
+    first = next((step for step in steps if over_model(step)), None)
+    if first is None:
         return
-    first, wanted = together[0]
-    for step, own in shared if first.recipe is None else together:
-        for name, value in wanted.items():
-            got = step.arguments.get(name) if step.recipe is None else own[name]
-            if not step.copy and got != value:
+    wanted = _shared(first)
+    for step in steps:
+        own = {} if step.copy else _shared(step)
+        for name, value in own.items():
+            if value != wanted[name]:
                 raise InputError(
-                    f"{name} of method {step.method!r} for '{step.name}': expected {_word(value)} "
-                    f"as for '{first.name}', got {_word(got)}. All tensors are looked at together "
-                    f"under {_scope(step)}: give one value, or {_instead(step)}."
+                    f"{name} of method {step.method!r} for '{step.name}': expected "
+                    f"{_word(wanted[name])} as for '{first.name}', got {_word(value)}. All tensors "
+                    f"are looked at together under {_scope(first)}: give one value, or "
+                    f"{_instead(first)}."
                 )
 
 
 def _shared(step: Step) -> Mapping[str, Any]:
-    """What the choice over the whole model depends on, by the names of the YAML; empty where each
-    tensor is looked at alone."""
+    """What the choice over the whole model depends on, by the names of the YAML."""
     recipe = step.recipe
     if recipe is None:
-        names = ("scope", "ratio") if step.arguments.get("scope") == "model" else ()
-        return {name: step.arguments[name] for name in names}
-    if not over_model(step):
         return {}
+    if recipe.trim.rule is TrimRule.COMPETE:
+        return {"scope": recipe.trim.scope, "ratio": recipe.trim.density}
     found: dict[str, Any] = {
         "density": recipe.trim.density,
         "rescale": recipe.rescale,
@@ -56,9 +55,13 @@ def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else repr(str(value))
 
 
+def _competes(step: Step) -> bool:
+    return step.recipe is not None and step.recipe.trim.rule is TrimRule.COMPETE
+
+
 def _scope(step: Step) -> str:
-    return "scope 'model'" if step.recipe is None else f"preset {step.preset!r}"
+    return "scope 'model'" if _competes(step) else f"preset {step.preset!r}"
 
 
 def _instead(step: Step) -> str:
-    return "scope 'tensor'" if step.recipe is None else "preset 'default'"
+    return "scope 'tensor'" if _competes(step) else "preset 'default'"

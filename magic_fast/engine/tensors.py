@@ -14,7 +14,7 @@ from magic_fast.engine.native import over_model
 from magic_fast.engine.plan import FLOATS, Input, MergePlan, Step
 from magic_fast.engine.stages import refuse_other_integers
 from magic_fast.engine.units import Unit
-from magic_fast.methods.functions import PREPARATIONS, STEPS
+from magic_fast.methods.functions import STEPS
 from magic_fast.ops.backend import Job, Stats
 from magic_fast.recipe import Recipe, Selection
 from magic_fast.reference import merge as reference
@@ -58,7 +58,6 @@ class Worker:
         self._device = plan.device
         self._nonfinite = nonfinite
         self.selections: dict[str, Selection] = dict(selections or {})
-        self._more: dict[str, Any] = {}  # arguments found by looking at the whole model
 
     def prepare(self) -> None:
         """Thresholds over the whole model, where a trim has that scope: streamed, once per
@@ -69,10 +68,6 @@ class Worker:
             assert recipe is not None
             found = select_model(lambda: self._source(steps), recipe)
             self.selections = {s.name: f for s, f in zip(steps, found, strict=True)}
-        own = [s for s in self._plan.steps if s.recipe is None and not s.copy]
-        if own and own[0].method in PREPARATIONS:
-            prepare = PREPARATIONS[own[0].method]
-            self._more = prepare(lambda: self._source(own), own[0].arguments)
 
     def _source(self, steps: Sequence[Step]) -> Iterator[tuple[Tensor | None, Sequence[Tensor]]]:
         """Base and experts of each step, read as they are asked for."""
@@ -157,8 +152,7 @@ class Worker:
             if step.recipe is not None:  # whole weights, calibrated against a base
                 decisions = reference.decide(None, job.experts, step.recipe, stream=job.stream)
                 return reference.combine(None, job.experts, step.recipe, decisions)
-            arguments = {**step.arguments, **self._more}
-            return STEPS[step.method](job, arguments, step.preset)
+            return STEPS[step.method](job, step.arguments, step.preset)
 
         return ops.run_function(
             [job], merged, backend=self._plan.backend, nonfinite=self._nonfinite

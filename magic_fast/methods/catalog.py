@@ -117,7 +117,6 @@ ROWS: Mapping[str, Row] = {
     "pcb": Row(
         "entries weighted by their size and by the experts' agreement", "strong interference",
         "Parameter Competition Balancing", "2410.02396",
-        "6 over the model (scope model), 1 (scope tensor)", "K task vectors and K scores",
     ),
     "nearswap": Row(
         "the expert's entries where they are near the base's", "a light touch of one expert",

@@ -4,13 +4,13 @@ float32 (float64 for float64 inputs), before the final rounding and any calibrat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from magic_fast.methods.elementwise import ELEMENTWISE, prepare_pcb
+from magic_fast.methods.elementwise import ELEMENTWISE
 from magic_fast.methods.spectral import SPECTRAL
 from magic_fast.ops.backend import Job
 from magic_fast.reference import spectral
@@ -18,8 +18,6 @@ from magic_fast.reference.features import fold
 from magic_fast.reference.merge import decision_dtype, task_vectors
 
 Function = Callable[[Job, Mapping[str, Any], str], Tensor]
-Source = Callable[[], Iterable[tuple[Tensor | None, Sequence[Tensor]]]]
-Preparation = Callable[[Source, Mapping[str, Any]], dict[str, Any]]
 
 FUNCTIONS: Mapping[str, Function] = {**ELEMENTWISE, **SPECTRAL}
 
@@ -43,7 +41,3 @@ def _svc(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
 
 #: What a step of a plan may also be; no method that a user names.
 STEPS: Mapping[str, Function] = {**FUNCTIONS, "scale_channels": _scale_channels, "svc": _svc}
-
-#: Functions that first look at the whole model: from its tensors and the arguments to further
-#: arguments.
-PREPARATIONS: Mapping[str, Preparation] = {"pcb": prepare_pcb}

@@ -45,6 +45,7 @@ _TRIMS = {
     "sce": TrimRule.VARIANCE,
     "ram": TrimRule.THRESHOLD,
     "ramplus_tl": TrimRule.THRESHOLD,
+    "pcb": TrimRule.COMPETE,
 }
 _VOTING = frozenset({"ties", "dare_ties", "della", "breadcrumbs_ties", "emr_unified", "sce"})
 _LEAST_ENERGY = 1e-6  # of mergekit: less is shared equally, and divides as this much
@@ -68,6 +69,9 @@ def _trim(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str | 
     rule = _TRIMS.get(method, TrimRule.NONE)
     if rule is TrimRule.NONE:
         return Trim()
+    if rule is TrimRule.COMPETE:
+        ratio = per_expert(p["ratio"], k, "ratio")
+        return Trim(rule, density=ratio, scope=TrimScope(p["scope"]))
     if rule is TrimRule.VARIANCE:
         return Trim(rule, density=per_expert(p["select_topk"], k, "select_topk"))
 
@@ -97,6 +101,11 @@ def _plain(method: str, k: int, p: Mapping[str, Any], preset: str, compat: str |
         reduce = Reduce(p["reduce"])
     if method == "nearswap":
         _check_pair(method, k)
+    if method == "pcb":
+        trim = _trim(method, k, p, preset, compat)
+        return Recipe(
+            (1.0,) * k, trim, reduce=Reduce.WEIGHTED_MEAN, weigh=Weigh.SCORE, scale=p["scale"]
+        )
     if method in ("ram", "ramplus_tl"):
         return _ram(k, p, _trim(method, k, p, preset, compat))
     weights = p.get("weights", 1.0)

@@ -80,19 +80,25 @@ def merge(
     return stats
 
 
-def select_model(jobs: Sequence[Job]) -> None:
-    """Gives every job the selection of a trim over all of them at once (scope ``model``)."""
-    from magic_fast.reference.scope import select_model as reference
-
+def select_model(jobs: Sequence[Job], *, backend: str | None = None) -> None:
+    """Gives every job the selection of a trim over all of them at once (scope ``model``), found by
+    the backend that will merge them all, else by the reference."""
     for job in jobs:
         check(job)
     ordered = sorted(jobs, key=lambda job: job.name)
-    if ordered:
-        selections = reference(
-            lambda: ((job.base, job.experts) for job in ordered), ordered[0].recipe
-        )
-        for job, selection in zip(ordered, selections, strict=True):
-            job.selection = selection
+    if not ordered:
+        return
+    recipe, chosen = ordered[0].recipe, choose(ordered, backend)
+    if {one.name for one in chosen} == {"native"} and not recipe.needs_factors:
+        from magic_fast.ops.native_search import select_over
+
+        selections = select_over(ordered)
+    else:
+        from magic_fast.reference.scope import select_model as reference
+
+        selections = reference(lambda: ((job.base, job.experts) for job in ordered), recipe)
+    for job, selection in zip(ordered, selections, strict=True):
+        job.selection = selection
 
 
 def run_function(

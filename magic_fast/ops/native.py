@@ -30,6 +30,7 @@ from magic_fast.recipe import (
     Recipe,
     RowCalibration,
     Selection,
+    Weigh,
 )
 
 if missing is None:
@@ -38,6 +39,7 @@ if missing is None:
 __all__ = ["NativeBackend", "StreamingSelect", "cut_for"]
 
 _MOST_EXPERTS = 1024
+_MOST_COMPETING = 64
 
 
 class NativeBackend:
@@ -88,6 +90,8 @@ class NativeBackend:
             return "it does not keep masks and votes"
         if len(job.experts) > _MOST_EXPERTS:
             return f"it takes up to {_MOST_EXPERTS} experts, not {len(job.experts)}"
+        if job.recipe.weigh is Weigh.SCORE and len(job.experts) > _MOST_COMPETING:
+            return f"it counts the scores of up to {_MOST_COMPETING} experts, not more"
         return native_directions.unsupported(job) or unsupported(job)
 
     # ---- the primitives ----
@@ -121,7 +125,10 @@ class NativeBackend:
             selection = Selection(*used)
             if job.selection is not None:  # what a phase found is not told back
                 given = job.selection
-                selection = replace(selection, weights=given.weights, alone=given.alone)
+                selection = replace(
+                    selection, weights=given.weights, alone=given.alone,
+                    score_cut=given.score_cut, score_top=given.score_top,
+                )  # fmt: skip
             stats = Stats(selection, None, kept, first, base, overflow)
             if r is not None:
                 stats.coefficient, stats.extra = r.coefficient, r.extra()

@@ -27,6 +27,7 @@ from magic_fast.recipe import (
     Variant,
     Vote,
     VoteOn,
+    Weigh,
     ZeroVote,
 )
 
@@ -139,6 +140,8 @@ def _trim_counts(trim: Trim, k: int, n: int | None) -> tuple[int, int, int]:
         return _RANDOM, 0, -1
     if trim.rule is TrimRule.RANKED:
         return _RANKED, 0, -1
+    if trim.rule is TrimRule.COMPETE:  # its bounds are looked for as those of a band
+        return (_BAND, *trim.tail_ranks(n)) if n else (_NONE, 0, -1)
     if trim.rule in (TrimRule.THRESHOLD, TrimRule.VARIANCE):
         return _NONE if n == 0 else _WITHOUT_COUNTS[trim.rule], 0, -1
     if n is None:
@@ -164,7 +167,9 @@ def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> A
         if count is None:
             kind, kept, top = _trim_counts(trim, k, total)
         density = float(trim.density[k]) if trim.density else 1.0
-        drops = trim.rule is not TrimRule.GIVEN and trim.active(k) and total != 0
+        drops = (
+            trim.rule not in (TrimRule.GIVEN, TrimRule.COMPETE) and trim.active(k) and total != 0
+        )
         restored = 1.0 / density if recipe.rescale is Rescale.KEEP_PROBABILITY else 1.0
         experts.append(
             {
@@ -194,6 +199,7 @@ def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> A
         "least": recipe.least,
         "alone": int(recipe.alone is not None),
         "limited": int(recipe.limit is not None),
+        "competes": int(recipe.weigh is Weigh.SCORE),
         "limit": recipe.limit or 0.0,
         "scale": recipe.scale,
         "seed": trim.seed,
@@ -337,6 +343,8 @@ class Call:
                 selection.majority,
                 selection.weights,
                 selection.alone,
+                selection.score_cut,
+                selection.score_top,
             ),
             0 if job.weights is None else job.weights.values.data_ptr(),
             0 if job.weights is None else job.weights.cols,

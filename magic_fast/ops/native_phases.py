@@ -1,9 +1,10 @@
 """What a recipe needs to know of a whole tensor beside thresholds, a pass for each: the bounds of
-a trim by variance, factors, weights, who holds what alone, the majority sign."""
+a trim by variance, factors, weights, scores, who holds what alone, the majority sign."""
 
 from __future__ import annotations
 
 import math
+import struct
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ except ImportError:  # the backend tells it
     pass
 
 _BLOCK = 65536  # elements; sums over a tensor are float64 partials of so many, added in order
+_DIGITS = 1 << 16
 _TINY_NORM = 1e-7  # below it a norm is not restored
 
 
@@ -39,7 +41,7 @@ def thresholds_only(recipe: Recipe) -> Recipe:
         rescale=recipe.rescale if keeps else Rescale.NONE,
         align=Align.NONE,
         zero_vote=ZeroVote.POSITIVE if recipe.needs_majority else recipe.zero_vote,
-        weigh=Weigh.GIVEN,
+        weigh=recipe.weigh if recipe.weigh is Weigh.SCORE else Weigh.GIVEN,
         alone=None,
     )
 
@@ -52,10 +54,58 @@ def of_nothing(recipe: Recipe, selection: Selection) -> Selection:
     if recipe.weigh is Weigh.ENERGY:
         found = shares.energy_weights([0.0] * k, recipe.least)
         selection = replace(selection, weights=tuple(shares.single(w) for w in found))
+    if recipe.weigh is Weigh.SCORE:
+        selection = replace(selection, score_cut=(0.0,) * k, score_top=(0.0,) * k)
     if recipe.alone is not None:
         factor = shares.single(shares.alone_factor(recipe.alone, 0, 0))
         selection = replace(selection, alone=(factor,) * k)
     return selection
+
+
+class ScoreCounts:
+    """The bounds of the scores of every expert, by counting the halves of their bit patterns: two
+    passes over the data.
+
+    Args:
+        recipe: of all the data.
+        total: elements of all the data, > 0.
+    """
+
+    def __init__(self, recipe: Recipe, total: int) -> None:
+        k = recipe.num_experts
+        self._ranks = [recipe.trim.score_index(e, total) for e in range(k)]  # ascending, from 0
+        self._prefix: list[int] = []
+        self._counts = array("q", bytes(8 * k * _DIGITS))
+        self._top = array("I", bytes(4 * k))
+
+    def feed(self, piece: tuple[Any, ...], threads: int, isa: int) -> None:
+        counts, top = self._counts.buffer_info()[0], self._top.buffer_info()[0]
+        _native.score_counts(piece, self._prefix, counts, top, threads, isa)
+
+    def end(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Ends a pass. (Cuts, tops), after the second."""
+        import numpy as np
+
+        counts = np.frombuffer(self._counts, np.int64).reshape(-1, _DIGITS)
+        sums = counts.cumsum(axis=1)
+        digits = [
+            int(np.searchsorted(row, r, "right")) for row, r in zip(sums, self._ranks, strict=True)
+        ]
+        if self._prefix:
+            cuts = [(p << 16) | d for p, d in zip(self._prefix, digits, strict=True)]
+            return tuple(map(_float_of, cuts)), tuple(map(_float_of, self._top))
+        before = [int(row[d - 1]) if d else 0 for row, d in zip(sums, digits, strict=True)]
+        self._ranks = [r - b for r, b in zip(self._ranks, before, strict=True)]
+        self._prefix = digits
+        self._counts = array("q", bytes(8 * len(digits) * _DIGITS))
+        return (), ()
+
+
+def _float_of(ordered: int) -> float:
+    """The float32 whose bits, in an order that unsigned numbers have too, are these."""
+    bits = ordered ^ (0x80000000 if ordered >> 31 else 0xFFFFFFFF)
+    found: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+    return found
 
 
 class Phases:
@@ -75,6 +125,7 @@ class Phases:
         self._fed = 0
         self._sums: list[tuple[int, tuple[Any, ...]]] = []  # offset, arrays
         self._counts: list[int] = []
+        self._scores_found: ScoreCounts | None = None
 
     @property
     def pending(self) -> bool:
@@ -151,6 +202,33 @@ class Phases:
             return replace(selection, alone=found)
 
         return factors
+
+    def _scores(
+        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+    ) -> Callable[[], Selection]:
+        if self._scores_found is None:
+            self._scores_found = ScoreCounts(self._recipe, self._total)
+        counts = self._scores_found
+        counts.feed(piece, *self._options)
+
+        def upper() -> Selection:
+            counts.end()
+            return selection
+
+        return upper
+
+    def _scores_rest(
+        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+    ) -> Callable[[], Selection]:
+        counts = self._scores_found
+        assert counts is not None
+        counts.feed(piece, *self._options)
+
+        def bounds() -> Selection:
+            cut, top = counts.end()
+            return replace(selection, score_cut=cut, score_top=top)
+
+        return bounds
 
     def _majority(
         self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from magic_fast.errors import InternalError
 from magic_fast.ops.backend import Array, Job, View
-from magic_fast.ops.native_jobs import Call
+from magic_fast.ops.native_jobs import Call, numel_of
 from magic_fast.ops.native_phases import Phases
 from magic_fast.recipe import Recipe, Selection
 
@@ -88,6 +88,28 @@ class StreamingSelect:
     def _advance(self) -> None:
         if not self._search.wants():
             self._selection = Selection(*self._search.result())
+
+
+def select_over(jobs: Sequence[Job]) -> list[Selection]:
+    """The selections of tensors in memory that are trimmed as one, one behind the other in the
+    order given. ``jobs``: of one recipe, arrays of torch."""
+    sizes = [numel_of(job.experts[0]) for job in jobs]
+    starts = [sum(sizes[:n]) for n in range(len(sizes))]
+    # task masks that are fed in have no part in it
+    search = StreamingSelect(replace(jobs[0].recipe, consensus=None), sum(sizes))
+
+    def part(array: Array | None, first: int, last: int) -> Array | None:
+        return None if array is None else array.view(-1)[first:last]
+
+    while ranges := search.wants():
+        for start, stop in ranges:
+            for job, offset, size in zip(jobs, starts, sizes, strict=True):
+                first, last = max(start - offset, 0), min(stop - offset, size)
+                if first < last:
+                    experts = [part(expert, first, last) for expert in job.experts]
+                    search.feed(part(job.base, first, last), experts, offset=offset + first)
+    whole = search.result()
+    return [cut_for(whole, start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def cut_for(selection: Selection, start: int, numel: int) -> Selection:

@@ -29,8 +29,10 @@ class Selection:
         majority: sign for zero votes under ``ZeroVote.MAJORITY``: −1, 0 or 1.
         weights: those found (``Weigh.ENERGY``), float32 values; empty where they are given.
         alone: factor of what each expert alone holds (:class:`Alone`); empty without.
+        score_cut, score_top: bounds of the scores (``Weigh.SCORE``); empty without.
 
-    Under ``TrimRule.VARIANCE`` threshold and cut are of the variance, equal for all experts.
+    Under ``TrimRule.VARIANCE`` threshold and cut are of the variance, equal for all experts; under
+    ``TrimRule.COMPETE`` threshold and top_threshold bound the magnitudes, and nothing drops out.
     """
 
     threshold: tuple[float, ...]
@@ -41,6 +43,8 @@ class Selection:
     majority: int = 0
     weights: tuple[float, ...] = ()
     alone: tuple[float, ...] = ()
+    score_cut: tuple[float, ...] = ()
+    score_top: tuple[float, ...] = ()
 
     @staticmethod
     def keep_everything(num_experts: int, numel: int) -> Selection:

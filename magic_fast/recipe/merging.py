@@ -81,9 +81,17 @@ class Recipe:
         voted = self.vote is Vote.MASS and self.vote_on is VoteOn.UNWEIGHTED
         agreeing = voted and self.contributors is Contributors.AGREEING
         check(
-            self.weigh is Weigh.GIVEN or (agreeing and self.reduce is Reduce.WEIGHTED_MEAN),
+            self.weigh is not Weigh.ENERGY or (agreeing and self.reduce is Reduce.WEIGHTED_MEAN),
             "weigh='energy': expected a weighted mean of those that agree with an unweighted vote "
             "of masses.",
+        )
+        plain = self.vote is Vote.NONE and self.contributors is Contributors.ALL
+        scored = self.weigh is Weigh.SCORE
+        check(
+            scored == (t.rule is TrimRule.COMPETE)
+            and (not scored or (plain and self.reduce is Reduce.WEIGHTED_MEAN)),
+            "weigh='score': expected a weighted mean of all, without a vote, under the trim "
+            "'compete'.",
         )
         check(
             self.alone is None
@@ -117,6 +125,8 @@ class Recipe:
             "variance": self.needs_variance,
             "factors": self.needs_factors,
             "weights": self.weigh is Weigh.ENERGY,
+            "scores": self.weigh is Weigh.SCORE,
+            "scores_rest": self.weigh is Weigh.SCORE,
             "alone": self.alone is not None,
             "majority": self.needs_majority,
         }
@@ -124,7 +134,7 @@ class Recipe:
     @property
     def looks_across(self) -> bool:
         """Whether weights or factors come of what the experts hold together."""
-        return self.weigh is Weigh.ENERGY or self.alone is not None
+        return self.weigh is not Weigh.GIVEN or self.alone is not None
 
     @property
     def needs_variance(self) -> bool:

@@ -18,6 +18,7 @@ class Trim:
         rule: the trim.
         density: kept fraction q of each expert, in (0, 1]; q = 1 keeps all and skips every other
             check. ``VARIANCE``: of the entries that differ between experts, one for all experts.
+            ``COMPETE``: share of the scores that count.
         gamma: Breadcrumbs: share of the very largest entries that is dropped.
         epsilon: DELLA: half the range of the keep probability. ``THRESHOLD``: what a magnitude
             must exceed.
@@ -83,7 +84,7 @@ class Trim:
         """Whether expert ``k`` loses any entry at all under this trim (a density of 1 skips it)."""
         if self.rule is TrimRule.NONE:
             return False
-        if self.rule in (TrimRule.GIVEN, TrimRule.STD, TrimRule.THRESHOLD):
+        if self.rule in (TrimRule.GIVEN, TrimRule.STD, TrimRule.THRESHOLD, TrimRule.COMPETE):
             return True
         return self.density[k] < 1
 
@@ -95,7 +96,7 @@ class Trim:
     @property
     def by_magnitude(self) -> bool:
         """Whether thresholds of |τ| decide (so a ``select`` pass is needed)."""
-        return self.rule in (TrimRule.MAGNITUDE, TrimRule.BAND)
+        return self.rule in (TrimRule.MAGNITUDE, TrimRule.BAND, TrimRule.COMPETE)
 
     def kept_count(self, k: int, n: int) -> int:
         """How many of ``n`` entries of expert ``k`` a magnitude trim keeps (before ties)."""
@@ -115,6 +116,18 @@ class Trim:
         if self.empty_band_zeroes and top == 0:
             return 0, 0
         return min(top, n - kept), kept
+
+    @staticmethod
+    def tail_ranks(n: int) -> tuple[int, int]:
+        """``COMPETE``: ranks, from the largest, of the magnitudes that bound an expert of ``n`` > 0
+        entries: 0.01 % lie beyond each."""
+        low, high = math.trunc(1e-4 * n), max(math.trunc((1 - 1e-4) * n - 1), 0)
+        return n - low, n - high
+
+    def score_index(self, k: int, n: int) -> int:
+        """``COMPETE``: place, ascending from 0, of the score up to which scores count as
+        nothing."""
+        return min(math.trunc((1 - self.density[k]) * n), n - 1)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class TrimRule(_Word):
     BAND = "band"  # the largest but for the very largest (Breadcrumbs)
     THRESHOLD = "threshold"  # |τ| > ε (RAM)
     VARIANCE = "variance"  # the largest variance over the experts, the same entries of each (SCE)
+    COMPETE = "compete"  # none drops out: magnitudes are held within bounds, scores weigh (PCB)
     GIVEN = "given"  # keep masks fed in
     STD = "std"  # |x − mean| > t·std            (reference only)
     NORM_FRACTION = "norm_fraction"  # shortest prefix by x²/‖x‖² (reference only)
@@ -71,6 +72,7 @@ class Weigh(_Word):
 
     GIVEN = "given"
     ENERGY = "energy"  # mean(τ²) of the trimmed task vector as a share of all K, tensor by tensor
+    SCORE = "score"  # of each entry, by its size and the experts' agreement (PCB)
 
 
 class Vote(_Word):

@@ -24,7 +24,7 @@ from magic_fast.recipe import (
     Weigh,
     ZeroVote,
 )
-from magic_fast.reference import consensus, shares
+from magic_fast.reference import consensus, pcb, shares
 from magic_fast.reference.trim import (
     keep_above,
     keep_mask,
@@ -202,6 +202,11 @@ def _found(
     expert alone holds."""
     _, kept = _decide_trim(taus, recipe, stream, masks, selection)
     dtype = taus[0].dtype
+    if recipe.weigh is Weigh.SCORE:
+        scored = _bounds_of(selection)
+        if taus[0].numel():
+            scored = pcb.tensor_scores(taus, recipe.trim, scored)
+        selection = replace(selection, score_cut=scored.cut, score_top=scored.top)
     if recipe.weigh is Weigh.ENERGY:
         n = max(1, taus[0].numel())
         means = [float(v.double().square().sum()) / n for v in kept]
@@ -345,10 +350,18 @@ def _consensus(
     return consensus.consensus(masks, rule.min_tasks)
 
 
+def _bounds_of(selection: Selection) -> pcb.Bounds:
+    return pcb.Bounds(
+        selection.threshold, selection.top_threshold, selection.score_cut, selection.score_top
+    )
+
+
 def _reduce(
     taus: Sequence[Tensor], recipe: Recipe, decisions: Decisions, dtype: torch.dtype
 ) -> Tensor:
     """Δ before consensus and scale."""
+    if recipe.weigh is Weigh.SCORE and taus[0].numel():
+        return pcb.pcb(taus, _bounds_of(decisions.selection))
     values = _contributions(taus, recipe, decisions, dtype)
     contributes = decisions.contributes
     assert contributes is not None

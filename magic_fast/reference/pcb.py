@@ -1,26 +1,25 @@
 """PCB: parameter competition balancing (Du et al., arXiv 2410.02396; docs/methods.md).
 
-Both competitions are ranked within one tensor, or within the whole model. The latter needs four
-numbers per expert before any tensor can be merged; :func:`model_bounds` finds them by counting
-digits, nothing but the counts is held.
+Both competitions are ranked within one tensor, or within the whole model. Four numbers per expert
+say all of it: bounds of the magnitudes, which any trim by magnitude finds, and of the scores. Those
+of a model are found by counting digits, nothing but the counts is held.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from magic_fast.reference.merge import decision_dtype, task_vectors
-from magic_fast.reference.scope import RadixSelect
-from magic_fast.reference.trim import kth_magnitude, magnitude_bits
+from magic_fast.recipe import Trim
+from magic_fast.reference.radix import RadixSelect
+from magic_fast.reference.trim import magnitude_bits
 
-Source = Callable[[], Iterable[tuple[Tensor | None, Sequence[Tensor]]]]
+Vectors = Callable[[], Iterable[Sequence[Tensor]]]
 
-_TAIL = 1e-4  # share of the magnitudes beyond each bound
 _LEAST_SHARE = 1e-12
 
 
@@ -35,63 +34,43 @@ class Bounds:
     top: tuple[float, ...] = ()
 
 
-def _tails(n: int) -> tuple[int, int]:
-    """Ascending indices of the two magnitudes that bound an expert."""
-    return math.trunc(_TAIL * n), max(math.trunc((1 - _TAIL) * n - 1), 0)
-
-
-def _cut_index(n: int, ratio: float) -> int:
-    return min(math.trunc((1 - ratio) * n), n - 1)
-
-
 def scores(taus: Sequence[Tensor], k: int, bounds: Bounds) -> Tensor:
     """P_k = exp(K·minmax(α_k)²)·tanh(τ_k·Σ_j τ_j), α_k = |τ_k| within the bounds; the minmax of a
-    constant is 0."""
+    constant is 0. Over e^K, which the minmax of the scores cancels, and float32 does not hold for
+    K > 88."""
     alpha = taus[k].abs().clamp(bounds.low[k], bounds.high[k])
     span = bounds.high[k] - bounds.low[k]
     relative = (alpha - bounds.low[k]) / span if span > 0 else torch.zeros_like(alpha)
     total = torch.zeros_like(alpha)
     for t in taus:
         total += t
-    return torch.exp(len(taus) * relative.square()) * torch.tanh(taus[k] * total)
+    return torch.exp(len(taus) * (relative.square() - 1)) * torch.tanh(taus[k] * total)
 
 
-def tensor_bounds(taus: Sequence[Tensor], ratio: float) -> Bounds:
-    """Bounds of one tensor by itself. ``taus``: K task vectors, not empty."""
+def tensor_scores(taus: Sequence[Tensor], trim: Trim, bounds: Bounds) -> Bounds:
+    """``bounds`` with those of the scores of one tensor by itself. ``taus``: K, not empty."""
     n = taus[0].numel()
-    low, high = _tails(n)
-    lows = tuple(kth_magnitude(t, n - low) for t in taus)
-    highs = tuple(kth_magnitude(t, n - high) for t in taus)
-    bounds = Bounds(lows, highs)
     found = [scores(taus, k, bounds).flatten() for k in range(len(taus))]
-    index = _cut_index(n, ratio) + 1
-    cuts = tuple(float(torch.kthvalue(p, index).values) for p in found)
-    return Bounds(lows, highs, cuts, tuple(float(p.max()) for p in found))
+    cuts = tuple(
+        float(torch.kthvalue(p, trim.score_index(k, n) + 1).values) for k, p in enumerate(found)
+    )
+    return replace(bounds, cut=cuts, top=tuple(float(p.max()) for p in found))
 
 
-def model_bounds(source: Source, ratio: float) -> Bounds:
-    """Bounds over a whole model: five reads of it (nine in float64).
+def score_bounds(
+    vectors: Vectors, trim: Trim, bounds: Bounds, total: int, dtype: torch.dtype
+) -> Bounds:
+    """The same over a whole model: three reads of it (five in float64).
 
     Args:
-        source: called once a read; yields (base or None, experts) of every tensor, in one order.
-        ratio: share of the scores that count.
+        vectors: called once a read; yields the task vectors of every tensor, in ``dtype``.
+        trim: its densities are the shares of the scores that count.
+        total: elements of all tensors.
     """
-    n, num_experts, dtype = 0, 0, torch.float32
-    for base, experts in source():
-        n, num_experts = n + experts[0].numel(), len(experts)
-        if decision_dtype(base, experts) == torch.float64:
-            dtype = torch.float64
-
-    def vectors() -> Iterable[list[Tensor]]:
-        for base, experts in source():
-            yield task_vectors(base, experts, dtype)
-
+    num_experts, n = len(bounds.low), total
     if n == 0:
-        return Bounds(*((0.0,) * num_experts for _ in range(4)))
-    low, high = _tails(n)
-    ranks = [(k, n - index) for k in range(num_experts) for index in (low, high)]
-    values = _select(ranks, lambda: ((k, t) for ts in vectors() for k, t in enumerate(ts)), dtype)
-    bounds = Bounds(tuple(values[0::2]), tuple(values[1::2]))
+        zeros = (0.0,) * num_experts
+        return Bounds(zeros, zeros, zeros, zeros)
 
     def competing() -> Iterable[tuple[int, Tensor]]:
         for taus in vectors():
@@ -104,11 +83,11 @@ def model_bounds(source: Source, ratio: float) -> Bounds:
         if p.numel():
             above[k] += int((p >= 0).sum())
             top[k] = max(top[k], float(p.max()))
-    rank = n - _cut_index(n, ratio)  # from the largest
-    sides = [1.0 if rank <= above[k] else -1.0 for k in range(num_experts)]
+    ranks = [n - trim.score_index(k, n) for k in range(num_experts)]  # from the largest
+    sides = [1.0 if ranks[k] <= above[k] else -1.0 for k in range(num_experts)]
     wanted = [
         (k, rank if sides[k] > 0 else n - rank + 1)  # from the largest magnitude of that sign
-        for k in range(num_experts)
+        for k, rank in enumerate(ranks)
     ]
 
     def of_one_sign() -> Iterable[tuple[int, Tensor]]:
@@ -117,7 +96,7 @@ def model_bounds(source: Source, ratio: float) -> Bounds:
 
     cuts = _select(wanted, of_one_sign, dtype)
     cut = tuple(side * value for side, value in zip(sides, cuts, strict=True))
-    return Bounds(bounds.low, bounds.high, cut, tuple(top))
+    return replace(bounds, cut=cut, top=tuple(top))
 
 
 def _select(
@@ -146,7 +125,7 @@ def pcb(taus: Sequence[Tensor], bounds: Bounds) -> Tensor:
 
     Args:
         taus: K task vectors, float32 or float64.
-        bounds: of :func:`tensor_bounds` or :func:`model_bounds`.
+        bounds: all of them.
     """
     total, shares = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
     for k, t in enumerate(taus):

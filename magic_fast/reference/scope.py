@@ -16,53 +16,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from magic_fast.recipe import Recipe, Selection, TieRule, TrimRule
+from magic_fast.recipe import Recipe, Selection, TieRule, TrimRule, Weigh
 from magic_fast.reference import merge as reference
+from magic_fast.reference import pcb
+from magic_fast.reference.radix import RadixSelect
 from magic_fast.reference.trim import drop_count, magnitude_bits
 
 Pair = tuple[Tensor | None, Sequence[Tensor]]
 Source = Callable[[], Iterable[Pair]]
 
-_DIGIT_BITS = 16
 _NOTHING = (math.inf, 0)
-
-
-class RadixSelect:
-    """The bit pattern of the ``rank``-th largest magnitude (from 1), by digits; feed every value
-    once a pass."""
-
-    def __init__(self, rank: int, bits: int) -> None:
-        self.rank = rank  # among the values that share the prefix
-        self.shift = bits
-        self.prefix = 0
-        self._counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64)
-
-    @property
-    def done(self) -> bool:
-        return self.shift == 0
-
-    def add(self, pattern: Tensor) -> None:
-        """Counts the next digit of the patterns that share the prefix found so far."""
-        flat = pattern.flatten()
-        flat = flat[(flat >> self.shift) == self.prefix] if self.prefix or self.shift < 63 else flat
-        digit = (flat >> (self.shift - _DIGIT_BITS)) & ((1 << _DIGIT_BITS) - 1)
-        self._counts += torch.bincount(digit.to(torch.int64), minlength=1 << _DIGIT_BITS).cpu()
-
-    def next_digit(self) -> None:
-        """Ends a pass: fixes one more digit."""
-        from_top = self._counts.flip(0).cumsum(0)
-        place = int((from_top >= self.rank).nonzero()[0])
-        digit = (1 << _DIGIT_BITS) - 1 - place
-        if place:
-            self.rank -= int(from_top[place - 1])
-        self.prefix = (self.prefix << _DIGIT_BITS) | digit
-        self.shift -= _DIGIT_BITS
-        self._counts.zero_()
 
 
 def _wanted(recipe: Recipe, k: int, n: int) -> list[tuple[int, TieRule]]:
     """(rank, tie rule) of the one or two thresholds of expert ``k``; rank 0 keeps nothing."""
     trim = recipe.trim
+    if trim.rule is TrimRule.COMPETE:
+        return [(rank, TieRule.KEEP_ALL) for rank in trim.tail_ranks(n)]
     if trim.rule is TrimRule.BAND:
         top, kept = trim.band_counts(k, n)
         return [(top + kept if kept else 0, TieRule.EXACT), (top if kept else 0, TieRule.EXACT)]
@@ -143,7 +113,7 @@ def select_model(source: Source, recipe: Recipe) -> list[Selection]:
     Args:
         source: called once a pass; yields (base or None, experts) of each tensor in sorted order
             of names.
-        recipe: a magnitude or band trim with scope ``model``.
+        recipe: a trim by magnitudes with scope ``model``.
     """
     sizes, dtype = [], torch.float32
     for base, experts in source():
@@ -170,12 +140,27 @@ def select_model(source: Source, recipe: Recipe) -> list[Selection]:
             )
         )
         start += n
-    return _second_look(source, recipe, selections)
+    return _second_look(source, recipe, selections, sum(sizes), dtype)
 
 
-def _second_look(source: Source, recipe: Recipe, selections: list[Selection]) -> list[Selection]:
-    """Norm factors of each tensor, and the sign of all votes of the model, where the recipe asks
-    for them."""
+def _second_look(
+    source: Source,
+    recipe: Recipe,
+    selections: list[Selection],
+    total: int,
+    dtype: torch.dtype,
+) -> list[Selection]:
+    """Norm factors of each tensor, the sign of all votes of the model, and bounds of all scores,
+    where the recipe asks for them."""
+    if recipe.weigh is Weigh.SCORE and selections:
+
+        def vectors() -> Iterable[list[Tensor]]:
+            for base, experts in source():
+                yield reference.task_vectors(base, experts, dtype)
+
+        bounds = pcb.Bounds(selections[0].threshold, selections[0].top_threshold)
+        found = pcb.score_bounds(vectors, recipe.trim, bounds, total, dtype)
+        selections = [replace(s, score_cut=found.cut, score_top=found.top) for s in selections]
     if recipe.needs_factors:
         selections = [
             replace(s, factor=reference.factors(base, experts, recipe, s))

@@ -81,6 +81,9 @@ def select_trim(x: Tensor, trim: Trim, k: int) -> tuple[float, int, float, int]:
         return trim.epsilon[k], 0, math.inf, 0
     if n == 0 or not trim.active(k) or not trim.by_magnitude:
         return everything
+    if trim.rule is TrimRule.COMPETE:
+        low_rank, high_rank = trim.tail_ranks(n)
+        return kth_magnitude(x, low_rank), n, kth_magnitude(x, high_rank), 0
     if trim.rule is TrimRule.BAND:
         top, kept = trim.band_counts(k, n)
         if kept == 0:
@@ -187,7 +190,8 @@ def keep_mask(
     """
     if given is not None:
         return given.to(torch.bool).reshape(x.shape)
-    if trim.rule is TrimRule.GIVEN or not trim.active(k) or x.numel() == 0:
+    everything = trim.rule in (TrimRule.GIVEN, TrimRule.COMPETE) or not trim.active(k)
+    if everything or x.numel() == 0:
         return None
     assert trim.rule is not TrimRule.VARIANCE
     if trim.by_magnitude or trim.rule is TrimRule.THRESHOLD:

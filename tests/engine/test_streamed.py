@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "della": {"weight": 0.7, "density": 0.5, "epsilon": 0.2},
     "della_linear": {"weight": 0.7, "density": 0.5, "epsilon": 0.2, "rescale": "l2"},
     "task_arithmetic": {"weight": 0.4},
+    "pcb": {"ratio": 0.2},  # over the whole model
     "average": {},
     "linear": {"weight": 0.25},
 }
@@ -66,6 +67,14 @@ def test_streamed_is_in_memory(
     config = models.config(method, parameters=parameters, **extra)
     want = models.merged(method, calibrate=calibrate, **options(parameters))
     for memory in (4 * MIB, 11 * MIB + 13, 64 * MIB):
+        check(models, tmp_path / str(memory), config, want, memory=memory)
+
+
+def test_competition_within_each_tensor(models: Models, tmp_path: Path) -> None:
+    parameters = {"ratio": 0.2, "scope": "tensor"}
+    config = models.config("pcb", parameters=parameters, calibrate="wsc")
+    want = models.merged("pcb", calibrate="wsc", **parameters)
+    for memory in (4 * MIB, 64 * MIB):
         check(models, tmp_path / str(memory), config, want, memory=memory)
 
 

@@ -13,7 +13,10 @@ from magic_fast import _native
 from magic_fast.ops.backend import Job, View
 from magic_fast.ops.native import NativeBackend, StreamingSelect, cut_for
 from magic_fast.ops.native_jobs import Call
-from magic_fast.recipe import CountRule, Recipe, Selection, TieRule, Trim, TrimRule
+from magic_fast.ops.native_search import select_over
+from magic_fast.recipe import CountRule, Recipe, Selection, TieRule, Trim, TrimRule, TrimScope
+from magic_fast.reference import merge as reference
+from magic_fast.reference.scope import select_model
 from magic_fast.reference.trim import select_trim
 
 
@@ -191,3 +194,28 @@ def test_kth_magnitude_and_row_norms() -> None:
     assert torch.allclose(l1, x.double().abs().sum(1), rtol=1e-14)
     assert torch.allclose(l2, x.double().norm(dim=1), rtol=1e-14)
     assert torch.equal(linf, x.double().abs().amax(1))
+
+
+@pytest.mark.parametrize("tie_rule", [TieRule.EXACT, TieRule.KEEP_ALL])
+@pytest.mark.parametrize("rule", [TrimRule.MAGNITUDE, TrimRule.BAND])
+def test_tensors_in_memory_as_one(rule: TrimRule, tie_rule: TieRule) -> None:
+    """Scope ``model``, natively and by the reference; values that tie across tensors."""
+    g = torch.Generator().manual_seed(1)
+    trim = Trim(rule, density=(0.3, 0.6), gamma=(0.05, 0.05), tie_rule=tie_rule,
+                scope=TrimScope.MODEL)  # fmt: skip
+    recipe = Recipe((1.0, 1.0), trim)
+    jobs = []
+    for shape in ((40, 50), (7,), (), (0, 3), (70_000,)):
+        base, *experts = (torch.randint(-9, 10, shape, generator=g) / 8 for _ in range(3))
+        jobs.append(Job(base, experts, recipe, name=f"t{len(jobs)}"))
+    want = select_model(lambda: ((job.base, job.experts) for job in jobs), recipe)
+    for job, found, expected in zip(jobs, select_over(jobs), want, strict=True):
+        own, other = (
+            reference.decide(job.base, job.experts, recipe, selection=s).keep
+            for s in (found, expected)
+        )
+        for a, b in zip(own, other, strict=True):
+            assert a is None or b is None or torch.equal(a, b)
+        assert (found.threshold, found.top_threshold) == (
+            expected.threshold, expected.top_threshold
+        )  # fmt: skip
