@@ -226,7 +226,11 @@ class Phases:
 
         def bounds() -> Selection:
             cut, top = counts.end()
-            return replace(selection, score_cut=cut, score_top=top)
+            k = self._recipe.num_experts  # nothing drops out, so nothing is cut among equals
+            return replace(
+                selection, tie_cut=(self._total,) * k, top_tie_cut=(0,) * k,
+                score_cut=cut, score_top=top,
+            )  # fmt: skip
 
         return bounds
 

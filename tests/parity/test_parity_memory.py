@@ -18,7 +18,7 @@ from support.backends import backend_params
 from support.cases import RECIPES, MergeCase
 
 #: What the experts of an entry hold together is compared first.
-_ACROSS = ("sce", "ramplus")
+_ACROSS = ("sce", "ramplus", "pcb")
 _WHOLE = ("ranked", "della", "consensus_given", "given_masks")
 
 
