@@ -19,7 +19,6 @@ from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe, RowCalibration, Selection
 from magic_fast.reference import calibration
 from magic_fast.reference import merge as reference
-from magic_fast.reference import trim as trimming
 
 
 @dataclass
@@ -215,8 +214,7 @@ def kth_magnitude(x: Tensor, k: int) -> float:
     """
     if not 1 <= k <= x.numel():
         raise InputError(f"k: expected 1 to {x.numel()} (the number of elements), got {k}.")
-    wide = x if x.dtype == torch.float64 else x.float()
-    return trimming.kth_magnitude(wide, k)
+    return ops.kth_magnitude(x, k)
 
 
 def row_norms(x: Tensor, p: float = 2, *, row_axis: int = 0) -> Tensor:

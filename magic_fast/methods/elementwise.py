@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from magic_fast import ops
 from magic_fast.errors import InputError
 from magic_fast.ops.backend import Job
 from magic_fast.reference import fusion
@@ -27,7 +28,7 @@ def _pair(job: Job, method: str) -> tuple[Tensor, Tensor]:
 
 
 def arcee_fusion(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
-    return fusion.arcee_fusion(*_pair(job, "arcee_fusion"))
+    return fusion.arcee_fusion(*_pair(job, "arcee_fusion"), kth=ops.kth_magnitude)
 
 
 ELEMENTWISE = {"arcee_fusion": arcee_fusion}

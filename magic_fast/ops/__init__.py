@@ -18,7 +18,7 @@ from magic_fast.ops.registry import (
     refuse_backend,
     why_unavailable,
 )
-from magic_fast.recipe import Selection
+from magic_fast.recipe import Recipe, Selection
 
 __all__ = [
     "Array",
@@ -32,6 +32,7 @@ __all__ = [
     "best_backend",
     "calibrate",
     "dtype_word",
+    "kth_magnitude",
     "merge",
     "refuse_backend",
     "row_stats",
@@ -78,6 +79,29 @@ def merge(
         for job, found in zip(jobs, stats, strict=True):
             raise_nonfinite(job, found)
     return stats
+
+
+def kth_magnitude(x: Array, k: int) -> float:
+    """The k-th largest |x|, k from 1, exactly: natively where that can, else in PyTorch.
+
+    Args:
+        x: tensor of float64, float32, float16 or bfloat16, any shape.
+    """
+    from magic_fast.ops.native import NativeBackend
+
+    native = NativeBackend()
+    usable = asked_for(None) in (None, NativeBackend.name) and native.why_not() is None
+    if usable and native.supports(Job(None, [x], Recipe((1.0,)))) is None and _on_cpu(x):
+        return native.kth_magnitude(x, k)
+    import torch
+
+    from magic_fast.reference import trim
+
+    return trim.kth_magnitude(x if x.dtype == torch.float64 else x.float(), k)
+
+
+def _on_cpu(x: Array) -> bool:
+    return isinstance(x, View) or x.device.type == "cpu"
 
 
 def select_model(jobs: Sequence[Job], *, backend: str | None = None) -> None:

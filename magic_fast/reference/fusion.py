@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from magic_fast.reference.trim import kth_magnitude
 
 _SMALL_PROBABILITY = 1e-8
 
@@ -19,7 +23,9 @@ def importance(a: Tensor, b: Tensor) -> Tensor:
     return (b - a).abs() * divergence
 
 
-def arcee_fusion(a: Tensor, b: Tensor) -> Tensor:
+def arcee_fusion(
+    a: Tensor, b: Tensor, kth: Callable[[Tensor, int], float] = kth_magnitude
+) -> Tensor:
     """b where its importance reaches Q(½) + 1.5·(Q(¾) − Q(¼)), a elsewhere.
 
     Q(u) is the importance at index ⌊u·(n−1)⌋ in ascending order, exactly (mergekit 0.1.5 samples
@@ -27,6 +33,7 @@ def arcee_fusion(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a, b: base and expert, float32 or float64, same shape.
+        kth: what finds the k-th largest magnitude.
     """
     if not a.numel():
         return a.clone()
@@ -38,9 +45,12 @@ def arcee_fusion(a: Tensor, b: Tensor) -> Tensor:
     flat = scores.flatten()
     n = flat.numel()
 
+    positive = flat.clamp(min=0)  # rounding leaves some divergences just below 0
+
     def quantile(u: float) -> Tensor:
         index = int(torch.tensor(u, dtype=torch.float32).double() * (n - 1))
-        return torch.kthvalue(flat, index + 1).values
+        found = kth(positive, n - index)
+        return flat.new_tensor(found) if found > 0 else torch.kthvalue(flat, index + 1).values
 
     threshold = quantile(0.5) + 1.5 * (quantile(0.75) - quantile(0.25))
     return torch.where(scores >= threshold, b, a)

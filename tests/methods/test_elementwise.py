@@ -143,6 +143,20 @@ def test_arcee_fusion(shape: tuple[int, ...]) -> None:
     assert torch.equal(got, fusion_loop(a, b).float())
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-4])
+def test_arcee_fusion_finds_its_quantiles_anywhere(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Natively and in PyTorch; near each other, divergences round to just below 0 as well."""
+    g = torch.Generator().manual_seed(4)
+    a = torch.randn(64, 300, generator=g)
+    b = a + spread * torch.randn(64, 300, generator=g)
+    found = mf.merge(a, [b], "arcee_fusion")
+    assert 0.5 < float((found == a).float().mean()) < 1
+    monkeypatch.setenv("MAGIC_FAST_BACKEND", "torch")
+    assert torch.equal(mf.merge(a, [b], "arcee_fusion"), found)
+
+
 def test_arcee_fusion_keeps_the_dtype() -> None:
     g = torch.Generator().manual_seed(3)
     a, b = (torch.randn(8, 8, generator=g).bfloat16() for _ in range(2))

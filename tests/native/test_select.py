@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import magic_fast as mf
 from magic_fast import _native
 from magic_fast.ops.backend import Job, View
 from magic_fast.ops.native import NativeBackend, StreamingSelect, cut_for
@@ -219,3 +220,14 @@ def test_tensors_in_memory_as_one(rule: TrimRule, tie_rule: TieRule) -> None:
         assert (found.threshold, found.top_threshold) == (
             expected.threshold, expected.top_threshold
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_kth_magnitude_of_any_tensor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for y in (x, x.T, x[:, ::3], x[3, 4]):
+        ordered = y.abs().flatten().sort(descending=True).values
+        for k in {1, -(-y.numel() // 3), y.numel()}:
+            assert mf.kth_magnitude(y, k) == float(ordered[k - 1])
+    monkeypatch.setenv("MAGIC_FAST_BACKEND", "torch")
+    assert mf.kth_magnitude(x, 700) == float(x.abs().flatten().sort(descending=True).values[699])
