@@ -175,7 +175,7 @@ def _entries() -> Iterator[Calibrator]:
         ("magic-fast calibrate --space svc", "mf.svc",
          'mf.calibrate_checkpoints(…, space="svc")'),
         "1",
-        "one tensor at a time: K task vectors in float32, about five float64 copies of one",
+        "one tensor at a time: K task vectors in float32, about eight float64 copies of one",
         "none",
         (_ALPHA,),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from magic_fast.checkpoint import OutputFolder
 from magic_fast.engine.arena import arena_of
 from magic_fast.engine.device import Lane, Mark
 from magic_fast.engine.memory import Slot
+from magic_fast.engine.native import working_bytes
 from magic_fast.engine.plan import MergePlan, Step
 from magic_fast.engine.units import Piece
 from magic_fast.errors import InputError
@@ -81,12 +82,12 @@ class Room:
 
     def needed(self, steps: Sequence[Step]) -> int:
         """Bytes of a device while these are merged: inputs, outputs, and what is computed with:
-        float32 copies of all where no fused backend runs it."""
+        what PyTorch takes where no fused backend runs it."""
         total, work = 0, 0
         for step in steps:
             total += arena_of([Piece(step, 0, step.numel)]).nbytes
             plain = step.recipe is None or self._backend == "torch"
-            copies = 4 * step.numel * (len(step.experts) + 2) if plain else _WORKSPACE
+            copies = working_bytes(step) if plain else _WORKSPACE
             work = max(work, 0 if step.copy else copies)
         return total + work
 

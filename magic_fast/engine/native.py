@@ -16,6 +16,7 @@ from magic_fast.engine.units import (
     search_grain,
 )
 from magic_fast.errors import InputError
+from magic_fast.methods.workspace import decomposition_bytes
 from magic_fast.ops import asked_for, best_backend, why_unavailable
 from magic_fast.ops.backend import Job, View
 from magic_fast.recipe import Recipe, TrimScope
@@ -184,8 +185,14 @@ def backend_name(plan: MergePlan) -> str:
 
 
 def held_bytes(step: Step, mode: Mode) -> int:
-    """Memory beyond the blocks while a tensor is held whole, with the next one being read; in torch
-    (K + 2) float32 copies more."""
+    """Memory beyond the blocks while a tensor is held whole, with the next one being read."""
     own = 2 * sum(i.nbytes for i in step.inputs) + step.numel * element_size(step.dtype)
-    copies = 4 * step.numel * (len(step.experts) + 2) if mode is Mode.TORCH else 0
-    return own + (0 if step.copy else copies)
+    return own + (working_bytes(step) if mode is Mode.TORCH and not step.copy else 0)
+
+
+def working_bytes(step: Step) -> int:
+    """What PyTorch holds beside inputs and output of a step: (K + 2) float32 copies, and what a
+    decomposition takes."""
+    count = len(step.experts)
+    more = decomposition_bytes(step.method, step.arguments, count, len(step.shape))
+    return (4 * (count + 2) + more) * step.numel

@@ -145,17 +145,17 @@ ROWS: Mapping[str, Row] = {
     ),
     "iso_c": Row(
         "all directions of the summed change made equally strong", "many tasks", *_ISO,
-        "1", "K task vectors and about five float64 copies of one",
+        "1", "K task vectors and about eight float64 copies of one",
     ),
     "iso_cts": Row(
         "as iso_c, with directions of each task beside the common ones",
         "many tasks that share little", *_ISO,
-        "1", "K task vectors and about five float64 copies of one",
+        "1", "K task vectors and about twelve float64 copies of one",
     ),
     "tsv_m": Row(
         "the leading singular directions of each task, made orthogonal",
         "many tasks, low-rank changes", "Task Singular Vectors", "2412.00081",
-        "1", "K task vectors and about five float64 copies of one",
+        "1", "K task vectors and about twelve float64 copies of one",
     ),
     "star": Row(
         "small singular values of each change dropped, the rest rescaled, then the mean",
