@@ -280,7 +280,7 @@ def as_calibration(
     raise InputError(
         f"calibrate: expected None, {', '.join(map(repr, CALIBRATE_WORDS))} or a "
         f"WeightCalibration, got {value!r}. "
-        "Feature-space calibration runs on a model: see calibrate_features."
+        "fsc, dsc, svc and lines run on a merged model: `magic-fast methods NAME` says how."
     )
 
 

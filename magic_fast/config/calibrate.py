@@ -85,6 +85,9 @@ def _axis(value: Any) -> Any:
 Number = Annotated[float, Field(strict=True)]
 
 
+_ON_MERGED_MODELS = ("fsc", "dsc", "svc", "lines")
+
+
 class CalibrateConfig(Strict):
     """Weight-space calibration (WSC) as the YAML spells it; ``calibrate: wsc`` is all defaults,
     ``calibrate: sphere`` another variant's.
@@ -139,6 +142,11 @@ class CalibrateConfig(Strict):
         """``wsc`` for the defaults, a variant's name for it; ``sensitive: file.json`` with
         ``top: N`` beside it."""
         if isinstance(value, str):
+            if value in _ON_MERGED_MODELS:
+                raise ValueError(
+                    f"expected wsc or a variant of it, got {value!r}, which runs on a merged "
+                    f"model: `magic-fast methods {value}` says how"
+                )
             return {} if value == "wsc" else {"variant": value}
         if not isinstance(value, Mapping):
             return value

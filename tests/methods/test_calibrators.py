@@ -236,3 +236,32 @@ def test_mistakes_in_python(merged: Path, tiny_models: Path, tmp_path: Path) -> 
     with pytest.raises(mf.InputError, match=r"^alpha for lines: expected finite norms to find it"):
         mf.calibrate_checkpoints(flat, [nan], moved, out, space="lines", beta=1.0, num_blocks=1)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["svc", "lines", "fsc", "dsc"])
+def test_what_needs_the_merged_model_first(name: str, tiny_models: Path, tmp_path: Path) -> None:
+    config = {
+        "merge_method": "average",
+        "base_model": str(tiny_models / "base"),
+        "models": [{"model": str(tiny_models / "expert-0")}],
+        "calibrate": name,
+    }
+    with pytest.raises(
+        mf.ConfigError, match=f"got '{name}', which runs on a merged model: `magic-fast methods "
+    ):
+        mf.merge_checkpoints(yaml.safe_dump(config), tmp_path / "out")
+    with pytest.raises(mf.InputError, match="svc and lines run on a merged model: `magic-fast"):
+        mf.merge(torch.zeros(2, 2), [torch.ones(2, 2)], "average", calibrate=name)
+
+
+def test_a_variant_by_one_word(tiny_models: Path, tmp_path: Path) -> None:
+    config = {
+        "merge_method": "average",
+        "base_model": str(tiny_models / "base"),
+        "models": [{"model": str(tiny_models / f"expert-{k}")} for k in range(2)],
+        "calibrate": "sphere",
+    }
+    mf.merge_checkpoints(yaml.safe_dump(config), tmp_path / "word")
+    config["calibrate"] = {"variant": "sphere"}
+    mf.merge_checkpoints(yaml.safe_dump(config), tmp_path / "settings")
+    same(load(tmp_path / "word"), load(tmp_path / "settings"))
