@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 #: Packages whose sources have tests; the version is the one installed here.
-SUITES = ("peft",)
+SUITES = ("mergekit", "peft")
 FOLDER = Path(__file__).resolve().parents[2] / ".suites"
 
 
@@ -38,7 +38,7 @@ def fetch(package: str, folder: Path = FOLDER) -> Path:
         with tarfile.open(archive) as packed:
             packed.extractall(scratch, filter="data")
         (unpacked,) = (p for p in Path(scratch).iterdir() if p.is_dir())
-        # Its tests import each other as a package.
+        # Tests import each other as a package.
         (unpacked / "tests" / "__init__.py").touch()
         unpacked.rename(target)
     return target

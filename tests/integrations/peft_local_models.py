@@ -1,5 +1,5 @@
 """PEFT's test of all combinations of adapters, on tiny models made here: its own take theirs from
-a hub. Collected by test_peft_suite.py only, beside PEFT's tests."""
+a hub. Collected by test_suites.py only, beside PEFT's tests."""
 
 from __future__ import annotations
 

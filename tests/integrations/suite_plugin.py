@@ -1,5 +1,6 @@
-"""For pytest over PEFT's own tests: our functions in place where MAGIC_FAST_REPLACE=1, outcomes
-to the file MAGIC_FAST_OUTCOMES, and names for packages that they import but do not need here."""
+"""For pytest over another library's own tests (MAGIC_FAST_SUITE): our functions in place where
+MAGIC_FAST_REPLACE=1, outcomes to the file MAGIC_FAST_OUTCOMES, and what its tests import but
+neither its sources nor this environment have."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
+import magic_fast as mf
+
+SUITE = os.environ["MAGIC_FAST_SUITE"]
 _outcomes: dict[str, str] = {}
+
+torch.manual_seed(0)  # the same models and masks in both runs, as far as the order is
 
 for package, name in (("diffusers", "StableDiffusionPipeline"), ("datasets", "load_dataset")):
     if find_spec(package) is None:
@@ -21,10 +29,13 @@ for package, name in (("diffusers", "StableDiffusionPipeline"), ("datasets", "lo
         setattr(module, name, type(name, (), {}))
         sys.modules[package] = module
 
-if os.environ.get("MAGIC_FAST_REPLACE") == "1":
-    import magic_fast as mf
+if SUITE == "mergekit" and find_spec("tests.common") is None:
+    import mergekit_suite_common
 
-    mf.integrations.peft.install()
+    sys.modules["tests.common"] = mergekit_suite_common
+
+if os.environ.get("MAGIC_FAST_REPLACE") == "1":
+    getattr(mf.integrations, SUITE).install()
 
 
 def pytest_runtest_logreport(report: Any) -> None:
