@@ -1,7 +1,7 @@
 """mergekit with methods that run here: :func:`install`, and everything that goes through
 mergekit's registry (its commands, ``merge_tensors``, ``merge_state_dicts``) runs them.
 
-Known release: 0.1.5. docs/drop-in.md says what is replaced and how results may differ.
+Known releases: 0.1.4 and 0.1.5. docs/drop-in.md says what is replaced and how results may differ.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import logging
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from magic_fast.errors import InputError
 from magic_fast.integrations.installation import Revertible
-from magic_fast.integrations.mergekit.replacing import Replaced
+
+if TYPE_CHECKING:
+    from magic_fast.integrations.mergekit.replacing import Replaced
 
 __all__ = ["Installation", "install", "uninstall"]
 
 log = logging.getLogger("magic_fast")
 
 #: Release → the module that knows its protocol.
-_PROTOCOLS = {"0.1.5": "registry"}
+_PROTOCOLS = {"0.1.4": "tasks", "0.1.5": "registry"}
 
 _active: Replaced | None = None
 

@@ -17,7 +17,7 @@ from magic_fast.calibration.weight import CALIBRATE_WORDS
 from magic_fast.config.calibrate import CalibrateConfig
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import python_name
-from magic_fast.methods.parameters import METHODS, MethodSpec, available_methods
+from magic_fast.methods.parameters import METHODS, MethodSpec, ParameterSpec, available_methods
 
 #: Methods of mergekit that run here; the others stay its own (TIES is timed by make bench-dropin).
 REPLACED = (
@@ -76,6 +76,16 @@ def arguments_of(method: str, parameters: Mapping[str, Any]) -> dict[str, Any] |
             if not epsilon < density < 1 - epsilon:
                 return None
     return given
+
+
+def check_value(ours: ParameterSpec, value: Any) -> None:
+    """A value of a parameter that mergekit does not know, while it plans.
+
+    Raises:
+        InputError: it is out of range.
+    """
+    if not ours.accepts(value):
+        raise InputError(f"{ours.name}: expected {ours.expected()}, got {value!r}. Correct it.")
 
 
 def out_of_range(method: str, name: str | None) -> InputError:
@@ -143,9 +153,11 @@ def calibration_of(value: Any) -> WeightCalibration | None:
     >>> calibration_of("none") is None
     True
     """
-    if value is None or value is False or isinstance(value, WeightCalibration):
-        return value or None
-    return _calibration(value)
+    if isinstance(value, WeightCalibration):
+        return value
+    if value is None or value == 0:
+        return None
+    return _calibration("wsc" if value == 1 else value)
 
 
 @lru_cache(maxsize=64)

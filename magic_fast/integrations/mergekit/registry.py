@@ -29,7 +29,7 @@ from torch import Tensor
 
 from magic_fast.errors import InputError
 from magic_fast.integrations.mergekit import calls
-from magic_fast.integrations.mergekit.replacing import Replaced
+from magic_fast.integrations.mergekit.replacing import Replaced, replace_in
 from magic_fast.methods.catalog import ROWS
 from magic_fast.methods.parameters import MethodSpec
 from magic_fast.methods.parameters import ParameterSpec as Described
@@ -133,8 +133,11 @@ def _parameter(ours: Described) -> ParameterSpec:
     """A parameter of ours as mergekit declares one; a bad value is refused while it plans."""
 
     def check(value: Any) -> Any:
-        if value is not None and not ours.accepts(value):
-            raise ValueError(f"{ours.name}: expected {ours.expected()}, got {value!r}. Correct it.")
+        if value is not None:
+            try:
+                calls.check_value(ours, value)
+            except InputError as error:
+                raise ValueError(str(error)) from None
         return value
 
     kind = _TYPES.get(ours.kind, str)
@@ -198,20 +201,4 @@ def _replacement(original: Any) -> Any | None:
 
 def replace_methods(names: Sequence[str]) -> Replaced:
     """Puts the fast methods into mergekit's registry, the new ones beside them."""
-    table: dict[str, Any] = registry._METHODS
-    before = dict(table)
-    fast = {n: _replacement(table[n]) for n in names if n in table}
-    found = {name: method for name, method in fast.items() if method is not None}
-    added = {spec.name: NewMethod(spec) for spec in calls.new_methods(tuple(table))}
-    table.update(found | added)
-
-    def undo() -> None:
-        for name, method in (found | added).items():
-            if table.get(name) is method:  # someone else's replacement stays
-                if name in before:
-                    table[name] = before[name]
-                else:
-                    del table[name]
-
-    left = [name for name in before if name not in found]
-    return Replaced(tuple(found), tuple(added), tuple(left), undo)
+    return replace_in(registry._METHODS, names, _replacement, NewMethod)
