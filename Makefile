@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers peers-0.1.4 suites bench-peft bench-cpu bench-counters bench-directions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers peers-0.1.4 peers-fusion-bench suites bench-peft bench-cpu bench-counters bench-directions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -87,13 +87,14 @@ $(PEERS)/.installed: benchmarks/peers.txt .ci/constraints.txt
 	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
 	touch $@
 
-# The same release of torch as ours; what mergekit 0.1.4 pins would not go beside the newer one's.
-peers-0.1.4: $(PEERS)-0.1.4/.installed ## mergekit 0.1.4, which the tests run the replacement in
+# What they pin would not go beside the other tests' packages.
+peers-0.1.4: $(PEERS)-0.1.4/.installed ## mergekit 0.1.4, in which the tests try the replacement
+peers-fusion-bench: $(PEERS)-fusion-bench/.installed ## FusionBench, in which they try the algorithm
 
-$(PEERS)-0.1.4/.installed: benchmarks/peers-0.1.4.txt .ci/constraints.txt
-	test -x $(PEERS)-0.1.4/bin/python || $(PYTHON) -m venv $(PEERS)-0.1.4
-	$(PEERS)-0.1.4/bin/python -m pip install --quiet "$$(grep '^torch==' .ci/constraints.txt)"
-	$(PEERS)-0.1.4/bin/python -m pip install --quiet --requirement benchmarks/peers-0.1.4.txt
+$(PEERS)-%/.installed: benchmarks/peers-%.txt .ci/constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet "$$(grep '^torch==' .ci/constraints.txt)"
+	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 suites: venv ## other libraries' own tests, which ours run with our functions in place

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 #: What stands in front of other packages; importing one of these imports nothing of theirs.
-_FRONTS = ("mergekit", "peft")
+_FRONTS = ("fusion_bench", "mergekit", "peft")
 
 
 def __getattr__(name: str) -> object:

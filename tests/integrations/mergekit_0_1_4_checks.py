@@ -1,4 +1,4 @@
-"""The methods inside mergekit 0.1.4. Run by test_mergekit_0_1_4.py in an environment that has that
+"""The methods inside mergekit 0.1.4. Run by test_environments.py in an environment that has that
 release (`make peers-0.1.4`); not collected beside the newer one's tests."""
 
 from __future__ import annotations
@@ -117,6 +117,16 @@ def test_float32_agrees_with_mergekit(method: str) -> None:
         merged = run(method, models(), **DETERMINISTIC[method])
     torch.testing.assert_close(merged, theirs, rtol=2e-6, atol=2e-6)
     assert not torch.equal(merged, models()[0])
+
+
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+def test_breadcrumbs_of_a_tensor_too_small_for_an_outlier(method: str) -> None:
+    """1920 elements, gamma 0.0001: this release leaves nothing of the task vectors."""
+    given = {"weight": 0.5, "density": 0.6, "gamma": 0.0001}
+    theirs = run(method, models(), **given)
+    with ours.install():
+        merged = run(method, models(), **given)
+    torch.testing.assert_close(merged, theirs, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "karcher"])

@@ -37,6 +37,11 @@ def _values(method: str, given: ImmutableMap) -> dict[str, Any]:
     return {k: _value(spec.find(k), v) for k, v in given.items() if k != "calibrate"}
 
 
+def _compat(method: str) -> str | None:
+    """This release's Breadcrumbs zeroes a tensor that is too small for an outlier; so does ours."""
+    return "mergekit-0.1.4" if method.startswith("breadcrumbs") else None
+
+
 class FastTask(Task):  # type: ignore[misc]
     """One tensor by our merge; by mergekit's own task where that is left to it."""
 
@@ -85,7 +90,7 @@ class FastTask(Task):  # type: ignore[misc]
             axis = calls.row_axis_of(list(experts), self.name, shape, self.calibrate)
         return calls.run(
             self.method, base, list(experts.values()), arguments, name=self.name,
-            calibrate=self.calibrate, row_axis=axis,
+            calibrate=self.calibrate, row_axis=axis, compat=_compat(self.method),
         )  # fmt: skip
 
     def _listed(self, models: Sequence[ModelReference]) -> dict[str, Any]:
