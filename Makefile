@@ -133,7 +133,7 @@ bench-engine: venv ## whole merges on disk against reading and writing the same 
 bench-dropin: venv ## a YAML by mergekit, by mergekit with our methods inside, and by our engine: time, and what differs
 	mkdir -p $(RESULTS)
 	$(BIN)/python -W ignore benchmarks/dropin/bench.py --make .bench --markdown $(RESULTS)/dropin.md
-	$(BIN)/python -W ignore benchmarks/dropin/three_way.py --make .bench --markdown $(RESULTS)/dropin-three-way.md
+	$(BIN)/python -W ignore benchmarks/dropin/three_way.py --make .bench --size tiny small --markdown $(RESULTS)/dropin-three-way.md
 
 bench-sweep: venv ## twelve merges from one read against three merges
 	$(BIN)/python benchmarks/sweep/bench.py
