@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from yaml_cases import EXPERTS, METHODS, NORMS, VOTES, WHOLE
+from yaml_cases import EXPERTS, FLOAT32, METHODS, NORMS, VOTES, WHOLE
 
 
 @dataclass
@@ -153,9 +153,13 @@ def compare(
         start = None if method in WHOLE else base
         ties, votes, size = doubtful(start, experts, method, kind)
         theirs = outputs["mergekit"][name]
-        assert theirs.dtype == kind, (name, theirs.dtype)
+        if method not in FLOAT32:
+            assert theirs.dtype == kind, (name, theirs.dtype)
+        theirs = theirs.to(kind)
         for way, counts in found.items():
             ours = outputs[way][name]
+            if way == "inside":
+                ours = ours.to(kind) if method in FLOAT32 else ours
             assert ours.dtype == kind and ours.shape == theirs.shape, name
             n, count = theirs.numel(), len(experts)
             differ = far(ours, theirs, size, bound(method, kind, count, n))

@@ -18,6 +18,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "karcher": {},
     "multislerp": {"weight": 0.4},
     "ram": {},
+    "ramplus_tl": {},
     "slerp": {"t": 0.4},
     "nuslerp": {"weight": 0.5},
     "nearswap": {"t": 0.001},
@@ -30,6 +31,7 @@ RANDOM: dict[str, dict[str, Any]] = {
 }
 EXPERTS = {"slerp": 1, "nearswap": 1, "nuslerp": 2}
 WHOLE = ("linear", "karcher", "multislerp", "nuslerp")  # no base here
+FLOAT32 = ("ramplus_tl",)  # written in float32 by mergekit, whatever the YAML's dtype
 VOTES = ("ties", "breadcrumbs_ties", "sce")
 #: Where sums over a tensor, or functions of them, scale the values.
 NORMS = ("sce", "model_stock", "karcher", "multislerp", "slerp", "nuslerp")

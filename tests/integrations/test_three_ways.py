@@ -38,7 +38,16 @@ FAST = ("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties")
         *FAST,
         *(
             pytest.param(m, marks=pytest.mark.slow)
-            for m in ("sce", "model_stock", "karcher", "multislerp", "ram", "slerp", "nuslerp")
+            for m in (
+                "sce",
+                "model_stock",
+                "karcher",
+                "multislerp",
+                "ram",
+                "ramplus_tl",
+                "slerp",
+                "nuslerp",
+            )
         ),
         pytest.param("nearswap", marks=pytest.mark.slow),
     ],
