@@ -159,7 +159,7 @@ quality-full: venv ## the whole experiment; resumes where it was stopped (.quali
 cuda-check: venv ## what nvcc made of the CUDA kernels: registers, spills, widths; nothing of it runs
 	$(BIN)/python benchmarks/gpu/registers.py
 
-gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmarks, in 8 minutes (PYTHON=, MAGIC_FAST_GOLDEN=, RESULTS=)
+gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmarks, in 10 minutes (PYTHON=, MAGIC_FAST_GOLDEN=, RESULTS=)
 	$(PYTHON) benchmarks/gpu/run.py --results $(RESULTS)
 
 clean: ## what was built; .venv, .demo and .quality stay

@@ -123,6 +123,7 @@ CUDA_TARGETS = ("sm_80", "sm_90", "PTX of sm_90")
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Icsrc/include", "-Icsrc/cuda"]
 NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"]
 NVCC_FLAGS += ["-gencode=arch=compute_90,code=compute_90", "-Xfatbin=-compress-all"]
+NVCC_FLAGS += [f"--threads={len(CUDA_TARGETS)}"]  # a target each
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 NVCC_FLAGS += [f'-DMF_CUDA_ARCHITECTURES="{" ".join(CUDA_TARGETS)}"']
 CUDA_SOURCES = [*sorted(glob("csrc/cuda/*.cu")), "csrc/bindings/cuda_module.cpp"]

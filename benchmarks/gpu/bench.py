@@ -44,6 +44,7 @@ AIMS = {
     "row norms + Gram, K = 8": ((0.85, 0.75), (0.90, 0.90)),
     "a block of Llama 8B, task arithmetic + WSC, K = 4": ((0.70, 0.55), (0.75, 0.60)),
 }
+COMPARED = "TIES q 0.2 + WSC, K = 8"
 SMALL = "2000 tensors of 4096, task arithmetic, K = 4"
 SMALL_AIMS = {"cuda": 60e-6, "triton": 150e-6}
 SMALL_PREDICTED = {"cuda": 35e-6, "triton": 40e-6}
@@ -231,12 +232,13 @@ def many_small(backend: str, clock: Clock, device: str, count: int = 2000) -> Ro
     )  # fmt: skip
 
 
-def compare(rows: list[Row], job: Job, clock: Clock) -> None:
-    """The peers of TIES + WSC (mergekit: without), those that are here."""
-    work = "TIES q 0.2 + WSC, K = 8"
-    ours = min(r.seconds for r in rows if r.work == work)
-    for name, call in peers(job, clock).items():
+def compare(rows: list[Row], job: Job, clock: Clock, write: Callable[[], None]) -> None:
+    """The peers of TIES + WSC (mergekit: without), those that are here; torch.compile, which may
+    take minutes, last."""
+    ours = min(r.seconds for r in rows if r.work == COMPARED)
+    for name, make in peers(job, clock).items():
         try:
+            call = make()
             seconds = 0.0 if isinstance(call, str) else clock.median([call])
         except RuntimeError as error:  # it needs more memory than there is, say
             call = str(error)
@@ -244,7 +246,8 @@ def compare(rows: list[Row], job: Job, clock: Clock) -> None:
             print(f"{name}: absent: {call.splitlines()[0]}", file=sys.stderr)
         else:
             words = f"{name} (aim: {AIMS_OF_PEERS[name]:.0f} times)"
-            rows.append(Row(work, words, seconds, times=seconds / ours))
+            rows.append(Row(COMPARED, words, seconds, times=seconds / ours))
+            write()
 
 
 def table(rows: Sequence[Row], bandwidth: float) -> list[str]:
@@ -295,8 +298,6 @@ def measured(options: argparse.Namespace, clock: Clock, bandwidth: float) -> lis
         sets = [make(s) for s in range(options.sets)]
         for backend in options.backends:
             rows.append(merges(work, sets, backend, clock, bandwidth))
-        if work == "TIES q 0.2 + WSC, K = 8" and options.peers:
-            compare(rows, sets[0][0], clock)
     gram = "row norms + Gram, K = 8"
     if not options.only or options.only in gram:
         jobs = [make_job((size, size), 8, Recipe((1.0,) * 8), s, device) for s in range(2)]
@@ -355,15 +356,22 @@ def main() -> None:
         raise SystemExit("no backend to measure.")
     clock = Clock(options.device)
     bandwidth = copy_bandwidth(clock, 2 * options.size**2 * 4)
-    rows = measured(options, clock, bandwidth)
     about = facts(options.device)
-    lines = [*table(rows, bandwidth), "", machine.line(about)]
-    print("\n".join(lines))
-    if options.json:
-        report = {"facts": about, "copy": bandwidth, "rows": [asdict(r) for r in rows]}
-        options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n")
+    rows = measured(options, clock, bandwidth)
+
+    def write() -> None:
+        if options.json:
+            report = {"facts": about, "copy": bandwidth, "rows": [asdict(r) for r in rows]}
+            options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        if options.markdown:
+            lines = [*table(rows, bandwidth), "", machine.line(about)]
+            options.markdown.write_text("\n".join(lines) + "\n")
+
+    write()
+    if options.peers and any(r.work == COMPARED for r in rows):
+        job = make_job((options.size,) * 2, 8, recipes(8)["ties"], 0, options.device)
+        compare(rows, job, clock, write)
+    print("\n".join([*table(rows, bandwidth), "", machine.line(about)]))
 
 
 if __name__ == "__main__":

@@ -85,15 +85,17 @@ def mergekit(job: Job) -> Call:
     return lambda: merge_tensors(given, "ties", parameters=parameters, base_index=0)
 
 
-def peers(job: Job, clock: Clock) -> dict[str, Call | str]:
-    """Name → the call, or why it is absent."""
-    found: dict[str, Call | str] = {"eager torch": eager(job)}
-    for name, make in (
-        ("torch.compile", lambda: compiled(job, clock)),
-        ("mergekit", lambda: mergekit(job)),
-    ):
+def peers(job: Job, clock: Clock) -> dict[str, Callable[[], Call | str]]:
+    """Name → what makes the call, or says why it is absent; those that take long to make last."""
+
+    def or_words(make: Callable[[], Call]) -> Call | str:
         try:
-            found[name] = make()
+            return make()
         except (ImportError, RuntimeError) as error:
-            found[name] = str(error)
-    return found
+            return str(error)
+
+    return {
+        "eager torch": lambda: eager(job),
+        "mergekit": lambda: or_words(lambda: mergekit(job)),
+        "torch.compile": lambda: or_words(lambda: compiled(job, clock)),
+    }

@@ -17,6 +17,7 @@ from magic_fast.ops.gpu_jobs import (
     BYTES,
     KEEP_ALL,
     SAMPLE,
+    SORT_BYTES,
     Device,
     Target,
     multiprocessors,
@@ -74,7 +75,7 @@ def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.de
     """Bytes that a select of one tensor takes beside its inputs."""
     segments = segments_of(total, multiprocessors(device))[0]
     bins = 1 << log_bins_of(targets, total)
-    sample = 16 * num_experts * min(SAMPLE, total)  # the magnitudes, sorted, and their places
+    sample = SORT_BYTES * num_experts * min(SAMPLE, total)
     return targets * (4 * bins + 8 * (bins >> 10) + 24 * segments + 128) + sample
 
 

@@ -38,6 +38,7 @@ _HOW = {Reduce.SUM: 0, Reduce.MEAN: 1, Reduce.WEIGHTED_MEAN: 2, Reduce.MAX: 3}
 _TIES = {TieRule.EXACT: 0, TieRule.KEEP_ALL: 1, TieRule.DROP_ALL: 2}
 SAMPLE = 32768  # magnitudes per expert at most, for the bracket of a threshold
 RUN = 16  # of them side by side
+SORT_BYTES = 48  # an element of the sample: magnitude, sorted, its place, and torch's sort itself
 #: RULE of d = merged − base
 MERGED_RULE = (0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0)
 

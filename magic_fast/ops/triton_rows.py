@@ -8,6 +8,7 @@ float64 formulas run by torch on the device: a few numbers a row, eigenvalues am
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -51,11 +52,20 @@ def calibrated(s: Sources) -> Rows:
     return _in_two_passes(s, c)
 
 
+@functools.lru_cache(maxsize=64)
+def _policy(device: torch.device, *numbers: float) -> Tensor:
+    """float64 on the device, the same tensor for every layer of a model: a call copies nothing and
+    can be captured in a graph once another has been made."""
+    found = torch.tensor(numbers, dtype=torch.float64).to(device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # whatever stream reads it next
+    return found
+
+
 def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.RowShape) -> Rows:
     d, k = s.d, len(s.d.experts)
     device = d.base.device
     clamp = c.clamp or (0.0, 0.0)
-    policy = torch.tensor([c.strength, c.scale, *clamp], dtype=torch.float64)
     found = Rows(
         torch.empty(c.rows, dtype=torch.float32, device=device),
         torch.empty(c.rows, dtype=torch.uint8, device=device),
@@ -65,8 +75,8 @@ def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.RowShape) 
     chosen = tuple(i for i in range(k) if not c.included or c.included[i])
     pointers = (
         d.base, d.experts, s.merged, s.out, d.masks, d.task_masks, d.integers, d.floats,
-        policy.to(device, non_blocking=True), found.coefficient, found.repaired, found.norms2,
-        found.counts, s.report, c.cols,
+        _policy(device, c.strength, c.scale, *clamp), found.coefficient, found.repaired,
+        found.norms2, found.counts, s.report, c.cols,
     )  # fmt: skip
     words = (
         k, d.has_base, d.numbers.kinds, d.numbers.rule, chosen, int(sphere),

@@ -15,6 +15,7 @@ from magic_fast.ops.gpu_jobs import (
     BYTES,
     RUN,
     SAMPLE,
+    SORT_BYTES,
     Device,
     Target,
     multiprocessors,
@@ -50,7 +51,7 @@ def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.de
     shape = launch.block_shape(num_experts, 2)
     segments = launch.segments_for(-(-total // shape.block), multiprocessors(device))[0]
     bins = 8 if total >= 1 << 31 else 4
-    sample = 12 * num_experts * min(SAMPLE, total)  # the magnitudes, sorted, and their places
+    sample = SORT_BYTES * num_experts * min(SAMPLE, total)
     size: int = targets * ((bins << _log_bins(targets, total)) + 80 + segments * (8 + 8)) + sample
     return size
 

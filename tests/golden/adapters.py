@@ -44,7 +44,7 @@ def adapter(*operations: str, torch_only: bool = False) -> Callable[[Adapter], A
 
 def target(like: Tensor, wide: bool, dtype: torch.dtype | None = None) -> Tensor:
     """An empty ``out`` like the given tensor; float32 where the result is wanted wide."""
-    return torch.empty(like.shape, dtype=torch.float32 if wide else dtype or like.dtype)
+    return torch.empty_like(like, dtype=torch.float32 if wide else dtype or like.dtype)
 
 
 def upcast(x: Tensor, wide: bool) -> Tensor:

@@ -169,7 +169,7 @@ def ties_global(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]
     # fusion_bench is the same rule, over the whole model, summed; only its λ is 0.3
     merged = mf.merge(
         base, case.models("expert"), "ties", preset="fusion_bench", scale=1.0, backend=backend,
-        out={name: torch.empty(t.shape) for name, t in base.items()},
+        out={name: target(t, True) for name, t in base.items()},
     )  # fmt: skip
     return {name: merged[name] - base[name] for name in base}
 
