@@ -92,11 +92,12 @@ def inverse_factor(b: Tensor) -> Tensor | None:
     """Lower triangular T [m, m] with T b Tᵀ = I, the inverse of the Cholesky factor, so that
     b⁻¹ = TᵀT; None where ``b`` is not positive definite to its precision.
 
-    By halves: products do nearly all of the work, and they run at twice the speed of LAPACK's
-    factorization and five times that of its inverse (two cores, float64).
+    On a CPU by halves: products do nearly all of the work, and they run at twice the speed of
+    LAPACK's factorization and five times that of its inverse (two cores, float64). On a GPU whole:
+    the halves took 14.4 ms for a side of 4096 on an H100, cuSOLVER and cuBLAS 5.6 ms.
     """
     m = b.shape[0]
-    if m <= _SPLIT:
+    if m <= _SPLIT or b.is_cuda:
         factor, failed = torch.linalg.cholesky_ex(b)
         if int(failed):
             return None

@@ -60,7 +60,8 @@ def _ambiguous(case: GoldenCase, output: str) -> Tensor | None:
         base, expert = case.inputs["base"], case.inputs["experts"][k]
         if base.dtype != torch.float32:
             delta = (expert - base).abs().reshape(base.shape[0], -1)
-            return (delta[:, :, None] == delta[:, None, :]).sum(-1).gt(1).reshape(base.shape)
+            shared = (delta[:, :, None] == delta[:, None, :]).sum(-1).gt(1)
+            return shared.reshape(base.shape).cpu()
     return None
 
 
