@@ -140,12 +140,13 @@ class Run:
 
     def tests(self, name: str, chosen: str, deadline: float) -> tuple[str, str]:
         # the options of pyproject.toml name plugins that may not be here
+        workers = self.workers()
         words = [self.python, "-m", "pytest", "-o", "addopts=", "-q", "-rs"]
         words += ["--import-mode=importlib", "-p", "no:cacheprovider"]
-        words += ["-m", "gpu", "-k", chosen, "tests/gpu", *self.workers()]
+        words += ["-m", "gpu", "-k", chosen, "tests/gpu", *workers]
         # the package as it is laid out, not the one beside this file
         # one thread of LAPACK a worker: the oracle's 14 times 16 take minutes for seconds
-        threads = "1" if self.workers() else str(len(os.sched_getaffinity(0)))
+        threads = "1" if workers else str(len(os.sched_getaffinity(0)))
         command = self.command(name, words, PYTHONSAFEPATH="1", OMP_NUM_THREADS=threads)
         state, last = self.one(command, deadline)
         return (FAILED if state == PASSED and "passed" not in last else state), last

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             space=arguments.space,
             calibration=weight_calibration(arguments),
             data=data(arguments),
-            features=feature_calibration(arguments),
+            features=feature_calibration(arguments) if arguments.space in _FEATURES else None,
             samples=arguments.samples,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length,

@@ -1,6 +1,6 @@
 """Jobs as the native core takes them: positional tuples of addresses, codes and prepared recipes.
 
-``csrc/bindings/module.cpp`` lists the fields. Only addresses go down, so torch is never imported
+``csrc/bindings/jobs.h`` lists the fields. Only addresses go down, so torch is never imported
 here for a caller that has none.
 """
 
