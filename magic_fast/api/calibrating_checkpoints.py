@@ -152,4 +152,7 @@ def _refuse_numbers(space: str, **numbers: float | None) -> None:
                 f"{where}."
             )
     if space == "lines" and numbers["beta"] is None:
-        raise InputError("beta for lines: expected a finite number, got none.")
+        raise InputError(
+            "beta for lines: expected a finite number, got none. Give what the last block gets "
+            "beyond alpha."
+        )

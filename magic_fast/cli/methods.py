@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         if found is not None:
             fields, lines = found.as_dict(), calibrations.text(found)
         else:
-            entry = catalog.entry(arguments.name)
+            entry = catalog.entry(arguments.name, beside=list(calibrations.CALIBRATORS))
             fields, lines = entry.as_dict(), catalog.text(entry)
         if arguments.json:
             options.print_json(fields)

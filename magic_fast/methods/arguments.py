@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from magic_fast.errors import InputError
@@ -12,8 +12,12 @@ from magic_fast.methods.recipes import check_preset
 from magic_fast.recipe import per_expert
 
 
-def find_method(name: str) -> MethodSpec:
-    """The row of the table, or an error that lists and suggests names."""
+def find_method(name: str, *, beside: Collection[str] = ()) -> MethodSpec:
+    """The row of the table, or an error that lists and suggests names.
+
+    Args:
+        beside: names that the caller would have taken too.
+    """
     spec = METHODS.get(name)
     available = sorted(n for n, s in METHODS.items() if s.available)
     if spec is not None and spec.available:
@@ -24,10 +28,11 @@ def find_method(name: str) -> MethodSpec:
             "available yet. "
             f"Available: {', '.join(available)}."
         )
-    close = difflib.get_close_matches(str(name), available, n=1)
+    known = [*available, *beside]
+    close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise InputError(
-        f"method {name!r}: expected one of {', '.join(available)}, got an unknown name.{hint}"
+        f"method {name!r}: expected one of {', '.join(known)}, got an unknown name.{hint}"
     )
 
 

@@ -3,7 +3,7 @@ it is, and what it costs. ``python -m magic_fast.methods.catalog`` prints docs/c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -235,8 +235,8 @@ def passes(recipe: Recipe) -> int:
     return 1 + sum((by_magnitude, *recipe.phases.values()))
 
 
-def entry(name: str) -> Entry:
-    """Everything about one method.
+def entry(name: str, *, beside: Collection[str] = ()) -> Entry:
+    """Everything about one method; ``beside``: names that the caller would have taken too.
 
     Raises:
         InputError: no such method; close names are suggested.
@@ -244,7 +244,7 @@ def entry(name: str) -> Entry:
     >>> entry("ties").reads
     '2'
     """
-    spec, row = find_method(name), ROWS[name]
+    spec, row = find_method(name, beside=beside), ROWS[name]
     presets = _presets_of(name)
     if name in RECIPES:
         reads = {p: str(passes(_recipe(name, p))) for p in presets}

@@ -173,7 +173,11 @@ def test_spectral_norms_restored(merged: Path, tiny_models: Path, tmp_path: Path
 
 MISTAKES = [
     (["--space", "svc", "--alpha", "0"], "alpha for svc: expected a finite number > 0, got 0.0."),
-    (["--space", "lines"], "beta for lines: expected a finite number, got none."),
+    (
+        ["--space", "lines"],
+        "beta for lines: expected a finite number, got none. Give what the last block gets "
+        "beyond alpha.",
+    ),
     (
         ["--space", "lines", "--beta", "nan"],
         "beta for lines: expected a finite number, got nan.",

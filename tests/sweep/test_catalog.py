@@ -14,6 +14,7 @@ import magic_fast as mf
 from magic_fast.calibration import as_calibration
 from magic_fast.calibration import catalog as calibrations
 from magic_fast.calibration.feature import FeatureCalibration
+from magic_fast.calibration.weight import CALIBRATE_WORDS
 from magic_fast.cli import main
 from magic_fast.cli.calibrate import refuse_idle
 from magic_fast.cli.program import build_parser
@@ -113,3 +114,12 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lambda/scale (Python: scale)" not in out and "density = 0.2; 1.0 under mergekit" in out
     assert main(["methods", "tyes"]) == 2
     assert "Did you mean 'ties'" in capsys.readouterr().err
+    assert main(["methods", "spher"]) == 2
+    assert "Did you mean 'sphere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", CALIBRATE_WORDS)
+def test_merge_takes_every_word(word: str) -> None:
+    """The command spells them out, as its help imports nothing of torch."""
+    given = build_parser().parse_args(["merge", "config.yml", "out", "--calibrate", word])
+    assert given.calibrate == word
