@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers peers-0.1.4 peers-fusion-bench suites bench-peft bench-cpu bench-counters bench-directions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
+.PHONY: help venv build test test-full sanitize lint cross format demo peers peers-0.1.4 peers-fusion-bench suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -103,6 +103,10 @@ suites: venv ## other libraries' own tests, which ours run with our functions in
 bench-peft: venv ## PEFT's merges of adapters with our functions in their place, against its own
 	mkdir -p $(RESULTS)
 	$(BIN)/python benchmarks/dropin/bench_peft.py --markdown $(RESULTS)/peft.md
+
+bench-adapters: venv ## adapters merged by their factors, against the changes formed whole
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/adapters/bench.py --markdown $(RESULTS)/adapters.md
 
 bench-cpu: venv ## the native backend against the memory's speed, and against the peers
 	mkdir -p $(RESULTS)

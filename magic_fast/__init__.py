@@ -21,6 +21,7 @@ from magic_fast._version import __version__
 
 if TYPE_CHECKING:
     from magic_fast.api import (
+        AdapterReport,
         CalibrationReport,
         MergeReport,
         MergeResult,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         inspect_checkpoints,
         kth_magnitude,
         lines,
+        merge_adapters,
         merge_checkpoints,
         merge_into,
         merge_series,
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
 # room → the public names it brings
 _ROOMS: dict[str, tuple[str, ...]] = {
     "magic_fast.api": (
+        "AdapterReport",
         "CalibrationReport",
         "MergeReport",
         "MergeResult",
@@ -90,6 +93,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "kth_magnitude",
         "lines",
         "merge",
+        "merge_adapters",
         "merge_checkpoints",
         "merge_into",
         "merge_series",
@@ -150,6 +154,7 @@ __all__ = [  # noqa: RUF022 - ordered by use
     "emr",
     "merge_checkpoints",
     "merge_series",
+    "merge_adapters",
     "sweep_checkpoints",
     "calibrate_checkpoints",
     "sensitive_layers_of_checkpoints",
@@ -167,6 +172,7 @@ __all__ = [  # noqa: RUF022 - ordered by use
     "MergeResult",
     "MergeReport",
     "SweepReport",
+    "AdapterReport",
     "CalibrationReport",
     "SensitivityReport",
     "MagicFastError",

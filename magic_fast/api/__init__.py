@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from magic_fast.api.inspecting import inspect_checkpoints
     from magic_fast.api.masks import EmrModels, consensus_mask, emr, task_masks
     from magic_fast.api.merging import merge, merge_task_vectors
+    from magic_fast.api.merging_adapters import merge_adapters
     from magic_fast.api.merging_into import merge_into
     from magic_fast.api.results import (
+        AdapterReport,
         CalibrationReport,
         LayerCalibration,
+        MergedModule,
         MergeResult,
         TensorCalibration,
     )
@@ -51,10 +54,13 @@ _HOMES = {
     "magic_fast.api.inspecting": ("inspect_checkpoints",),
     "magic_fast.api.masks": ("EmrModels", "consensus_mask", "emr", "task_masks"),
     "magic_fast.api.merging": ("merge", "merge_task_vectors"),
+    "magic_fast.api.merging_adapters": ("merge_adapters",),
     "magic_fast.api.merging_into": ("merge_into",),
     "magic_fast.api.results": (
+        "AdapterReport",
         "CalibrationReport",
         "LayerCalibration",
+        "MergedModule",
         "MergeResult",
         "TensorCalibration",
     ),
@@ -80,12 +86,14 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdapterReport",
     "CalibrationReport",
     "EmrModels",
     "LayerCalibration",
     "MergePlan",
     "MergeReport",
     "MergeResult",
+    "MergedModule",
     "Progress",
     "SweepReport",
     "TensorCalibration",
@@ -102,6 +110,7 @@ __all__ = [
     "kth_magnitude",
     "lines",
     "merge",
+    "merge_adapters",
     "merge_checkpoints",
     "merge_into",
     "merge_series",

@@ -128,6 +128,74 @@ class CalibrationReport:
         return {"tensors": rows, **layers}
 
 
+@dataclass
+class MergedModule:
+    """What became of one module of K adapters.
+
+    Attributes:
+        name: as the adapters have it.
+        adapters: which of them have it; to the others it has no change.
+        ranks: of those.
+        rank: of the result; 0 for IA3.
+        lost: ‖Δ − B·A‖_F ÷ ‖Δ‖_F, what the result's rank leaves out of the merge.
+        calibration: WSC of its weight, where one was asked for.
+    """
+
+    name: str
+    adapters: tuple[int, ...]
+    ranks: tuple[int, ...]
+    rank: int
+    lost: float = 0.0
+    calibration: TensorCalibration | None = None
+
+
+@dataclass
+class AdapterReport:
+    """A merge of adapters.
+
+    Attributes:
+        out: where the result is.
+        kind: ``lora`` or ``ia3``.
+        style: ``peft``, ``kohya`` or ``diffusers``.
+        method: by which the adapters were merged.
+        modules: in the order of the result.
+        warnings: what the caller should know of.
+    """
+
+    out: str
+    kind: str
+    style: str
+    method: str
+    modules: list[MergedModule] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> MergedModule:
+        for module in self.modules:
+            if module.name == name:
+                return module
+        raise KeyError(name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        calibrated = [m.calibration for m in self.modules if m.calibration is not None]
+        rows = {row["name"]: row for row in CalibrationReport(calibrated).as_dict()["tensors"]}
+        modules = []
+        for m in self.modules:
+            row = None if m.calibration is None else rows[m.calibration.name]
+            modules.append(
+                {
+                    "name": m.name,
+                    "adapters": list(m.adapters),
+                    "ranks": list(m.ranks),
+                    "rank": m.rank,
+                    "lost": m.lost,
+                    "calibration": row,
+                }
+            )
+        own = {"out": self.out, "kind": self.kind, "style": self.style, "method": self.method}
+        return {**own, "modules": modules, "warnings": list(self.warnings)}
+
+
 def _mean(x: Tensor) -> float | None:
     """Mean of what is finite."""
     finite = x[x.isfinite()]

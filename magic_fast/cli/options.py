@@ -207,6 +207,33 @@ def assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
+def settings(texts: list[str]) -> dict[str, list[Any]]:
+    """``density=0.1,0.2`` → ``{"density": [0.1, 0.2]}``; a value is what YAML reads, so a list in
+    brackets is one value.
+
+    Raises:
+        ConfigError: not of this form, or a name twice.
+    """
+    import yaml
+
+    from magic_fast.errors import ConfigError
+
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = (part.strip() for part in text.partition("="))
+        if not name or not equals:
+            raise ConfigError(f"--set {text!r}: expected NAME=VALUE, got no '='.")
+        if name in found:
+            raise ConfigError(f"--set {name}: expected once, got it twice. List all its values.")
+        try:
+            found[name] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"--set {text!r}: expected values separated by commas, got {values!r}."
+            ) from None
+    return found
+
+
 def size(text: str) -> int:
     try:
         return parse_bytes(text)

@@ -23,6 +23,7 @@ from magic_fast.errors import MagicFastError
 
 COMMANDS = (
     "merge",
+    "merge-adapters",
     "sweep",
     "calibrate",
     "sensitivity",

@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from magic_fast.api.sweeping_checkpoints import sweep_checkpoints
 
-    settings = read_settings(arguments.settings)
+    settings = options.settings(arguments.settings)
     config = read_config(arguments.config)
     quiet, style = arguments.quiet, arguments.progress
     with progress(quiet=quiet, title="sweep", style=style) as report:
@@ -84,30 +84,3 @@ def run(arguments: argparse.Namespace) -> int:
         for warning in swept.warnings:
             print(f"warning: {warning}")
     return 0
-
-
-def read_settings(texts: list[str]) -> dict[str, list[Any]]:
-    """``density=0.1,0.2`` → ``{"density": [0.1, 0.2]}``; a value is what YAML reads, so a list in
-    brackets is one value.
-
-    Raises:
-        ConfigError: not of this form, or a name twice.
-    """
-    import yaml
-
-    from magic_fast.errors import ConfigError
-
-    found: dict[str, list[Any]] = {}
-    for text in texts:
-        name, equals, values = (part.strip() for part in text.partition("="))
-        if not name or not equals:
-            raise ConfigError(f"--set {text!r}: expected NAME=VALUE,VALUE…, got no '='.")
-        if name in found:
-            raise ConfigError(f"--set {name}: expected once, got it twice. List all its values.")
-        try:
-            found[name] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError:
-            raise ConfigError(
-                f"--set {text!r}: expected values separated by commas, got {values!r}."
-            ) from None
-    return found

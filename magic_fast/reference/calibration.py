@@ -48,7 +48,8 @@ def row_view(x: Tensor, axes: Sequence[int] = (0,)) -> Tensor:
     return x.permute(*front, *back).reshape(rows, -1) if x.numel() else x.reshape(rows, 0)
 
 
-def _power_sums(x: Tensor, p: float) -> Tensor:
+def power_sums(x: Tensor, p: float) -> Tensor:
+    """Σ|x|^p over the last axis; max |x| where p is infinite."""
     magnitude = x.abs()
     if p == math.inf:
         return magnitude.amax(-1) if x.shape[-1] else magnitude.sum(-1)
@@ -76,7 +77,7 @@ def row_stats(taus: Sequence[Tensor], delta: Tensor, p: float = 2) -> RowStats:
         dots[block] = torch.matmul(t, d.unsqueeze(-1)).squeeze(-1)
         norm2[block] = d.square().sum(-1)
         if powers is not None and merged_powers is not None:
-            powers[block], merged_powers[block] = _power_sums(t, p), _power_sums(d, p)
+            powers[block], merged_powers[block] = power_sums(t, p), power_sums(d, p)
     return RowStats(gram, dots, norm2, powers, merged_powers)
 
 
@@ -239,24 +240,37 @@ def calibrate_rows(
     """
     view = [row_view(t, calibration.axes) for t in taus]
     d = row_view(delta, calibration.axes)
-    per_tensor = calibration.granularity is Granularity.TENSOR
     stats = row_stats(view, d, calibration.p if calibration.variant is not Variant.SPECTRAL else 2)
-    if calibration.variant is Variant.SPECTRAL and per_tensor:
-        chosen = [
-            t for k, t in enumerate(view) if not calibration.included or calibration.included[k]
-        ]
-        raw = spectral_coefficient(chosen, d)
-    else:
-        raw = coefficient(stats, calibration)
+    if not needs_spectrum(calibration):
+        return calibrate_stats(stats, calibration)
+    chosen = [t for k, t in enumerate(view) if not calibration.included or calibration.included[k]]
+    return calibrate_stats(stats, calibration, spectral_coefficient(chosen, d))
+
+
+def needs_spectrum(calibration: RowCalibration) -> bool:
+    """Whether ξ comes of singular values, which no sums of rows have."""
+    per_tensor = calibration.granularity is Granularity.TENSOR
+    return per_tensor and calibration.variant is Variant.SPECTRAL
+
+
+def calibrate_stats(
+    stats: RowStats, calibration: RowCalibration, raw: Tensor | None = None
+) -> CalibratedRows:
+    """Raw ξ and the factor of every row from sums of rows.
+
+    Args:
+        raw: ξ where it is known already (:func:`needs_spectrum`), float64 [1].
+    """
+    raw = coefficient(stats, calibration) if raw is None else raw
     norms2 = stats.gram.diagonal(dim1=-2, dim2=-1)
     if calibration.included:
         norms2 = norms2[:, torch.tensor(calibration.included, device=norms2.device)]
     lengths, length = norms2.sum(-1), stats.norm2
-    if per_tensor:
+    if calibration.granularity is Granularity.TENSOR:
         lengths, length = lengths.sum().reshape(1), length.sum().reshape(1)
     usable = (lengths > 0) & (length > 0) & torch.isfinite(length)
     factor, repaired = act(raw, calibration, usable=usable)
-    rows = d.shape[0]
+    rows = stats.norm2.shape[0]
     return CalibratedRows(raw.expand(rows), factor.expand(rows), repaired.expand(rows), stats)
 
 

@@ -10,7 +10,7 @@ from magic_fast.report.table import Table
 from magic_fast.report.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from magic_fast.api import MergeReport, TensorReport, TensorStatistics
+    from magic_fast.api import AdapterReport, MergeReport, TensorReport, TensorStatistics
     from magic_fast.calibration import SensitivityReport
     from magic_fast.ops import BackendStatus
 
@@ -48,6 +48,68 @@ def shard_table(plan: Mapping[str, Any]) -> Table:
         for shard in plan["shards"]
     ]
     return Table("Output", ("file", "tensors", "bytes"), rows)
+
+
+def adapter_lines(report: AdapterReport) -> list[str]:
+    """What was merged into what."""
+    ranks = [m.rank for m in report.modules]
+    kind = {"lora": "a LoRA", "ia3": "an IA3"}[report.kind]
+    span = str(max(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+    lines = [
+        f"Wrote {report.out}: {_modules(ranks)} of {kind} adapter by {report.method}"
+        + (f", rank {span}." if report.kind == "lora" else ".")
+    ]
+    short = [m for m in report.modules if m.lost > _VISIBLE]
+    if short:
+        most = max(short, key=lambda m: m.lost)
+        lines.append(
+            f"The rank leaves out {_share(sum(m.lost for m in short) / len(short))} of the merged "
+            f"change of {_modules(short)} in the mean, {_share(most.lost)} of {most.name}, by the "
+            "norm."
+        )
+    calibrated = [m.calibration for m in report.modules if m.calibration is not None]
+    done = [c for c in calibrated if c.calibrated]
+    if calibrated:
+        rows = sum(c.shape[0] for c in done)
+        repaired = sum(c.repaired for c in done)
+        left = report.modules[len(done) :]
+        lines.append(
+            f"Calibrated {rows} rows of {_modules(done)}"
+            + (f", {repaired} of them left as merged (nothing to scale)" if repaired else "")
+            + (f"; left {_modules(left)} as merged." if left else ".")
+        )
+    return lines + [f"warning: {warning}" for warning in report.warnings]
+
+
+def adapter_table(report: AdapterReport) -> Table:
+    """The modules whose magnitude the calibration changed most."""
+    found = [
+        (m.name, c.magnitude_before, c.magnitude_after)
+        for m in report.modules
+        if (c := m.calibration) is not None
+        and c.magnitude_before is not None
+        and c.magnitude_after is not None
+    ]
+    found.sort(key=lambda row: -abs(math.log(max(row[2], 1e-30) / max(row[1], 1e-30))))
+    rows = [(name, f"{before:.3f}", f"{after:.3f}") for name, before, after in found[:_SHOWN]]
+    return Table(
+        "Magnitude, 1 as the adapters' mean",
+        ("module", "merged", "calibrated"),
+        rows,
+        note=f"{len(found) - len(rows)} more" if len(found) > len(rows) else "",
+    )
+
+
+_VISIBLE = 1e-6  # a share below it is rounding
+_SHOWN = 10
+
+
+def _modules(some: Sequence[object]) -> str:
+    return f"{len(some)} module{'s' * (len(some) != 1)}"
+
+
+def _share(part: float) -> str:
+    return f"{part:.2%}" if part < 0.01 else f"{part:.0%}"
 
 
 def report_lines(report: MergeReport) -> list[str]:

@@ -23,7 +23,7 @@ MODULES: dict[str, tuple[int, ...]] = {
 
 
 def is_embedding(module: str) -> bool:
-    return "embed" in module
+    return module.rpartition(".")[2].startswith("emb")
 
 
 @dataclass

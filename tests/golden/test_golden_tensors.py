@@ -10,6 +10,7 @@ from golden import (
     adapters_consensus,
     adapters_features,
     adapters_geometric,
+    adapters_lora,
     adapters_magic,
     adapters_mergekit,
     adapters_peft,
@@ -23,8 +24,8 @@ from support.backends import available_backends
 
 # importing them registers their operations
 REGISTERED = (
-    adapters_consensus, adapters_features, adapters_geometric, adapters_magic, adapters_mergekit,
-    adapters_peft, adapters_spectral, adapters_ties,
+    adapters_consensus, adapters_features, adapters_geometric, adapters_lora, adapters_magic,
+    adapters_mergekit, adapters_peft, adapters_spectral, adapters_ties,
 )  # fmt: skip
 
 _CASES = [case for case in load_cases() if not case.on_disk]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from adapters.adapter_files import draw_lora, write_peft
 from magic_fast.cli import main
 
 RUN_ELSEWHERE = {"pip install ."}  # test_wheel.py installs
@@ -50,6 +51,8 @@ def test_commands_run(
     """In a folder with the example and checkpoints, in the order in which the README has them."""
     (tmp_path / "checkpoints").symlink_to(tiny_models)
     (tmp_path / "examples").symlink_to(root / "examples")
+    for seed, name in enumerate(("math", "code")):
+        write_peft(tmp_path / "lora" / name, draw_lora(seed))
     monkeypatch.chdir(tmp_path)
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
     lines = [line for block in blocks(readme, "sh") for line in block.splitlines() if line]

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from engine.engine_models import Models, read_out
-from magic_fast.cli import main
-from magic_fast.cli.sweep import read_settings
+from magic_fast.cli import main, options
 from magic_fast.errors import ConfigError
 
 
@@ -51,8 +50,8 @@ def test_mistakes(
 
 
 def test_values_are_yaml() -> None:
-    found = read_settings(["density=0.1,[0.2, 0.5]", "normalize=true,false"])
+    found = options.settings(["density=0.1,[0.2, 0.5]", "normalize=true,false"])
     assert found == {"density": [0.1, [0.2, 0.5]], "normalize": [True, False]}
     for wrong in (["a=[1"], ["a=1", "a=2"], ["=1"]):
         with pytest.raises(ConfigError):
-            read_settings(wrong)
+            options.settings(wrong)

@@ -1,0 +1,103 @@
+"""What a merged adapter's files say: ``adapter_config.json`` for PEFT, α for kohya and
+diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from magic_fast.adapters.opening import Adapter
+
+_LISTS = ("target_modules", "feedforward_modules")  # names, or one regular expression
+# settings beside them that say which modules are adapted
+_FILTERS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+# how a LoRA is begun or trained, which a merged one is not
+_OF_TRAINING: Mapping[str, Any] = {
+    "init_lora_weights": True,
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+}
+
+
+def merged_config(
+    adapters: Sequence[Adapter], ranks: Mapping[str, int], base_model: str | None
+) -> dict[str, Any]:
+    """``adapter_config.json`` of the result: the first one's, for the modules and ranks there are;
+    the scaling is in the factors, so α = r.
+
+    Args:
+        ranks: of each module; {} for IA3.
+    """
+    first = adapters[0].config
+    config = {**first, "base_model_name_or_path": base_model, "inference_mode": True}
+    config |= _adapted(adapters)
+    if not ranks:
+        return config
+    config |= {name: value for name, value in _OF_TRAINING.items() if name in first}
+    rank = max(ranks.values())
+    pattern = rank_pattern(ranks, rank)
+    return config | {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+    }
+
+
+def _adapted(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Settings that name just the modules that any of the adapters has."""
+    configs = [a.config for a in adapters]
+    if all(_same(c, configs[0], (*_LISTS, *_FILTERS)) for c in configs):
+        return {}
+    if all(_same(c, configs[0], _FILTERS) for c in configs) and _are_lists(configs):
+        return {
+            name: sorted({m for c in configs for m in c.get(name) or []})
+            for name in _LISTS
+            if name in configs[0]
+        }
+    modules = {name: m for a in adapters for name, m in a.modules.items()}
+    found: dict[str, Any] = {"target_modules": pattern_of(modules)}
+    found |= {name: None for name in _FILTERS if name in configs[0]}
+    if adapters[0].kind == "ia3":
+        forward = [name for name, m in modules.items() if m.down.shape[0] == 1]
+        found["feedforward_modules"] = pattern_of(forward) if forward else []
+    return found
+
+
+def _are_lists(configs: Sequence[Mapping[str, Any]]) -> bool:
+    return all(not isinstance(c.get(name), str) for c in configs for name in _LISTS)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str]) -> bool:
+    def value(config: Mapping[str, Any], name: str) -> Any:
+        found = config.get(name)
+        return sorted(found) if isinstance(found, list) and name != "layers_pattern" else found
+
+    return all(value(one, name) == value(other, name) for name in names)
+
+
+def pattern_of(modules: Sequence[str] | Mapping[str, Any]) -> str:
+    """A regular expression for these modules and no others, as PEFT matches whole names against a
+    ``target_modules`` that is one string.
+
+    >>> pattern_of(["a.fc1", "fc1"])
+    '(a\\\\.fc1|fc1)'
+    """
+    return "(" + "|".join(re.escape(name) for name in modules) + ")"
+
+
+def rank_pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
+    """The modules whose rank is another than ``rank``. PEFT takes the first entry that a module's
+    name ends with: longer names stand first, and names that end with one of another rank stand
+    there too.
+
+    >>> rank_pattern({"fc": 4, "block.fc": 8, "out": 8}, 8)
+    {'block.fc': 8, 'fc': 4}
+    """
+    other = {name for name, own in ranks.items() if own != rank}
+    alike = {name for name in ranks if any(name.endswith(f".{o}") for o in other)}
+    return {name: ranks[name] for name in sorted(other | alike, key=lambda n: (-len(n), n))}
