@@ -31,6 +31,8 @@ _FOREIGN = {
     b"<!DOCTYP": "a web page",
     b"<html": "a web page",
 }
+# of a safetensors file: the upper half of the length, and the first byte of the JSON
+_HEADER_BELOW_4_GIB = b"\0\0\0\0{"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def refuse_foreign(prefix: bytes, path: str) -> None:
             "a git-lfs pointer",
             "Run `git lfs pull` in that folder, or download the file again",
         )
+    if prefix[4:9] == _HEADER_BELOW_4_GIB:
+        return  # its length may well begin with the bytes of a pickle: 640 is 80 02
     for magic, kind in _FOREIGN.items():
         if prefix.startswith(magic):
             advice = (

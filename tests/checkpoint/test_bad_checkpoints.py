@@ -183,6 +183,14 @@ def test_a_pickle_under_a_false_name(tmp_path):
     assert "got a zip archive (a PyTorch pickle checkpoint)" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0480, 0x0580])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, length):
+    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(length)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + b"x")
+    assert bytes(open_checkpoint(path).read("a")) == b"x"
+
+
 @pytest.mark.parametrize("content", ["<!DOCTYPE html><html>", "<html><body>no</body>"])
 def test_a_web_page_instead_of_weights(tmp_path, content):
     (tmp_path / "model.safetensors").write_text(content)
