@@ -36,10 +36,13 @@ class Network(nn.Module):
         self.emb = nn.Embedding(15, 12)
         self.conv = nn.Conv2d(1, 3, 3, padding=1)
         self.block = Block()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
         self.fc = nn.Linear(36, 7)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.block(self.emb(tokens))  # [N, L, 12]
+        for layer in self.layers:
+            x = layer(x)
         y = self.conv(x[:, None]).movedim(1, -1).flatten(2)  # [N, L, 36]
         z: Tensor = self.fc(y)
         return z
@@ -88,6 +91,14 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "other modules": [
         {"r": 2, "target_modules": ["emb", "fc"]},
         {"r": 3, "target_modules": ["conv", "out"]},
+    ],
+    "some layers": [
+        {"r": 2, "target_modules": ["fc"], "layers_to_transform": [0], "layers_pattern": "layers"},
+        {"r": 3, "target_modules": ["out"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ],
+    "rsLoRA": [
+        {"r": 2, "target_modules": ["fc"], "use_rslora": True},
+        {"r": 3, "target_modules": ["fc"], "use_rslora": True},
     ],
     "by an expression": [
         {"r": 2, "target_modules": r"block\.fc"},
