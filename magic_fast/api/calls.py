@@ -82,17 +82,20 @@ def resolve(
     method: str,
     given: Mapping[str, Any],
     num_experts: int,
-    calibrate: str | WeightCalibration | Mapping[str, Any] | None,
-    preset: str | None,
-    backend: str | None,
-    nonfinite: str,
-    row_axis: int | tuple[int, ...] | None,
-    masks: Masks | None,
-    name: str,
-    seed: int | None,
-    compat: str | None,
-    details: bool,
+    *,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    backend: str | None = None,
+    nonfinite: str = "error",
+    row_axis: int | tuple[int, ...] | None = None,
+    masks: Masks | None = None,
+    name: str = "",
+    seed: int | None = None,
+    compat: str | None = None,
+    details: bool = False,
 ) -> Call:
+    """Names and values of a call, checked: the arguments of :func:`magic_fast.merge` by their
+    names, the method's own parameters as ``given``."""
     preset = preset or "default"
     arguments = resolve_arguments(method, given, num_experts, preset)
     calibration = as_calibration(calibrate)

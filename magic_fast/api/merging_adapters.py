@@ -103,8 +103,8 @@ def merge_adapters(
     _refuse_values(rank, on, dtype, masks, len(adapters))
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     call = resolve(
-        method, given, len(adapters), calibrate, preset, backend, "error", None, masks, "", seed,
-        None, False,
+        method, given, len(adapters), calibrate=calibrate, preset=preset, backend=backend,
+        masks=masks, seed=seed,
     )  # fmt: skip
     if call.over_model:
         way = "Pass scope='tensor'" if "scope" in call.arguments else "Choose another preset"

@@ -97,16 +97,13 @@ def merge_into(
         method,
         {"weights": numbers_of(weights), "scale": scale, **method_params},
         len(models),
-        calibrate,
-        preset,
-        backend,
-        nonfinite,
-        row_axis,
-        None,
-        "",
-        seed,
-        compat,
-        False,
+        calibrate=calibrate,
+        preset=preset,
+        backend=backend,
+        nonfinite=nonfinite,
+        row_axis=row_axis,
+        seed=seed,
+        compat=compat,
     )
     check_calibration(call, base is not None)
     call.model_type = model_type_of(model)

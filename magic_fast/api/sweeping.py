@@ -123,9 +123,18 @@ def _call(
     if isinstance(weights, Tensor):
         own["weights"] = weights.tolist()
     return resolve(
-        method, own, num_experts, calibrate, preset, backend, nonfinite, row_axis, None, name,
-        seed, compat, False,
-    )  # fmt: skip
+        method,
+        own,
+        num_experts,
+        calibrate=calibrate,
+        preset=preset,
+        backend=backend,
+        nonfinite=nonfinite,
+        row_axis=row_axis,
+        name=name,
+        seed=seed,
+        compat=compat,
+    )
 
 
 def _jobs(table: Named, call: Call, has_base: bool, out: dict[str, Tensor]) -> list[Job]:
