@@ -29,16 +29,47 @@ struct Loaded {
   Eight base, expert[K], merged;
 };
 
+// The dtype of all K experts, or -1.
+template <int K>
+MF_DEVICE int common_dtype(const Job& job) {
+  int dtype = job.dtype(0);
+  MF_UNROLL for (int k = 1; k < K; ++k) dtype = job.dtype(k) == dtype ? dtype : -1;
+  return dtype;
+}
+
+template <int K>
+MF_DEVICE void widen_all(const Raw (&raw)[K], int dtype, Loaded<K>* x) {
+  MF_UNROLL for (int k = 0; k < K; ++k) widen(raw[k], dtype, &x->expert[k]);
+}
+
+// What is the same for all elements and experts (whole vectors, one dtype) is asked once, not once
+// for each: a branch costs two warps a scheduler more than the arithmetic behind it.
 template <int K>
 MF_DEVICE void load_all(const Job& job, const Place& p, Loaded<K>* x) {
   Raw raw[K], base, merged;
-  MF_UNROLL for (int k = 0; k < K; ++k) load_raw<true>(job.expert(k), job.dtype(k), p, &raw[k]);
-  if (job.base) load_raw<false>(job.base, job.all->base_dtype, p, &base);
-  if (job.all->rule.merged) load_raw<true>(job.all->merged, job.all->merged_dtype, p, &merged);
-  MF_UNROLL for (int k = 0; k < K; ++k) widen(raw[k], job.dtype(k), &x->expert[k]);
-  if (job.all->rule.merged) widen(merged, job.all->merged_dtype, &x->merged);
+  const mf_gpu_job& all = *job.all;
+  if (p.whole) {
+    MF_UNROLL for (int k = 0; k < K; ++k) load_whole<true>(job.expert(k), job.dtype(k), p, &raw[k]);
+    if (job.base) load_whole<false>(job.base, all.base_dtype, p, &base);
+    if (all.rule.merged) load_whole<true>(all.merged, all.merged_dtype, p, &merged);
+  } else {
+    MF_UNROLL for (int k = 0; k < K; ++k) load_parts(job.expert(k), job.dtype(k), p, &raw[k]);
+    if (job.base) load_parts(job.base, all.base_dtype, p, &base);
+    if (all.rule.merged) load_parts(all.merged, all.merged_dtype, p, &merged);
+  }
+  const int dtype = common_dtype<K>(job);
+  if (dtype == MF_BF16) {
+    widen_all<K>(raw, MF_BF16, x);
+  } else if (dtype == MF_F16) {
+    widen_all<K>(raw, MF_F16, x);
+  } else if (dtype == MF_F32) {
+    widen_all<K>(raw, MF_F32, x);
+  } else {
+    MF_UNROLL for (int k = 0; k < K; ++k) widen(raw[k], job.dtype(k), &x->expert[k]);
+  }
+  if (all.rule.merged) widen(merged, all.merged_dtype, &x->merged);
   if (job.base) {
-    widen(base, job.all->base_dtype, &x->base);
+    widen(base, all.base_dtype, &x->base);
   } else {
     MF_UNROLL for (int e = 0; e < kVec; ++e) x->base.v[e] = 0;
   }
@@ -51,46 +82,63 @@ MF_DEVICE void load_all(const Job& job, const Place& p, Loaded<K>* x) {
 template <int K, bool TRIM, bool NOTES, class Sink>
 MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d, Seen<K>* seen,
                           Sink sink) {
+  const mf_gpu_rule& rule = job.all->rule;
   Keep keep[K];
-  float factor[K], weight[K], divisor = 0;
+  float factor[K], weight[K];
+  if (job.base) {
+    MF_UNROLL for (int k = 0; k < K; ++k) MF_UNROLL for (int e = 0; e < kVec; ++e) x->expert[k]
+        .v[e] -= x->base.v[e];
+  }
   MF_UNROLL for (int k = 0; k < K; ++k) {
-    MF_UNROLL for (int e = 0; e < kVec; ++e) x->expert[k].v[e] =
-        less_base(job, x->expert[k].v[e], x->base.v[e]);
     if (TRIM) keep[k] = keep_of(job, k, p, x->expert[k]);
     factor[k] = TRIM ? number(job, kFactor, k) : 1.0f, weight[k] = number(job, kWeight, k);
-    divisor += job.all->rule.reduce == MF_MEAN ? 1.0f : weight[k];
   }
-  const float scale = scale_of(job);
-  const float at_zero =
-      zero_elects(job.all->rule.zero_vote, job.all->rule.reduce, majority_of(job));
-  const bool votes = job.all->rule.vote != MF_VOTE_NONE;
-  MF_UNROLL for (int e = 0; e < kVec; ++e) {
-    float tau[K], v[K], total = 0;
-    MF_UNROLL for (int k = 0; k < K; ++k) {
-      tau[k] = x->expert[k].v[e];
-      if (NOTES && TRIM) seen->note(tau[k]);
-      float y = tau[k];
-      if (TRIM) {
-        const bool in = stays(keep[k], y, e);
-        seen->kept[k] += in && e < p.count ? 1 : 0;
-        y = (in ? y : 0.0f) * factor[k];
+  if (NOTES && TRIM) {
+    MF_UNROLL for (int k = 0; k < K; ++k) MF_UNROLL for (int e = 0; e < kVec; ++e)
+        seen->note(x->expert[k].v[e]);
+  }
+  if (rule.merged) {
+    MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] = x->merged.v[e];
+    if (job.base) {
+      MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] -= x->base.v[e];
+    }
+  } else {
+    const bool votes = rule.vote != MF_VOTE_NONE, divides = rule.reduce != MF_SUM;
+    const float at_zero = zero_elects(rule.zero_vote, rule.reduce, majority_of(job));
+    const float scale = scale_of(job);
+    float divisor = 0;
+    MF_UNROLL for (int k = 0; k < K; ++k) divisor += rule.reduce == MF_MEAN ? 1.0f : weight[k];
+    MF_UNROLL for (int e = 0; e < kVec; ++e) {
+      float v[K], total = 0;
+      MF_UNROLL for (int k = 0; k < K; ++k) {
+        float y = x->expert[k].v[e];
+        if (TRIM) {
+          const bool in = stays(keep[k], y, e);
+          seen->kept[k] += in && e < p.count ? 1 : 0;
+          y = (in ? y : 0.0f) * factor[k];
+        }
+        v[k] = y * weight[k];
+        total += v[k];
       }
-      v[k] = y * weight[k];
-      total += v[k];
+      if (votes) {
+        const float elected = elected_sign(total, at_zero);
+        float count = 0;
+        total = 0;
+        MF_UNROLL for (int k = 0; k < K; ++k) {
+          const bool in = contributes(MF_AGREEING, v[k], elected);
+          total += in ? v[k] : 0.0f;
+          count += in ? (rule.reduce == MF_MEAN ? 1.0f : weight[k]) : 0.0f;
+        }
+        total = divided(rule.reduce, MF_VOTE_MASS, total, count);
+      } else if (divides) {
+        total = divided(rule.reduce, MF_VOTE_NONE, total, divisor);
+      }
+      d->v[e] = total * scale;
     }
-    if (job.all->rule.merged) {
-      total = less_base(job, x->merged.v[e], x->base.v[e]);
-    } else if (!votes) {
-      total = divided(job.all->rule.reduce, MF_VOTE_NONE, total, divisor);
-    } else {
-      const float elected = elected_sign(total, at_zero);
-      Reduced r = nothing_reduced();
-      MF_UNROLL for (int k = 0; k < K; ++k)
-          reduce_one(job.all->rule.reduce, MF_VOTE_MASS, contributes(MF_AGREEING, v[k], elected),
-                     v[k], weight[k], &r);
-      total = divided(job.all->rule.reduce, MF_VOTE_MASS, r.total, r.count);
-    }
-    d->v[e] = job.all->rule.merged ? total : total * scale;
+  }
+  MF_UNROLL for (int e = 0; e < kVec; ++e) {
+    float tau[K];
+    MF_UNROLL for (int k = 0; k < K; ++k) tau[k] = x->expert[k].v[e];
     if (NOTES) seen->note(d->v[e]);
     sink(e, tau, d->v[e]);
   }

@@ -97,20 +97,29 @@ MF_DEVICE Word4 load_word(const void* p) {
   return STREAMING ? load_streaming(p) : load_kept(p);
 }
 
+MF_DEVICE void load_parts(const void* data, int dtype, const Place& p, Raw* raw) {
+  const bool wide = dtype == MF_F32;
+  raw->first = load_slowly(data, wide, p.at, p.count);
+  if (wide) raw->second = load_slowly(data, wide, p.at + 4, p.count - 4);
+}
+
 template <bool STREAMING>
-MF_DEVICE void load_raw(const void* data, int dtype, const Place& p, Raw* raw) {
-  if (!p.whole) {
-    const bool wide = dtype == MF_F32;
-    raw->first = load_slowly(data, wide, p.at, p.count);
-    if (wide) raw->second = load_slowly(data, wide, p.at + 4, p.count - 4);
-    return;
-  }
+MF_DEVICE void load_whole(const void* data, int dtype, const Place& p, Raw* raw) {
   if (dtype == MF_F32) {
     const float* from = (const float*)data + p.at;
     raw->first = load_word<STREAMING>(from);
     raw->second = load_word<STREAMING>(from + 4);
   } else {
     raw->first = load_word<STREAMING>((const uint16_t*)data + p.at);
+  }
+}
+
+template <bool STREAMING>
+MF_DEVICE void load_raw(const void* data, int dtype, const Place& p, Raw* raw) {
+  if (p.whole) {
+    load_whole<STREAMING>(data, dtype, p, raw);
+  } else {
+    load_parts(data, dtype, p, raw);
   }
 }
 

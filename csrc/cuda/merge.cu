@@ -63,9 +63,10 @@ MF_DEVICE void each_vector(const mf_gpu_job& all, const Shape& shape, Begin begi
 }
 
 template <int K, bool TRIM>
-MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 5
-                              : K <= 4 ? 3
-                                       : 2)
+MF_KERNEL MF_BOUNDS(kThreads, K + TRIM <= 2 ? 5
+                              : K <= 2      ? 4
+                              : K <= 4      ? 3
+                                            : 2)
     merge_fast(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTANT Shape shape) {
   __shared__ int32_t stayed[MF_GPU_MOST_EXPERTS];
   Seen<K> seen;

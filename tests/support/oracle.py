@@ -54,8 +54,8 @@ def _plain_rows(
         (t @ t.transpose(1, 2)).double(),
         (t @ d.unsqueeze(-1)).squeeze(-1).double(),
         d.square().sum(-1).double(),
-        None if p == 2 else wsc._power_sums(t, p).double(),
-        None if p == 2 else wsc._power_sums(d, p).double(),
+        None if p == 2 else wsc.power_sums(t, p).double(),
+        None if p == 2 else wsc.power_sums(d, p).double(),
     )
     raw = wsc.coefficient(stats, calibration)
     return raw, wsc.act(raw, calibration, usable=usable)[0]
