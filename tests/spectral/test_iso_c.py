@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import magic_fast as mf
+from magic_fast.reference import spectral
 from magic_fast.reference.spectral import rank_cutoff
 from spectral.spectra import distance, geometric, matrix
 
@@ -30,6 +31,17 @@ def experts_of(total: Tensor, count: int = 4) -> list[Tensor]:
     ]
     rest: Tensor = total - torch.stack(own).double().sum(0)
     return [*own, rest.float()]
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (600, 700), (3, 2**18), (700, 600)], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=str)
+def test_the_sum_piece_by_piece(shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    g = torch.Generator().manual_seed(1)
+    taus = [torch.randn(shape, generator=g) for _ in range(3)]
+    if shape == (700, 600):
+        taus[1] = taus[1].T.contiguous().T
+    a, b, c = (tau.to(dtype or torch.float32) for tau in taus)
+    assert torch.equal(spectral.total(taus, dtype), a + b + c)
 
 
 def exact(taus: Sequence[Tensor]) -> Tensor:

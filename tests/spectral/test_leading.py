@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magic_fast.spectral import leading
+from magic_fast.spectral import leading, leading_triples
 from magic_fast.spectral.leading_triples import MAX_ERROR, error_bound
 from spectral.spectra import distance, geometric, matrix
 
@@ -69,6 +69,38 @@ def test_hardly_a_gap(
     best = (u0[:, :count] * s0[:count]) @ vh0[:count]
     assert distance(product(leading(x, count)), best) <= MAX_ERROR
     assert not caplog.records
+
+
+def test_filters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tail below strong directions, which rounding of the Gram matrix would hide (λ₁/λ₈₀ is
+    5000), and no gap: the iteration ends by itself, and in float64 where float32 stalls."""
+    monkeypatch.setattr(leading_triples, "_eigenvectors", lambda *_: pytest.fail("not by itself"))
+    dtypes = []
+    ritz = leading_triples._rayleigh_ritz
+    monkeypatch.setattr(
+        leading_triples, "_rayleigh_ritz", lambda x, q: dtypes.append(x.dtype) or ritz(x, q)
+    )
+    count, shape = 80, (500, 700)
+    for gap, expected in ((5e-4, {torch.float32}), (1e-5, {torch.float32, torch.float64})):
+        dtypes.clear()
+        kept = torch.arange(1, count + 1, dtype=torch.float64).pow(-0.97)
+        rest = kept[-1] * (1 - gap) * torch.linspace(1, 0.1, shape[0] - count).pow(2)
+        x = matrix(shape, torch.cat([kept, rest.double()]))
+        u0, s0, vh0 = torch.linalg.svd(x.double(), full_matrices=False)
+        best = (u0[:, :count] * s0[:count]) @ vh0[:count]
+        assert distance(product(leading(x, count)), best) <= MAX_ERROR
+        assert set(dtypes) == expected
+
+
+def test_slow_convergence_is_left_to_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal singular values: no filter tells them apart, and none is tried for long."""
+    rounds = []
+    ritz = leading_triples._rayleigh_ritz
+    monkeypatch.setattr(
+        leading_triples, "_rayleigh_ritz", lambda x, q: rounds.append(1) or ritz(x, q)
+    )
+    leading(SPECTRA["equal"]((200, 320)), 24)
+    assert len(rounds) == 1
 
 
 def test_no_direction_is_made_up() -> None:
