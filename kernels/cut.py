@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .load import load_base, load_tau, magnitude_bits, positions, room
+from .keys import load_key
+from .load import load_base, positions, room
 from .select import EQUAL, HEAVIES, HEAVY, NEEDED, THRESHOLD, WIDTH
 
 # Tie rules.
@@ -28,9 +29,9 @@ def _uncounted(state, t):
 
 @triton.jit
 def count_equals(
-    base, experts, state, equals, n, chunks,
-    TARGETS: tl.constexpr, OWNERS: tl.constexpr, RULES: tl.constexpr, HAS_BASE: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
+    base, experts, integers, state, equals, n, chunks,
+    K: tl.constexpr, TARGETS: tl.constexpr, OWNERS: tl.constexpr, RULES: tl.constexpr,
+    HAS_BASE: tl.constexpr, KEY: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Entries equal to the threshold, per segment, into ``equals[segment, t, 0]`` (see ``scan``),
     for the targets that need it."""
@@ -45,7 +46,7 @@ def count_equals(
                 at = start + position
                 inside = position < room(n, start, LANES * VEC)
                 b = load_base(base, at, inside, HAS_BASE)
-                bits = magnitude_bits(load_tau(experts[OWNERS[t]], at, inside, b, HAS_BASE))
+                bits = load_key(experts, at, inside, b, integers, OWNERS[t], K, HAS_BASE, KEY)
                 same += tl.sum((inside & (bits == threshold)).to(tl.int32), axis=1)
             tl.store(equals + (segment * TARGETS + t) * HEAVIES, tl.sum(same, axis=0))
 
@@ -72,8 +73,10 @@ def _segment_of(equals, stride, column, segments, needed, BLOCK: tl.constexpr):
 
 @triton.jit
 def _index_of(
-    base, expert, threshold, segment, left, n, length, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr
-):
+    base, experts, integers, threshold, segment, left, n, length,
+    OWNER: tl.constexpr, K: tl.constexpr, HAS_BASE: tl.constexpr, KEY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Flat index of the ``left``-th entry equal to ``threshold`` of a segment."""
     index = tl.full([], 0, tl.int64)
     passed = tl.full([], 0, tl.int64)
@@ -83,7 +86,7 @@ def _index_of(
             at = segment * length + place
             inside = (place < length) & (at < n)
             b = load_base(base, at, inside, HAS_BASE)
-            bits = magnitude_bits(load_tau(expert, at, inside, b, HAS_BASE))
+            bits = load_key(experts, at, inside, b, integers, OWNER, K, HAS_BASE, KEY)
             hit = (inside & (bits == threshold)).to(tl.int64)
             running = passed + tl.cumsum(hit, axis=0)
             mine = (hit > 0) & (running == left)
@@ -96,7 +99,7 @@ def _index_of(
 def find_cuts(
     base, experts, state, equals, integers, n, segments, length,
     K: tl.constexpr, TARGETS: tl.constexpr, OWNERS: tl.constexpr, TOPS: tl.constexpr,
-    RULES: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr,
+    RULES: tl.constexpr, HAS_BASE: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(threshold bits, tie cut) of one target a program into ``integers``; grid (TARGETS,).
 
@@ -118,8 +121,8 @@ def find_cuts(
                         equals, TARGETS * HEAVIES, column, segments, needed, BLOCK
                     )
                     cut = 1 + _index_of(
-                        base, experts[OWNERS[t]], threshold.to(tl.int32), segment, left, n, length,
-                        HAS_BASE, BLOCK,
+                        base, experts, integers, threshold.to(tl.int32), segment, left, n, length,
+                        OWNERS[t], K, HAS_BASE, KEY, BLOCK,
                     )  # fmt: skip
             to = integers + 2 * TOPS[t] * K + OWNERS[t]
             tl.store(to, threshold)

@@ -5,10 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .compete import competed
+from .keys import variance
 from .load import load_taus, widened
 from .trim import keep_mask
 from .vote import finish_delta, reduce_values
-from .words import FACTOR, FACTORED, KEEP_ALL, MERGED, UNWEIGHTED, WEIGHT, WEIGHTED
+from .words import (
+    ABOVE,
+    FACTOR,
+    FACTORED,
+    KEEP_ALL,
+    MERGED,
+    SCORED,
+    UNWEIGHTED,
+    VARIED,
+    WEIGHT,
+    WEIGHTED,
+)
 
 
 @triton.jit
@@ -24,10 +37,16 @@ def trimmed_values(
         x = taus[k]
         keep = inside
         if KINDS[k] != KEEP_ALL:
-            keep = keep_mask(
-                x, k, masks[k], integers, at, inside, position, flat,
-                K, KINDS[k], ALIGNED, LANES, VEC,
-            )  # fmt: skip
+            if KINDS[k] == VARIED:
+                keep = keep_mask(
+                    variance(taus, K), k, masks[k], integers, at, inside, position, flat,
+                    K, ABOVE, ALIGNED, LANES, VEC,
+                )  # fmt: skip
+            else:
+                keep = keep_mask(
+                    x, k, masks[k], integers, at, inside, position, flat,
+                    K, KINDS[k], ALIGNED, LANES, VEC,
+                )  # fmt: skip
             x = tl.where(keep, x, 0.0)
         if RULE[FACTORED]:
             x = x * tl.load(numbers + FACTOR * K + k)
@@ -60,6 +79,9 @@ def block_delta(
             taus, masks, integers, numbers, at, inside, position, flat,
             K, KINDS, RULE, ALIGNED, LANES, VEC,
         )  # fmt: skip
-        total = reduce_values(values, integers, numbers, K, RULE)
+        if RULE[SCORED]:
+            total = competed(taus, integers, numbers, K)
+        else:
+            total = reduce_values(values, integers, numbers, K, RULE)
         d = finish_delta(total, taus, task_masks, numbers, at, inside, K, RULE)
     return d, taus, kept

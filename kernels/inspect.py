@@ -26,9 +26,16 @@ from triton.compiler import ASTSource
 
 from . import cut, launch, merge, norms, ranked, rows, select, sums, table
 
-_SUM = (0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0)
-_TIES = (1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0)  # mass on weighted values, weighted mean, a scale
-_DARE = (1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0)  # ÷ density, mass, sum
+_SUM = (0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+#: Trim of every expert, and RULE. TIES, SCE: mass, weighted mean; DARE: ÷ density, mass, sum.
+_RECIPES = {
+    "sum": (0, _SUM),
+    "ties": (1, (1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0)),
+    "dare_ties": (3, (1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0)),
+    "sce": (5, (1, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0)),
+    "ramplus_tl": (1, (0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0)),
+    "pcb": (0, (0, 0, 2, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1)),
+}
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 #: columns of the row that the fused kernel is compiled for
 COLS = 8192
@@ -75,9 +82,8 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
     }  # fmt: skip
     plain = {"K": k, "HAS_BASE": True, "ALIGNED": True, **lanes}
     recipes = {
-        "sum": {"KINDS": (0,) * k, "RULE": _SUM, "WORDS": 0},
-        "ties": {"KINDS": (1,) * k, "RULE": _TIES, "WORDS": (k + 1) // 2},
-        "dare_ties": {"KINDS": (3,) * k, "RULE": _DARE, "WORDS": (k + 1) // 2},
+        word: {"KINDS": (kind,) * k, "RULE": rule, "WORDS": (k + 1) // 2 if kind else 0}
+        for word, (kind, rule) in _RECIPES.items()
     }
     for word, recipe in recipes.items():
         block = launch.block_shape(k, size, word != "sum")
@@ -85,7 +91,7 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
             f"merge_blocks {word}", merge.merge_blocks, {**common, "factors": "*fp32"},
             {**plain, **recipe, "FACTORS": False, "KEEPS": False, "VEC": block.vec}, block.warps, k,
         )  # fmt: skip
-        of_row = launch.row_shape(k, size, COLS, word != "sum")
+        of_row = launch.row_shape(k, size, COLS, word != "sum", word == "pcb")
         if of_row is None:
             continue
         kernel = rows.merge_rows if of_row.kept else rows.merge_rows_scratch
@@ -131,10 +137,14 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
         {**plain, **recipes["sum"], "DTYPES": (_dtype(dtype),) * (k + 2), "WIDE": True},
         shape.warps, k,
     )  # fmt: skip
-    yield from _selecting(k, p, shape, many)
+    yield from _selecting(k, dtype, shape)
     yield Case(
         "norm_sums", norms.norm_sums, {**common, "partial": "*fp64"},
         {**plain, **recipes["ties"], "RULE": _SUM, "P": 1}, shape.warps, k,
+    )  # fmt: skip
+    yield Case(
+        "held_counts", norms.held_counts, {**common, "partial": "*i32"},
+        {**plain, **recipes["ramplus_tl"]}, shape.warps, k,
     )  # fmt: skip
     yield Case(
         "vote_sums", norms.vote_sums, {**common, "partial": "*i32"},
@@ -151,24 +161,30 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def _selecting(k: int, p: str, shape: launch.Shape, many: tuple[str, ...]) -> Iterator[Case]:
+def _selecting(k: int, dtype: str, shape: launch.Shape) -> Iterator[Case]:
+    p = f"*{dtype}"
     types = {
-        "base": p, "experts": many, "sample": "*i32", "sorted_sample": "*i32", "places": "*i64",
+        "base": p, "experts": (p,) * k, "sample": "*i32", "sorted_sample": "*i32", "places": "*i64",
         "state": "*i64", "heavy": "*i32", "owners": "*i64", "bins": "*i32", "above": "*i64",
         "equals": "*i32", "counts": "*i64", "integers": "*i64",
     }  # fmt: skip
-    targets = {"TARGETS": k, "OWNERS": tuple(range(k)), "HAS_BASE": True}
+    keyed = {"K": k, "HAS_BASE": True, "KEY": 0}
+    targets = {**keyed, "TARGETS": k, "OWNERS": tuple(range(k))}
     lanes = {"LANES": shape.lanes, "VEC": shape.vec}
     rules = {"RULES": (0,) * k}
+    varied = {**targets, "TARGETS": 1, "OWNERS": (0,), "KEY": 1}
+    scored = {**targets, "TARGETS": 2 * k, "OWNERS": tuple(i // 2 for i in range(2 * k)), "KEY": 2}
+    fewer = {**lanes, "VEC": launch.vector(2 * k, _SIZES[dtype]), "LOG_BINS": 16}
     for name, kernel, constexprs, warps in (
-        ("sample_magnitudes", select.sample_magnitudes,
-         {"K": k, "HAS_BASE": True, "RUNS": 64, "RUN": 16}, 4),
+        ("sample_keys", select.sample_keys, {**keyed, "WIDTH_OF": k, "RUNS": 64, "RUN": 16}, 4),
         ("open_brackets", select.open_brackets, {"TARGETS": k, "LOG_BINS": 16}, 4),
         ("scan", select.scan, {**targets, "LOG_BINS": 16, **lanes}, shape.warps),
+        ("scan variance", select.scan, {**varied, **fewer}, shape.warps),
+        ("scan score", select.scan, {**scored, **fewer}, shape.warps),
         ("locate", select.locate, {"TARGETS": k, "LOG_BINS": 16, "BLOCK": 4096}, 8),
         ("count_equals", cut.count_equals, {**targets, **rules, **lanes}, shape.warps),
         ("find_cuts", cut.find_cuts,
-         {**targets, **rules, "K": k, "TOPS": (0,) * k, "BLOCK": 1024}, shape.warps),
+         {**targets, **rules, "TOPS": (0,) * k, "BLOCK": 1024}, shape.warps),
     ):  # fmt: skip
         yield Case(name, kernel, types, constexprs, warps, k)
 

@@ -83,21 +83,24 @@ class RowShape(Shape):
     kept: bool
 
 
-def row_shape(num_experts: int, widest: int, cols: int, trims: bool = False) -> RowShape | None:
+def row_shape(
+    num_experts: int, widest: int, cols: int, trims: bool = False, scored: bool = False
+) -> RowShape | None:
     """A program that calibrates a row, or None where the row (or K) is too long for one.
 
     A thread has one accumulator a pair of vectors (45 for K = 8), the K task vectors of one chunk
     and, where they are kept, d and the base of all chunks. From K = 5 on, or four chunks, these do
     not fit 255 registers: d waits in a scratch row of the program, which stays in the L2 cache
     (two programs of 4 warps on each of 132 multiprocessors: 9 MB for rows of 8192). The finish of
-    a row costs a warp some 2000 instructions, so fewer warps are better.
+    a row costs a warp some 2000 instructions, so fewer warps are better. Scores (PCB) leave no room
+    for a row beside them either.
     """
     if num_experts > FUSED_EXPERTS or cols > MOST_COLS:
         return None
     vec = vector(num_experts, widest, trims)
     for warps in (WARPS, 2 * WARPS, 4 * WARPS):
         chunks = -(-cols // (32 * warps * vec))
-        if chunks * vec <= KEPT_ELEMENTS and num_experts <= KEPT_EXPERTS:
+        if chunks * vec <= KEPT_ELEMENTS and num_experts <= KEPT_EXPERTS and not scored:
             return RowShape(32 * warps, vec, warps, chunks, True)
     return RowShape(32 * WARPS, vec, WARPS, -(-cols // (32 * WARPS * vec)), False)
 

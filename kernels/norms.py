@@ -1,4 +1,5 @@
-"""Sums over a whole tensor that a merge needs first: norms before and after the trim, and votes."""
+"""Sums over a whole tensor that a merge needs first: norms before and after the trim, votes, and
+who holds what alone."""
 
 from __future__ import annotations
 
@@ -90,3 +91,34 @@ def vote_sums(
     s = tally(values, K, RULE)
     signs = (s > 0).to(tl.int32) - (s < 0).to(tl.int32)
     tl.store(partial + program, tl.sum(tl.sum(signs, axis=1), axis=0))
+
+
+@triton.jit
+def held_counts(
+    base, experts, masks, integers, numbers, partial, n, offset,
+    K: tl.constexpr, HAS_BASE: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr,
+    ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """int32 [programs, K, 2]: entries of one block a program that an expert holds alone, and with
+    others, after the trim."""
+    program = tl.program_id(0).to(tl.int64)
+    position = positions(LANES, VEC)
+    start = program * (LANES * VEC)
+    at = start + position
+    inside = position < room(n, start, LANES * VEC)
+    b = load_base(base, at, inside, HAS_BASE)
+    taus = load_taus(experts, at, inside, b, K, HAS_BASE)
+    values, _ = trimmed_values(
+        taus, masks, integers, numbers, at, inside, position, start + offset,
+        K, KINDS, RULE, ALIGNED, LANES, VEC,
+    )  # fmt: skip
+    holders = tl.zeros(at.shape, tl.int32)
+    for k in tl.static_range(K):
+        holders = holders + (values[k] != 0).to(tl.int32)
+    for k in tl.static_range(K):
+        holds = values[k] != 0
+        alone = (holds & (holders == 1)).to(tl.int32)
+        shared = (holds & (holders > 1)).to(tl.int32)
+        to = partial + (program * K + k) * 2
+        tl.store(to, tl.sum(tl.sum(alone, axis=1), axis=0))
+        tl.store(to + 1, tl.sum(tl.sum(shared, axis=1), axis=0))

@@ -1,6 +1,7 @@
 """Exact k-th magnitudes and tie cuts of K experts, without a sort and without asking the host.
 
-A target is one threshold: the ``count``-th largest |τ| of one expert (a band has two targets). Its
+A target is one threshold: the ``count``-th largest |τ| of one expert (a band has two targets), or
+the count-th largest of what else ``keys.py`` compares. Its
 ``state``, int64 [targets, 8] on the device, goes through
 
     sample → bracket → scan, locate → scan, locate → … → count_equals → find_cut
@@ -19,7 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .load import load_base, load_tau, magnitude_bits, positions, room
+from .keys import MAGNITUDE, keys_together, load_key
+from .load import load_base, positions, room
 from .rowstats import columns
 
 # Columns of `state`.
@@ -47,12 +49,13 @@ def _shift_for(low, high, LOG_BINS: tl.constexpr):
 
 
 @triton.jit
-def sample_magnitudes(
-    base, experts, sample, n, stride, runs,
-    K: tl.constexpr, HAS_BASE: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
+def sample_keys(
+    base, experts, integers, sample, n, stride, runs,
+    K: tl.constexpr, HAS_BASE: tl.constexpr, KEY: tl.constexpr, WIDTH_OF: tl.constexpr,
+    RUNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """int32 [K, runs · RUN]: magnitudes in short runs at mixed places, one run every ``stride``;
-    grid (⌈runs / RUNS⌉,). ``runs · RUN`` ≤ n."""
+    """int32 [WIDTH_OF, runs · RUN]: keys in short runs at mixed places, one run every ``stride``;
+    grid (⌈runs / RUNS⌉,). ``runs · RUN`` ≤ n. WIDTH_OF: K, or 1 where the experts have one key."""
     run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS).to(tl.int64)
     # a multiplicative hash: sample places must not share a period with the rows
     mixed = ((run * 40503) >> 3) % tl.maximum(stride - RUN + 1, 1)
@@ -61,8 +64,8 @@ def sample_magnitudes(
     to = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     inside = to < runs * RUN
     b = load_base(base, at, inside, HAS_BASE)
-    for k in tl.static_range(K):
-        bits = magnitude_bits(load_tau(experts[k], at, inside, b, HAS_BASE))
+    for k in tl.static_range(WIDTH_OF):
+        bits = load_key(experts, at, inside, b, integers, k, K, HAS_BASE, KEY)
         tl.store(sample + k * runs * RUN + to, bits, mask=inside)
 
 
@@ -123,9 +126,9 @@ def _scan_block(bits, low, high, shift, first_heavy, second_heavy, bins, LOG_BIN
 
 @triton.jit
 def scan(
-    base, experts, state, heavy, bins, above, equals, n, chunks,
-    TARGETS: tl.constexpr, OWNERS: tl.constexpr, HAS_BASE: tl.constexpr,
-    LOG_BINS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    base, experts, integers, state, heavy, bins, above, equals, n, chunks,
+    K: tl.constexpr, TARGETS: tl.constexpr, OWNERS: tl.constexpr, HAS_BASE: tl.constexpr,
+    KEY: tl.constexpr, LOG_BINS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """One pass over all experts; a program takes one segment of ``chunks`` blocks.
 
@@ -149,12 +152,17 @@ def scan(
                 at = start + position
                 inside = position < room(n, start, LANES * VEC)
                 b = load_base(base, at, inside, HAS_BASE)
+                if KEY != MAGNITUDE:
+                    keys = keys_together(experts, at, inside, b, integers, K, HAS_BASE, KEY)
                 more = ()
                 for t in tl.static_range(TARGETS):
                     row = state + t * WIDTH
                     asked = inside & (tl.load(row + DONE) == 0)
-                    tau = load_tau(experts[OWNERS[t]], at, asked, b, HAS_BASE)
-                    bits = tl.where(asked, magnitude_bits(tau), -1)
+                    if KEY == MAGNITUDE:
+                        key = load_key(experts, at, asked, b, integers, OWNERS[t], K, HAS_BASE, KEY)
+                    else:
+                        key = keys[OWNERS[t]]
+                    bits = tl.where(asked, key, -1)
                     word = _scan_block(
                         bits,
                         tl.load(row + BRACKET_LOW).to(tl.int32),

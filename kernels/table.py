@@ -43,7 +43,7 @@ def merge_table(
     Args:
         table: int64 [jobs, K + 4]: addresses of base, out and K experts, elements, offset.
         block_job, block_start: int64 [programs]: which tensor, and which of its blocks.
-        integers, numbers: one set a job, [jobs, 6 K + 2] and [jobs, 3 K + 3].
+        integers, numbers: one set a job, [jobs, 6 K + 2] and [jobs, 6 K + 4].
         counts: int32 [programs, K]; report: int64 [jobs, K + 3].
         DTYPES: of base, out and K experts. WIDE: all addresses and sizes are multiples of 16.
     """
@@ -61,7 +61,7 @@ def merge_table(
         n = tl.multiple_of(n, 16)
     offset = tl.load(row + K + 3)
     mine = integers + job * (6 * K + 2)
-    my_numbers = numbers + job * (3 * K + 3)
+    my_numbers = numbers + job * (6 * K + 4)
     position = positions(LANES, VEC)
     inside = position < room(n, start, LANES * VEC)
     at = start + position

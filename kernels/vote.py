@@ -11,11 +11,14 @@ import triton.language as tl
 
 from .words import (
     AGREEING,
+    ALONE,
     BY_LAMBDA,
     CONSENSUS,
     EVERYBODY,
+    FLOORED,
     HOW,
     LAMBDA,
+    LEAST,
     LIMIT,
     LIMITED,
     MAJORITY,
@@ -28,6 +31,7 @@ from .words import (
     NONZERO,
     SCALE,
     SCALED,
+    SINGLED,
     UNWEIGHTED,
     VOTE,
     WEIGHT,
@@ -74,10 +78,13 @@ def _elect(values, integers, K: tl.constexpr, RULE: tl.constexpr):
 
 
 @triton.jit
-def _divide(total, count, RULE: tl.constexpr):
+def _divide(total, count, numbers, K: tl.constexpr, RULE: tl.constexpr):
     """total ÷ count with the rule for a count that cannot divide."""
     if RULE[HOW] == MEAN:
         divisor = tl.maximum(count, 1.0)
+    elif RULE[FLOORED]:
+        least = tl.load(numbers + SCALE * K + (LEAST - SCALE))
+        divisor = tl.where(count < least, least, count)
     elif RULE[VOTE] == NO_VOTE:
         divisor = tl.where(tl.abs(count) < 1e-8, 1.0, count)
     else:
@@ -92,6 +99,7 @@ def reduce_values(values, integers, numbers, K: tl.constexpr, RULE: tl.constexpr
     total = zeros
     count = zeros
     best = zeros - 1.0
+    own = zeros
     if RULE[VOTE] != NO_VOTE:
         elected = _elect(values, integers, K, RULE)
     for k in tl.static_range(K):
@@ -117,12 +125,16 @@ def reduce_values(values, integers, numbers, K: tl.constexpr, RULE: tl.constexpr
             total = total + x
         else:
             total = total + tl.where(contributes, x, 0.0)
+        if RULE[SINGLED]:
+            own = tl.where(contributes, tl.load(numbers + ALONE * K + k), own)
         if RULE[HOW] == MEAN:
             count = count + tl.where(contributes, 1.0, 0.0)
         elif RULE[HOW] == WEIGHTED_MEAN:
             count = count + tl.where(contributes, weight, 0.0)
     if RULE[HOW] == MEAN or RULE[HOW] == WEIGHTED_MEAN:
-        total = _divide(total, count, RULE)
+        total = _divide(total, count, numbers, K, RULE)
+    if RULE[SINGLED]:
+        total = tl.where(count == 1, total * own, total)
     return total
 
 
@@ -137,7 +149,7 @@ def _needed(taus, delta, task_masks, numbers, at, inside, K: tl.constexpr, RULE:
         else:
             given = tl.load(task_masks[k] + at, mask=inside, other=0)
             tasks = tasks + (given != 0).to(tl.float32)
-    return tasks >= tl.load(numbers + 3 * K + (MIN_TASKS - 3))
+    return tasks >= tl.load(numbers + SCALE * K + (MIN_TASKS - SCALE))
 
 
 @triton.jit
@@ -147,7 +159,7 @@ def finish_delta(total, taus, task_masks, numbers, at, inside, K: tl.constexpr, 
     if RULE[CONSENSUS] != NO_CONSENSUS:
         d = tl.where(_needed(taus, d, task_masks, numbers, at, inside, K, RULE), d, 0.0)
     if RULE[LIMITED]:
-        limit = tl.load(numbers + 3 * K + (LIMIT - 3))
+        limit = tl.load(numbers + SCALE * K + (LIMIT - SCALE))
         distance = tl.abs(d)
         # where(): as torch's clamp, a NaN stays one
         share = tl.div_rn(limit, tl.where(distance < 1e-6, 1e-6, distance))

@@ -10,6 +10,7 @@ ABOVE = tl.constexpr(1)  # rank by (|tau| descending, flat index ascending) at o
 BAND = tl.constexpr(2)  # ... and below another
 RANDOM = tl.constexpr(3)  # Philox word < bound
 BYTES = tl.constexpr(4)  # keep masks in memory
+VARIED = tl.constexpr(5)  # ABOVE, by the variance over the experts
 
 # Places in RULE, the tuple that says what to do with the trimmed values.
 VOTE = tl.constexpr(0)
@@ -23,6 +24,9 @@ CONSENSUS = tl.constexpr(7)
 SCALED = tl.constexpr(8)  # the scale is not 1
 MERGED = tl.constexpr(9)  # delta = merged - base: the recipe is not run
 LIMITED = tl.constexpr(10)  # large entries of delta are shortened
+SINGLED = tl.constexpr(11)  # what one expert alone holds has a factor
+FLOORED = tl.constexpr(12)  # a sum of weights has a least value
+SCORED = tl.constexpr(13)  # scores weigh each entry (PCB)
 
 # RULE[VOTE]
 NO_VOTE = tl.constexpr(0)
@@ -56,13 +60,17 @@ STREAM = tl.constexpr(4)
 BOUND = tl.constexpr(5)
 SEED = tl.constexpr(6)  # at 6 K
 MAJORITY = tl.constexpr(7)  # at 6 K + 1
-# Rows of `numbers`, float32 [3 K + 3].
+# Rows of `numbers`, float32 [6 K + 4].
 FACTOR = tl.constexpr(0)
 WEIGHT = tl.constexpr(1)
 LAMBDA = tl.constexpr(2)
-SCALE = tl.constexpr(3)  # at 3 K
-MIN_TASKS = tl.constexpr(4)  # at 3 K + 1
-LIMIT = tl.constexpr(5)  # at 3 K + 2
+ALONE = tl.constexpr(3)
+SCORE_CUT = tl.constexpr(4)
+SCORE_TOP = tl.constexpr(5)
+SCALE = tl.constexpr(6)  # at 6 K
+MIN_TASKS = tl.constexpr(7)  # at 6 K + 1
+LIMIT = tl.constexpr(8)  # at 6 K + 2
+LEAST = tl.constexpr(9)  # at 6 K + 3
 
 # Variants of the calibration that a row can finish on its own.
 MANIFOLD = tl.constexpr(0)

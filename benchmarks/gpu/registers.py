@@ -111,11 +111,18 @@ def _widest(lines: list[str], pattern: str) -> int:
 
 
 def _readable(symbol: str) -> str:
-    """merge_fast<8, true> of a mangled name: what this namespace contains needs no more."""
-    match = re.search(r"(\d+)([a-z_]+)(?:ILi(\d+)ELb([01])E)?", symbol.split("cuda", 1)[1])
+    """``merge_fast<8, trims>`` of a mangled name: what this namespace contains needs no more."""
+    arguments = r"(?:I(?:Li(\d+)E)?(?:Lb([01])E)?E)?"
+    match = re.search(r"(\d+)([a-z_]+)" + arguments, symbol.split("cuda", 1)[1])
     assert match is not None, symbol
-    name = match[2][: int(match[1])]
-    return f"{name}<{match[3]}, {'trims' if match[4] == '1' else 'plain'}>" if match[3] else name
+    name, number, flag = match[2][: int(match[1])], match[3], match[4]
+    if number and flag:
+        return f"{name}<{number}, {'trims' if flag == '1' else 'plain'}>"
+    if number:  # what a search compares
+        return f"{name}<{('magnitude', 'variance', 'score')[int(number)]}>"
+    if flag:  # d of a row
+        return f"{name}<{'stored' if flag == '1' else 'formed again'}>"
+    return name
 
 
 def table(found: list[Kernel]) -> list[str]:

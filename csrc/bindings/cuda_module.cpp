@@ -45,7 +45,7 @@ struct Job {
     if (k < 1 || k > MF_GPU_MOST_EXPERTS) throw py::value_error("experts: expected 1 to 64");
     if (dtypes.size() != k || kinds.size() != k || masks.size() != k || task_masks.size() != k)
       throw py::value_error("dtypes, kinds, masks: expected one an expert");
-    if (rule.size() != 8) throw py::value_error("rule: expected 8 words");
+    if (rule.size() != 10) throw py::value_error("rule: expected 10 words");
     job.base = pointer<void>(base), job.merged = pointer<void>(merged);
     job.out = pointer<void>(out);
     job.base_dtype = (int8_t)base_dtype, job.merged_dtype = (int8_t)merged_dtype;
@@ -60,7 +60,8 @@ struct Job {
     job.report = pointer<int64_t>(report), job.kept = pointer<int64_t>(kept);
     job.offset = offset, job.k = (int32_t)k;
     job.rule = {(int8_t)rule[0], (int8_t)rule[1], (int8_t)rule[2], (int8_t)rule[3],
-                (int8_t)rule[4], (int8_t)rule[5], (int8_t)rule[6], (int8_t)rule[7]};
+                (int8_t)rule[4], (int8_t)rule[5], (int8_t)rule[6], (int8_t)rule[7],
+                (int8_t)rule[8], (int8_t)rule[9]};
   }
 };
 
@@ -69,7 +70,7 @@ struct Search {
 
   Search(Address sample, Address state, Address heavy, Address bins, Address coarse, Address above,
          Address equals, Address places, Address counts, int64_t numel, int64_t size, int64_t runs,
-         int64_t run, int64_t segments, int64_t length, int log_bins, int scans) {
+         int64_t run, int64_t segments, int64_t length, int log_bins, int scans, int key) {
     s = {pointer<int32_t>(sample),
          pointer<int64_t>(state),
          pointer<int32_t>(heavy),
@@ -86,7 +87,8 @@ struct Search {
          segments,
          length,
          log_bins,
-         scans};
+         scans,
+         key};
   }
 };
 
@@ -157,11 +159,12 @@ PYBIND11_MODULE(MF_CUDA_MODULE, m) {
       py::arg("offset"), py::arg("rule"));
   py::class_<Search>(m, "Search")
       .def(py::init<Address, Address, Address, Address, Address, Address, Address, Address, Address,
-                    int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>(),
+                    int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int>(),
            py::kw_only(), py::arg("sample"), py::arg("state"), py::arg("heavy"), py::arg("bins"),
            py::arg("coarse"), py::arg("above"), py::arg("equals"), py::arg("places"),
            py::arg("counts"), py::arg("numel"), py::arg("size"), py::arg("runs"), py::arg("run"),
-           py::arg("segments"), py::arg("length"), py::arg("log_bins"), py::arg("scans"));
+           py::arg("segments"), py::arg("length"), py::arg("log_bins"), py::arg("scans"),
+           py::arg("key"));
   m.def("merge", &merge, py::arg("job"), py::arg("rows"), py::arg("cols"), py::arg("factors"),
         py::arg("keeps"), py::arg("processors"), py::arg("stream"));
   m.def("merge_table", &merge_table, py::arg("job"), py::arg("rows"), py::arg("block_job"),
@@ -185,6 +188,12 @@ PYBIND11_MODULE(MF_CUDA_MODULE, m) {
   });
   m.def("vote_sum", [](const Job& job, int64_t numel, Address sum, Address stream) {
     check(mf_cuda_vote_sum(&job.job, numel, pointer<int64_t>(sum), pointer<void>(stream)));
+  });
+  m.def("held", [](const Job& job, int64_t numel, Address counts, Address stream) {
+    check(mf_cuda_held(&job.job, numel, pointer<int64_t>(counts), pointer<void>(stream)));
+  });
+  m.def("keep_varied", [](const Job& job, int64_t numel, Address mask, Address stream) {
+    check(mf_cuda_keep_varied(&job.job, numel, pointer<uint8_t>(mask), pointer<void>(stream)));
   });
   m.def("magnitudes", [](const Job& job, int64_t numel, Address bits, Address stream) {
     check(mf_cuda_magnitudes(&job.job, numel, pointer<int32_t>(bits), pointer<void>(stream)));

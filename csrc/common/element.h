@@ -36,6 +36,8 @@ MF_HD bool contributes(int contributors, float v, float elected) {
   return true;
 }
 
+// `best`: the largest magnitude so far; of a mean, the factor of what the last contributor holds
+// should it be the only one.
 struct Reduced {
   float total, count, best;
 };
@@ -61,6 +63,9 @@ MF_HD float divided(int reduce, int vote, float total, float count) {
       vote == MF_VOTE_NONE ? float_of(bits_of(count) & kAbsMask) < 1e-8f : count == 0;
   return total / (unusable ? 1.0f : count);
 }
+
+// At least `least`, if that is above 0; a NaN stays one.
+MF_HD float floored(float sum, float least) { return least > 0 && sum < least ? least : sum; }
 
 // |tau| > lambda |delta - tau|: the task needs the coordinate.
 MF_HD bool task_needs(float tau, float delta, float lambda) {

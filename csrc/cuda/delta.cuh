@@ -1,7 +1,7 @@
 // From the bytes of K experts to d = scale * delta of eight neighbouring elements.
 #pragma once
 
-#include "trim.cuh"
+#include "keys.cuh"
 
 namespace mf {
 namespace cuda {
@@ -149,6 +149,7 @@ MF_HD bool is_fast(const mf_gpu_job& job) {
   const mf_gpu_rule& r = job.rule;
   if (job.k > 8) return false;
   if (r.merged) return true;
+  if (r.scored) return false;
   if (r.consensus != MF_CONSENSUS_NONE || r.limited || r.reduce == MF_MAX || r.unweighted)
     return false;
   if (r.vote == MF_VOTE_NONE) return r.contributors == MF_ALL;
@@ -177,6 +178,69 @@ MF_DEVICE void tally(const Job& job, const Place& p, const Eight& b, Eight* s, E
   }
 }
 
+// sum_k s_k sign(tau_k) held_k / max(sum_k s_k, 1e-12), s_k the score's place between cut and top.
+MF_DEVICE void compete(const Job& job, const Place& p, const Eight& b, Eight* d, Seen<0>* seen) {
+  Eight total, shares;
+  total_of(job, p, b, &total);
+  MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] = shares.v[e] = 0;
+  for (int k = 0; k < job.k; ++k) {
+    Eight tau;
+    load_tau(job, k, p, b, &tau);
+    const float cut = number(job, kScoreCut, k), top = number(job, kScoreTop, k);
+    const float low = bound_of(job, kLow, k), high = bound_of(job, kHigh, k);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) {
+      const float x = tau.v[e];
+      seen->note(x);
+      if (!(top > cut)) continue;
+      float score = score_at(job, k, x, total.v[e]);
+      score = score < cut ? cut : score > top ? top : score;
+      const float share = (score - cut) / (top - cut);
+      d->v[e] += share * (x != 0 ? with_sign_of(held(x, low, high), x) : 0.0f);
+      shares.v[e] += share;
+    }
+  }
+  MF_UNROLL for (int e = 0; e < kVec; ++e) {
+    const float found = d->v[e] / (shares.v[e] < 1e-12f ? 1e-12f : shares.v[e]);
+    d->v[e] = total.v[e] == total.v[e] ? found : total.v[e];  // a NaN passes
+  }
+}
+
+// Vote, contributors, reduction. `stayed`: see any_delta.
+MF_DEVICE void reduce_any(const Job& job, const Place& p, const Eight& b, Eight* d, Seen<0>* seen,
+                          int32_t* stayed) {
+  const mf_gpu_rule rule = job.all->rule;
+  Eight elected;
+  tally(job, p, b, &elected, [&](int k, const Eight& tau, const Keep& keep) {
+    int n = 0;
+    MF_UNROLL for (int e = 0; e < kVec; ++e) {
+      seen->note(tau.v[e]);
+      n += e < p.count && stays(keep, tau.v[e], e) ? 1 : 0;
+    }
+    if (stayed && n && job.kind(k) != MF_GPU_ALL) add_to(stayed + k, n);
+  });
+  const float at_zero = zero_elects(rule.zero_vote, rule.reduce, majority_of(job));
+  MF_UNROLL for (int e = 0; e < kVec; ++e) elected.v[e] = elected_sign(elected.v[e], at_zero);
+  Reduced r[kVec];
+  MF_UNROLL for (int e = 0; e < kVec; ++e) r[e] = nothing_reduced();
+  for (int k = 0; k < job.k; ++k) {
+    Eight tau;
+    load_tau(job, k, p, b, &tau);
+    const Keep keep = keep_of(job, k, p, tau);
+    const float weight = number(job, kWeight, k), alone = number(job, kAlone, k);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) {
+      const float v = value_of(job, k, tau.v[e], stays(keep, tau.v[e], e));
+      const bool in = contributes(rule.contributors, v, elected.v[e]);
+      reduce_one(rule.reduce, rule.vote, in, rule.unweighted ? v * weight : v, weight, &r[e]);
+      if (in && rule.singled) r[e].best = alone;
+    }
+  }
+  const float least = least_sum_of(job);
+  MF_UNROLL for (int e = 0; e < kVec; ++e) {
+    d->v[e] = divided(rule.reduce, rule.vote, r[e].total, floored(r[e].count, least));
+    if (rule.singled && r[e].count == 1) d->v[e] *= r[e].best;
+  }
+}
+
 // Any recipe, any K: the experts are read once for the vote and again (from the caches) for what
 // follows. `stayed`: shared memory [K] that counts what the trims left, or null.
 MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* d, uint32_t* top,
@@ -198,32 +262,11 @@ MF_DEVICE void any_delta(const Job& job, const Place& p, const Eight& b, Eight* 
     return;
   }
   const mf_gpu_rule rule = job.all->rule;
-  Eight elected;
-  tally(job, p, b, &elected, [&](int k, const Eight& tau, const Keep& keep) {
-    int n = 0;
-    MF_UNROLL for (int e = 0; e < kVec; ++e) {
-      seen.note(tau.v[e]);
-      n += e < p.count && stays(keep, tau.v[e], e) ? 1 : 0;
-    }
-    if (stayed && n && job.kind(k) != MF_GPU_ALL) add_to(stayed + k, n);
-  });
-  const float at_zero = zero_elects(rule.zero_vote, rule.reduce, majority_of(job));
-  MF_UNROLL for (int e = 0; e < kVec; ++e) elected.v[e] = elected_sign(elected.v[e], at_zero);
-  Reduced r[kVec];
-  MF_UNROLL for (int e = 0; e < kVec; ++e) r[e] = nothing_reduced();
-  for (int k = 0; k < job.k; ++k) {
-    Eight tau;
-    load_tau(job, k, p, b, &tau);
-    const Keep keep = keep_of(job, k, p, tau);
-    const float weight = number(job, kWeight, k);
-    MF_UNROLL for (int e = 0; e < kVec; ++e) {
-      const float v = value_of(job, k, tau.v[e], stays(keep, tau.v[e], e));
-      const bool in = contributes(rule.contributors, v, elected.v[e]);
-      reduce_one(rule.reduce, rule.vote, in, rule.unweighted ? v * weight : v, weight, &r[e]);
-    }
+  if (rule.scored) {
+    compete(job, p, b, d, &seen);
+  } else {
+    reduce_any(job, p, b, d, &seen, stayed);
   }
-  MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] =
-      divided(rule.reduce, rule.vote, r[e].total, r[e].count);
   if (rule.consensus != MF_CONSENSUS_NONE) {
     Eight needed;
     MF_UNROLL for (int e = 0; e < kVec; ++e) needed.v[e] = 0;

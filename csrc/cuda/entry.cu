@@ -85,6 +85,7 @@ mf_status mf_cuda_select(const mf_gpu_job* job, const mf_gpu_search* search, con
                          const mf_gpu_targets* targets, int64_t* integers, void* stream) {
   const mf_status status = check(job);
   if (status != MF_OK) return status;
+  if (search->key < MF_KEY_MAGNITUDE || search->key > MF_KEY_SCORE) return refuse("key");
   if (targets->count < 1 || targets->count > 2 * MF_GPU_MOST_EXPERTS) return refuse("targets");
   return launch_select(*job, *search, sorted, *targets, integers, stream);
 }
@@ -98,6 +99,16 @@ mf_status mf_cuda_norm_sums(const mf_gpu_job* job, int64_t numel, int32_t power,
 mf_status mf_cuda_vote_sum(const mf_gpu_job* job, int64_t numel, int64_t* sum, void* stream) {
   const mf_status status = check(job);
   return status != MF_OK ? status : launch_vote_sum(*job, numel, sum, stream);
+}
+
+mf_status mf_cuda_held(const mf_gpu_job* job, int64_t numel, int64_t* counts, void* stream) {
+  const mf_status status = check(job);
+  return status != MF_OK ? status : launch_held(*job, numel, counts, stream);
+}
+
+mf_status mf_cuda_keep_varied(const mf_gpu_job* job, int64_t numel, uint8_t* mask, void* stream) {
+  const mf_status status = check(job);
+  return status != MF_OK ? status : launch_keep_varied(*job, numel, mask, stream);
 }
 
 mf_status mf_cuda_magnitudes(const mf_gpu_job* job, int64_t numel, int32_t* bits, void* stream) {

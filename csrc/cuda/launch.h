@@ -78,6 +78,8 @@ mf_status launch_select(const mf_gpu_job& job, const mf_gpu_search& search, cons
 mf_status launch_norm_sums(const mf_gpu_job& job, int64_t numel, int power, double* partial,
                            void* stream);
 mf_status launch_vote_sum(const mf_gpu_job& job, int64_t numel, int64_t* sum, void* stream);
+mf_status launch_held(const mf_gpu_job& job, int64_t numel, int64_t* counts, void* stream);
+mf_status launch_keep_varied(const mf_gpu_job& job, int64_t numel, uint8_t* mask, void* stream);
 mf_status launch_magnitudes(const mf_gpu_job& job, int64_t numel, int32_t* bits, void* stream);
 mf_status launch_keep_ranked(const int64_t* order, uint8_t* mask, int64_t rows, int64_t cols,
                              int64_t offset, uint64_t word, uint64_t seed, double low, double span,

@@ -63,7 +63,7 @@ MF_DEVICE Job job_of(const mf_gpu_job& all, const mf_gpu_table& table, int64_t n
           (const void*)(all.base ? row[0] : 0),
           (void*)row[1],
           all.integers + n * (6 * k + 2),
-          all.numbers + n * (3 * k + 3),
+          all.numbers + n * (6 * k + 4),
           all.report + n * (k + 3),
           all.kept + n * k,
           row[k + 3],

@@ -15,7 +15,7 @@ struct RowShape {
   uint8_t* repaired;
   double *norms2, *pairs, *powers, *work;
   int64_t work_of_block;
-  int32_t keeps, aligned, stored;  // stored: d of a row fits the shared memory
+  int32_t keeps, aligned;
 };
 
 // Shared memory of the two kernels: sums first, then d.
@@ -138,10 +138,12 @@ MF_KERNEL MF_BOUNDS(kThreads, K <= 2   ? 4
 }
 
 // Any recipe, variant, K and length of a row. Inner products in tiles of experts, in float64; what
-// was read once comes from the caches. d of a row too long for the shared memory is formed again.
-constexpr int kSide = 3;  // of a tile of inner products: with 4, registers spill
-
+// was read once comes from the caches. d of a row too long for the shared memory (not STORED) is
+// formed again.
+template <bool STORED>
 struct AnyRow {
+  static constexpr int kSide =
+      STORED ? 3 : 1;  // of a tile of inner products: with more, registers spill
   const Job& job;
   const RowShape& s;
   float* delta;
@@ -159,7 +161,7 @@ struct AnyRow {
   MF_DEVICE_METHOD void vector(int i, int64_t n, const Place& p, const Eight& b, Eight* x) const {
     if (i < job.k) {
       load_tau(job, i, p, b, x);
-    } else if (s.stored) {
+    } else if (STORED) {
       get_eight(delta + n * kVec, x);
     } else {
       uint32_t top = 0;
@@ -168,8 +170,10 @@ struct AnyRow {
   }
 };
 
-MF_DEVICE void tile_sums(const AnyRow& a, int first, int second, int m, double* pairs,
+template <bool STORED>
+MF_DEVICE void tile_sums(const AnyRow<STORED>& a, int first, int second, int m, double* pairs,
                          double* room) {
+  constexpr int kSide = AnyRow<STORED>::kSide;
   double sum[kSide][kSide];
   MF_UNROLL for (int i = 0; i < kSide; ++i) MF_UNROLL for (int j = 0; j < kSide; ++j) sum[i][j] = 0;
   for (int64_t n = thread_index(); n < a.vectors; n += kThreads) {
@@ -196,7 +200,8 @@ MF_DEVICE void tile_sums(const AnyRow& a, int first, int second, int m, double* 
 }
 
 // |x|_p^p of every vector of the row (p = inf: the largest).
-MF_DEVICE void power_sums(const AnyRow& a, int m, double* powers, double* room) {
+template <bool STORED>
+MF_DEVICE void power_sums(const AnyRow<STORED>& a, int m, double* powers, double* room) {
   const double p_norm = a.s.policy.p;
   for (int i = 0; i < m; ++i) {
     double own = 0;
@@ -221,6 +226,7 @@ MF_DEVICE void power_sums(const AnyRow& a, int m, double* powers, double* room) 
   }
 }
 
+template <bool STORED>
 MF_KERNEL MF_BOUNDS(kThreads, 2)
     rows_any(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTANT RowShape s) {
   MF_DYNAMIC_SHARED(room);
@@ -237,14 +243,15 @@ MF_KERNEL MF_BOUNDS(kThreads, 2)
   const bool power = s.policy.p != 2 && s.policy.variant == MF_SPHERE;
   begin_counts(stayed);
   for (int64_t row = block_index(); row < s.policy.rows; row += blocks_of_grid()) {
-    const AnyRow a = {job, s, delta, stayed, row, (s.policy.cols + kVec - 1) / kVec};
+    constexpr int kSide = AnyRow<STORED>::kSide;
+    const AnyRow<STORED> a = {job, s, delta, stayed, row, (s.policy.cols + kVec - 1) / kVec};
     uint32_t top = 0;
     for (int64_t n = thread_index(); n < a.vectors; n += kThreads) {
       const Place p = a.place(n);
       Eight b, d;
       load_base(job, p, &b);
       a.form(p, b, &d, &top, true);
-      if (s.stored) put_eight(delta + n * kVec, d);
+      if (STORED) put_eight(delta + n * kVec, d);
     }
     sync();
     for (int i = 0; i < m; i += kSide)
@@ -317,28 +324,34 @@ static mf_status launch_trimmed(const mf_gpu_job& job, const RowShape& s, int64_
                         : launch_one<K, false>(job, s, shared, processors, stream);
 }
 
-static mf_status launch_any(const mf_gpu_job& job, RowShape s, int processors, void* stream) {
-  const int64_t head = kThreads * 8 + 16, row = (s.policy.cols + kVec - 1) / kVec * kVec * 4;
-  s.stored = head + row <= kSharedMost;
-  const int64_t shared = s.stored ? head + row : head;
+template <bool STORED>
+static mf_status launch_any(const mf_gpu_job& job, RowShape s, int64_t shared, int processors,
+                            void* stream) {
   const int64_t blocks = grid_of(s.policy.rows, 1, processors, kBlocksOfAny);
   s.work_of_block = rows_work(job.k, s.policy.variant, 1, 1);
   if (!s.work) return refuse("mf_cuda_rows: work memory is missing");
 #if !defined(MF_EMULATE)
-  const cudaError_t e =
-      cudaFuncSetAttribute(rows_any, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  const cudaError_t e = cudaFuncSetAttribute(
+      rows_any<STORED>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
   if (e != cudaSuccess) return refuse(cudaGetErrorString(e));
 #endif
-  MF_LAUNCH(rows_any, blocks, kThreads, shared, stream, job, s);
+  MF_LAUNCH(rows_any<STORED>, blocks, kThreads, shared, stream, job, s);
   return last_status();
 }
 
 mf_status launch_rows(const mf_gpu_job& job, const mf_gpu_rows& rows, int processors,
                       void* stream) {
-  RowShape s = {rows.policy,   0,           rows.coefficient,
-                rows.repaired, rows.norms2, rows.pairs,
-                rows.powers,   rows.work,   0,
-                rows.keeps,    0,           0};
+  RowShape s = {rows.policy,
+                0,
+                rows.coefficient,
+                rows.repaired,
+                rows.norms2,
+                rows.pairs,
+                rows.powers,
+                rows.work,
+                0,
+                rows.keeps,
+                0};
   for (int k = 0; k < job.k; ++k)
     if (!rows.included || rows.included[k]) s.included |= 1ull << k;
   if (s.policy.rows <= 0 || s.policy.cols <= 0) return MF_OK;
@@ -346,8 +359,11 @@ mf_status launch_rows(const mf_gpu_job& job, const mf_gpu_rows& rows, int proces
   const bool simple =
       s.policy.variant == MF_MANIFOLD || (s.policy.variant == MF_SPHERE && s.policy.p == 2);
   const int64_t shared = job.k <= 8 ? fast_shared(job.k, s.policy.cols) : 0;
-  if (!simple || !is_fast(job) || shared > kSharedMost)
-    return launch_any(job, s, processors, stream);
+  if (!simple || !is_fast(job) || shared > kSharedMost) {
+    const int64_t head = kThreads * 8 + 16, row = (s.policy.cols + kVec - 1) / kVec * kVec * 4;
+    return head + row <= kSharedMost ? launch_any<true>(job, s, head + row, processors, stream)
+                                     : launch_any<false>(job, s, head, processors, stream);
+  }
   return by_experts(job.k, [&](auto k) {
     return launch_trimmed<decltype(k)::value>(job, s, shared, processors, stream);
   });

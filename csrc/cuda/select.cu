@@ -1,6 +1,7 @@
 // Exact k-th magnitudes and tie cuts, without a sort and without asking the host.
 //
-// A target is one threshold: the count-th largest |tau| of one expert. A sorted sample brackets it.
+// A target is one threshold: the count-th largest key of one expert (keys.cuh: |tau|, as a rule). A
+// sorted sample brackets it.
 // `scan` reads everything once: what lies above the bracket is counted, what lies inside goes into
 // bins by integer atomics, and a few values that the sample shows in the bracket are counted by
 // themselves, per segment: in 16-bit checkpoints one value can be 5 % of all elements, too many for
@@ -8,6 +9,7 @@
 // bracket that missed) is the next bracket. As many scans are launched as the worst input needs;
 // those with nothing left to do return at once. Counts have no order.
 #include "block.cuh"
+#include "keys.cuh"
 #include "launch.h"
 #include "store.cuh"
 
@@ -24,16 +26,10 @@ MF_DEVICE int shift_for(int64_t low, int64_t high, int log_bins) {
   return shift;
 }
 
-MF_DEVICE int32_t magnitude_at(const Job& job, int owner, int64_t i) {
-  const float x = element_of(job.expert(owner), job.dtype(owner), i);
-  const float b = job.base ? element_of(job.base, job.all->base_dtype, i) : 0.0f;
-  return (int32_t)(bits_of(less_base(job, x, b)) & kAbsMask);
-}
-
 // Runs of `run` elements at mixed places, one every `stride` elements: the places must not share a
 // period with the rows.
-MF_KERNEL sample_magnitudes(const MF_GRID_CONSTANT mf_gpu_job all,
-                            const MF_GRID_CONSTANT mf_gpu_search s) {
+MF_KERNEL sample_keys(const MF_GRID_CONSTANT mf_gpu_job all,
+                      const MF_GRID_CONSTANT mf_gpu_search s) {
   const Job job = job_of(all);
   const int64_t stride = s.numel / s.runs;
   const int64_t i = (int64_t)block_index() * kThreads + thread_index();
@@ -41,8 +37,9 @@ MF_KERNEL sample_magnitudes(const MF_GRID_CONSTANT mf_gpu_job all,
   const int64_t run = i / s.run, room = stride - s.run + 1;
   int64_t start = run * stride + ((run * 40503) >> 3) % (room > 1 ? room : 1);
   if (start > s.numel - s.run) start = s.numel - s.run;
-  for (int k = 0; k < job.k; ++k)
-    s.sample[k * s.size + i] = magnitude_at(job, k, start + i % s.run);
+  const int owners = s.key == MF_KEY_VARIANCE ? 1 : job.k;
+  for (int k = 0; k < owners; ++k)
+    s.sample[k * s.size + i] = key_at(job, s.key, k, start + i % s.run);
 }
 
 // First bracket and heavy values of one target a thread.
@@ -88,7 +85,8 @@ MF_DEVICE Place segment_place(const mf_gpu_search& s, int64_t at, bool aligned) 
 }
 
 // A block takes a segment of `length` elements, all targets of it one vector after the other.
-MF_KERNEL MF_BOUNDS(kThreads, 8)
+template <int KEY>
+MF_KERNEL MF_BOUNDS(kThreads, KEY == MF_KEY_MAGNITUDE ? 8 : 5)
     scan(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTANT mf_gpu_search s,
          const MF_GRID_CONSTANT mf_gpu_targets targets, int aligned) {
   __shared__ Asked asked[2 * MF_GPU_MOST_EXPERTS];
@@ -109,18 +107,21 @@ MF_KERNEL MF_BOUNDS(kThreads, 8)
   const int64_t end = start + s.length < s.numel ? start + s.length : s.numel;
   for (int64_t at = start + me * kVec; at < end; at += kThreads * kVec) {
     const Place p = segment_place(s, at, aligned);
-    Eight b, tau;
+    Eight b, total;
+    int32_t key[kVec];
     load_base(job, p, &b);
+    if (KEY != MF_KEY_MAGNITUDE) total_of(job, p, b, &total);
     int loaded = -1;
     for (int t = 0; t < targets.count; ++t) {
       if (s.state[kWidth * t + kDone]) continue;
       const Asked q = asked[t];
-      if (targets.owner[t] != loaded) load_tau(job, loaded = targets.owner[t], p, b, &tau);
+      if (targets.owner[t] != loaded)
+        load_keys<KEY>(job, loaded = targets.owner[t], p, b, total, key);
       int n_over = 0, n_first = 0, n_second = 0;
       int32_t* bins = s.bins + ((int64_t)t << s.log_bins);
       MF_UNROLL for (int e = 0; e < kVec; ++e) {
         if (e >= p.count) continue;
-        const int32_t bits = (int32_t)(bits_of(tau.v[e]) & kAbsMask);
+        const int32_t bits = key[e];
         // a heavy value may lie above the bracket of a later scan: it then counts as above too
         n_over += bits > q.high ? 1 : 0;
         if (bits == q.first) {
@@ -279,6 +280,7 @@ MF_DEVICE bool uncounted(const mf_gpu_search& s, const mf_gpu_targets& targets, 
 }
 
 // Entries equal to the threshold, per segment, where they were not counted yet.
+template <int KEY>
 MF_KERNEL count_equals(const MF_GRID_CONSTANT mf_gpu_job all,
                        const MF_GRID_CONSTANT mf_gpu_search s,
                        const MF_GRID_CONSTANT mf_gpu_targets targets, int aligned) {
@@ -295,11 +297,12 @@ MF_KERNEL count_equals(const MF_GRID_CONSTANT mf_gpu_job all,
     int own = 0;
     for (int64_t at = start + thread_index() * kVec; at < end; at += kThreads * kVec) {
       const Place p = segment_place(s, at, aligned);
-      Eight b, tau;
+      Eight b, total;
+      int32_t key[kVec];
       load_base(job, p, &b);
-      load_tau(job, targets.owner[t], p, b, &tau);
-      MF_UNROLL for (int e = 0; e < kVec; ++e) own +=
-          e < p.count && (int32_t)(bits_of(tau.v[e]) & kAbsMask) == threshold ? 1 : 0;
+      if (KEY != MF_KEY_MAGNITUDE) total_of(job, p, b, &total);
+      load_keys<KEY>(job, targets.owner[t], p, b, total, key);
+      MF_UNROLL for (int e = 0; e < kVec; ++e) own += e < p.count && key[e] == threshold ? 1 : 0;
     }
     if (own) add_to(&same, own);
     sync();
@@ -328,7 +331,7 @@ MF_KERNEL find_cuts(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTAN
     const int64_t start = segment * s.length;
     const int64_t length = s.length < s.numel - start ? s.length : s.numel - start;
     const int64_t place = reach(length, needed - before, &more, room, found, [&](int64_t i) {
-      return (int64_t)(magnitude_at(job, owner, start + i) == (int32_t)threshold ? 1 : 0);
+      return (int64_t)(key_at(job, s.key, owner, start + i) == (int32_t)threshold ? 1 : 0);
     });
     cut = start + place + 1;
   }
@@ -340,7 +343,7 @@ MF_KERNEL find_cuts(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTAN
 }
 
 mf_status launch_sample(const mf_gpu_job& job, const mf_gpu_search& s, void* stream) {
-  MF_LAUNCH(sample_magnitudes, (s.size + kThreads - 1) / kThreads, kThreads, 0, stream, job, s);
+  MF_LAUNCH(sample_keys, (s.size + kThreads - 1) / kThreads, kThreads, 0, stream, job, s);
   return last_status();
 }
 
@@ -350,11 +353,24 @@ mf_status launch_select(const mf_gpu_job& job, const mf_gpu_search& s, const int
   MF_LAUNCH(open_brackets, 1, kThreads, 0, stream, s, targets, sorted);
   for (int i = 0; i < s.scans; ++i) {
     if (i) MF_LAUNCH(clear_bins, 1024, kThreads, 0, stream, s, n);
-    MF_LAUNCH(scan, s.segments, kThreads, 0, stream, job, s, targets, aligned);
+    if (s.key == MF_KEY_MAGNITUDE) {
+      MF_LAUNCH((scan<MF_KEY_MAGNITUDE>), s.segments, kThreads, 0, stream, job, s, targets,
+                aligned);
+    } else if (s.key == MF_KEY_VARIANCE) {
+      MF_LAUNCH((scan<MF_KEY_VARIANCE>), s.segments, kThreads, 0, stream, job, s, targets, aligned);
+    } else {
+      MF_LAUNCH((scan<MF_KEY_SCORE>), s.segments, kThreads, 0, stream, job, s, targets, aligned);
+    }
     MF_LAUNCH(fold_bins, ((int64_t)n << s.log_bins) / kFold, kThreads, 0, stream, s);
     MF_LAUNCH(locate, n, kThreads, 0, stream, s, n);
   }
-  MF_LAUNCH(count_equals, s.segments, kThreads, 0, stream, job, s, targets, aligned);
+  if (s.key == MF_KEY_MAGNITUDE) {
+    MF_LAUNCH((count_equals<MF_KEY_MAGNITUDE>), s.segments, kThreads, 0, stream, job, s, targets,
+              aligned);
+  } else if (s.key == MF_KEY_VARIANCE) {  // nothing is cut among equal scores
+    MF_LAUNCH((count_equals<MF_KEY_VARIANCE>), s.segments, kThreads, 0, stream, job, s, targets,
+              aligned);
+  }
   MF_LAUNCH(find_cuts, n, kThreads, 0, stream, job, s, targets, integers);
   return last_status();
 }

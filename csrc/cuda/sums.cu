@@ -1,5 +1,5 @@
 // What a merge must know of a whole tensor besides thresholds: norms before and after the trim,
-// votes, ranks.
+// votes, ranks, what the experts of an entry hold together.
 #include <math.h>
 
 #include "block.cuh"
@@ -76,6 +76,63 @@ MF_KERNEL vote_sum(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, int64_t
   if (thread_index() == 0 && total != 0) add_to(sum, (int64_t)total);
 }
 
+// counts[k, 2]: entries that expert k holds alone, and with others.
+MF_KERNEL held_counts(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, int64_t* counts,
+                      int aligned) {
+  __shared__ int32_t here[2 * MF_GPU_MOST_EXPERTS];
+  const Job job = job_of(all);
+  const int me = (int)thread_index();
+  if (me < 2 * job.k) here[me] = 0;
+  sync();
+  for (int64_t at = ((int64_t)block_index() * kThreads + me) * kVec; at < numel;
+       at += (int64_t)blocks_of_grid() * kThreads * kVec) {
+    const Place p = plain_place(at, numel, job.offset, aligned);
+    Eight b;
+    load_base(job, p, &b);
+    int holders[kVec];
+    MF_UNROLL for (int e = 0; e < kVec; ++e) holders[e] = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int k = 0; k < job.k; ++k) {
+        Eight tau;
+        load_tau(job, k, p, b, &tau);
+        const Keep keep = keep_of(job, k, p, tau);
+        int alone = 0, shared = 0;
+        MF_UNROLL for (int e = 0; e < kVec; ++e) {
+          const bool holds =
+              e < p.count && value_of(job, k, tau.v[e], stays(keep, tau.v[e], e)) != 0;
+          if (pass == 0) {
+            holders[e] += holds ? 1 : 0;
+          } else {
+            alone += holds && holders[e] == 1 ? 1 : 0;
+            shared += holds && holders[e] > 1 ? 1 : 0;
+          }
+        }
+        if (alone) add_to(here + 2 * k, alone);
+        if (shared) add_to(here + 2 * k + 1, shared);
+      }
+    }
+  }
+  sync();
+  if (me < 2 * job.k && here[me]) add_to(counts + me, (int64_t)here[me]);
+}
+
+MF_KERNEL keep_varied(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, uint8_t* mask,
+                      int aligned) {
+  const Job job = job_of(all);
+  const uint32_t threshold = (uint32_t)integer(job, kLow, 0);
+  const int64_t cut = integer(job, kCut, 0);
+  for (int64_t at = ((int64_t)block_index() * kThreads + thread_index()) * kVec; at < numel;
+       at += (int64_t)blocks_of_grid() * kThreads * kVec) {
+    const Place p = plain_place(at, numel, job.offset, aligned);
+    Eight b, total, x;
+    load_base(job, p, &b);
+    total_of(job, p, b, &total);
+    variance_of(job, p, b, total, &x);
+    MF_UNROLL for (int e = 0; e < kVec; ++e) if (e < p.count) mask[at + e] =
+        at_or_above(bits_of(x.v[e]) & kAbsMask, threshold, cut, p.flat + e);
+  }
+}
+
 MF_KERNEL magnitudes(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, int32_t* bits,
                      int aligned) {
   const Job job = job_of(all);
@@ -118,6 +175,18 @@ static int64_t vectors_grid(int64_t numel) {
 
 mf_status launch_vote_sum(const mf_gpu_job& job, int64_t numel, int64_t* sum, void* stream) {
   MF_LAUNCH(vote_sum, vectors_grid(numel), kThreads, 0, stream, job, numel, sum,
+            (int)is_aligned(job, 1, numel));
+  return last_status();
+}
+
+mf_status launch_held(const mf_gpu_job& job, int64_t numel, int64_t* counts, void* stream) {
+  MF_LAUNCH(held_counts, vectors_grid(numel), kThreads, 0, stream, job, numel, counts,
+            (int)is_aligned(job, 1, numel));
+  return last_status();
+}
+
+mf_status launch_keep_varied(const mf_gpu_job& job, int64_t numel, uint8_t* mask, void* stream) {
+  MF_LAUNCH(keep_varied, vectors_grid(numel), kThreads, 0, stream, job, numel, mask,
             (int)is_aligned(job, 1, numel));
   return last_status();
 }

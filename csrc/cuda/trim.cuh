@@ -14,7 +14,8 @@ struct Keep {
 };
 
 enum Row { kLow, kCut, kHigh, kTopCut, kStream, kBound, kSeed };  // of job.integers
-enum NumberRow { kFactor, kWeight, kLambda, kScale };             // of job.numbers
+// ... and of job.numbers
+enum NumberRow { kFactor, kWeight, kLambda, kAlone, kScoreCut, kScoreTop, kScale };
 
 MF_DEVICE int64_t integer(const Job& job, int row, int k) { return job.integers[row * job.k + k]; }
 MF_DEVICE float number(const Job& job, int row, int k) { return job.numbers[row * job.k + k]; }
@@ -23,6 +24,7 @@ MF_DEVICE int64_t majority_of(const Job& job) { return integer(job, kSeed, 1); }
 MF_DEVICE float scale_of(const Job& job) { return number(job, kScale, 0); }
 MF_DEVICE float min_tasks_of(const Job& job) { return number(job, kScale, 1); }
 MF_DEVICE float limit_of(const Job& job) { return number(job, kScale, 2); }
+MF_DEVICE float least_sum_of(const Job& job) { return number(job, kScale, 3); }
 
 MF_DEVICE uint32_t random_byte(const Job& job, int k, int64_t flat) {
   const uint64_t stream = (uint64_t)integer(job, kStream, k),

@@ -28,11 +28,21 @@ typedef struct mf_gpu_rule {
   int8_t consensus;
   int8_t merged;   // bool: d = merged - base, the recipe is not run
   int8_t limited;  // bool: large entries of delta are shortened
+  int8_t singled;  // bool: what one expert alone holds has a factor
+  int8_t scored;   // bool: scores weigh each entry (PCB)
 } mf_gpu_rule;
 
+// What a search compares.
+typedef enum mf_gpu_key {
+  MF_KEY_MAGNITUDE = 0,  // |tau| of an expert
+  MF_KEY_VARIANCE = 1,   // over all experts; one target, of owner 0
+  MF_KEY_SCORE = 2       // of an expert's entry (score_key of ../common/compete.h)
+} mf_gpu_key;
+
 // One tensor. `integers` [6 K + 2]: K each of threshold bits, tie cuts, bits and cuts of the top
-// threshold, Philox streams, random bounds; then seed and majority. `numbers` [3 K + 3]: K each of
-// factors, weights, lambdas; then scale, the least number of tasks and the limit.
+// threshold, Philox streams, random bounds; then seed and majority. `numbers` [6 K + 4]: K each of
+// factors, weights, lambdas, factors of what is held alone, least and largest scores; then scale,
+// the least number of tasks, the limit and the least sum of weights.
 typedef struct mf_gpu_job {
   const void* base;  // [numel], or null
   const void* merged;
@@ -84,7 +94,7 @@ typedef struct mf_gpu_targets {
 
 // What a select works with; sizes by mf_cuda_select_plan.
 typedef struct mf_gpu_search {
-  int32_t* sample;        // [K, sample]
+  int32_t* sample;        // [K, sample]; [1, sample] of variances
   int64_t* state;         // [targets, 8], zeroed
   int32_t* heavy;         // [targets, 2]
   int32_t* bins;          // [targets, 2^log_bins], zeroed
@@ -94,7 +104,7 @@ typedef struct mf_gpu_search {
   const int64_t* places;  // [targets, 3]
   const int64_t* counts;  // [targets]
   int64_t numel, size, runs, run, segments, length;
-  int32_t log_bins, scans;
+  int32_t log_bins, scans, key;
 } mf_gpu_search;
 
 // Architectures and compiler this was built for, as "sm_80 sm_90 PTX, nvcc 13.0"; "emulated" on a
@@ -125,6 +135,10 @@ mf_status mf_cuda_norm_sums(const mf_gpu_job* job, int64_t numel, int32_t power,
                             void* stream);
 // Signs elected, zeros as 0, added to sum[0].
 mf_status mf_cuda_vote_sum(const mf_gpu_job* job, int64_t numel, int64_t* sum, void* stream);
+// Entries that each expert holds alone, and with others, after the trims: added to counts[K, 2].
+mf_status mf_cuda_held(const mf_gpu_job* job, int64_t numel, int64_t* counts, void* stream);
+// mask[i] = the variance of entry i ranks at or above the threshold and cut of expert 0.
+mf_status mf_cuda_keep_varied(const mf_gpu_job* job, int64_t numel, uint8_t* mask, void* stream);
 // |tau| bits of expert 0, [numel].
 mf_status mf_cuda_magnitudes(const mf_gpu_job* job, int64_t numel, int32_t* bits, void* stream);
 // mask[row, order[row, r]] = word < floor(p(r) 2^32), p from low to low + span over the ranks r.

@@ -249,8 +249,6 @@ def entry(name: str, *, beside: Collection[str] = ()) -> Entry:
     if name in RECIPES:
         reads = {p: str(passes(_recipe(name, p))) for p in presets}
         form, held, backends = "recipe", _BLOCKS, "native, cuda, triton, torch"
-        if any(_recipe(name, p).looks_across for p in presets):
-            backends = "native, torch"
     else:
         reads = dict.fromkeys(presets, row.reads)
         held, backends = f"one tensor at a time, float32: {row.held}", "torch"

@@ -26,6 +26,7 @@ from magic_fast.ops.gpu_jobs import (
     multiprocessors,
     to_device,
 )
+from magic_fast.ops.gpu_numbers import VARIED
 from magic_fast.ops.gpu_results import NO_INDEX, Pending, no_rows, selection_of
 from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule
 from magic_fast.reference.calibration import RowStats
@@ -35,7 +36,8 @@ class CudaBackend(GpuBackend):
     """f32, f16 and bf16 in any mix; contiguous tensors; up to 64 experts; every recipe that is not
     reference-only. ``launch`` can be captured in a CUDA graph and replayed (new values in the same
     tensors, the same recipe), but for calibrations that leave experts out or have one number for a
-    tensor, and for several small tensors at once (``cuda_many.Group.launch`` can)."""
+    tensor, trims by variance, and several small tensors at once (``cuda_many.Group.launch``
+    can)."""
 
     name = "cuda"
 
@@ -133,8 +135,10 @@ def _workspace_bytes(d: Device) -> int:
     job, k, n = d.job, len(d.experts), d.n
     device = d.integers.device
     total = 16 * k + 64
-    if d.numbers.targets:
-        total += cuda_select.workspace_bytes(k, len(d.numbers.targets), n, device)
+    varied = VARIED in d.numbers.kinds
+    if d.numbers.targets or varied:
+        total += cuda_select.workspace_bytes(k, len(d.numbers.targets) or 1, n, device)
+    total += n * varied
     if job.recipe.trim.rule is TrimRule.RANKED:
         total += sum(d.numbers.kinds[i] == 4 for i in range(k)) * n + (64 << 20)
     c = job.calibration

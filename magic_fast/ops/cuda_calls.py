@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.ops.gpu_jobs import Device
+from magic_fast.ops.gpu_numbers import BYTES, VARIED
 
 #: Names a build of the same sources for the host, where tests run the kernels without a GPU.
 EMULATED = "MAGIC_FAST_CUDA_EMULATED"
@@ -85,7 +86,8 @@ def call_job(
         out_dtype=_DTYPES[like.dtype if out is None else out.dtype],
         experts=[at(e) for e in d.experts],
         dtypes=[_DTYPES[e.dtype] for e in d.experts],
-        kinds=list(d.numbers.kinds),
+        # a trim by variance is a mask here, made once a merge
+        kinds=[BYTES if kind == VARIED else kind for kind in d.numbers.kinds],
         masks=[m.data_ptr() + start for m in d.masks],
         task_masks=[m.data_ptr() + start for m in d.task_masks] if given else [0] * k,
         integers=d.integers.data_ptr(),
@@ -93,5 +95,5 @@ def call_job(
         report=report.data_ptr(),
         kept=kept.data_ptr(),
         offset=d.job.offset + start,
-        rule=[*rule[:5], rule[7], rule[9], rule[10]],
+        rule=[*rule[:5], rule[7], rule[9], rule[10], rule[11], rule[13]],
     )

@@ -1,6 +1,7 @@
 """What has to be known about a whole tensor before it is merged, found by the CUDA kernels:
-thresholds and tie cuts, masks of ranked trims, norm factors, the majority sign. Nothing here waits
-for the device."""
+thresholds and tie cuts, masks of trims by rank or variance, norm factors, what the experts hold
+together, the majority sign. Nothing here waits for the device, but for one number where a trim goes
+by the variance."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magic_fast.ops import gpu_across
 from magic_fast.ops.cuda_calls import call_job, extension, stream_of_device
 from magic_fast.ops.gpu_factors import find_factors
 from magic_fast.ops.gpu_jobs import (
-    BYTES,
-    KEEP_ALL,
     SAMPLE,
     SORT_BYTES,
     Device,
-    Target,
     multiprocessors,
     sample_of,
+    search_words,
 )
-from magic_fast.recipe import TrimRule
+from magic_fast.ops.gpu_numbers import BYTES, KEEP_ALL, VARIED, Target
+from magic_fast.recipe import TrimRule, Weigh
 
 _SUM_BLOCK = 1 << 16  # elements of a partial sum
 _RANKED_ELEMENTS = 1 << 22  # sorted at a time: bounds the sort's workspace to some 64 MiB
@@ -39,13 +40,37 @@ def prepare(d: Device, report: Tensor, kept: Tensor) -> None:
         return
     if job.recipe.trim.rule is TrimRule.RANKED:
         _ranked_masks(d, report, kept)
-    if job.selection is not None:
-        return
+    if job.selection is None:
+        _select(d, report, kept)
+    elif VARIED in d.numbers.kinds:
+        _mask_varied(d, report, kept)
+
+
+def _select(d: Device, report: Tensor, kept: Tensor) -> None:
+    recipe = d.job.recipe
+
+    def find(targets: list[Target], key: int, into: Tensor) -> None:
+        words = torch.tensor(search_words(targets, d.job), dtype=torch.int64)
+        _find(d, targets, words.to(into.device, non_blocking=True), key, into, report, kept)
+
+    def norm_sums(of: Device, power: int) -> Tensor:
+        return _norm_sums(of, power, report, kept)
+
     if d.numbers.targets:
-        _find_thresholds(d, d.numbers.targets, report, kept)
-    if job.recipe.needs_factors:
-        find_factors(d, lambda of, power: _norm_sums(of, power, report, kept))
-    if job.recipe.needs_majority:
+        key = gpu_across.MAGNITUDE
+        _find(d, d.numbers.targets, d.search, key, d.integers, report, kept)
+    if VARIED in d.numbers.kinds:
+        gpu_across.find_varied(d, _varying(d, report, kept), find)
+        _mask_varied(d, report, kept)
+    if recipe.needs_factors:
+        find_factors(d, norm_sums)
+    if recipe.weigh is Weigh.ENERGY:
+        gpu_across.find_weights(d, norm_sums)
+    if recipe.weigh is Weigh.SCORE:
+        gpu_across.find_scores(d, find)
+    if recipe.alone is not None:
+        gpu_across.find_alone(d, _held(d, report, kept))
+    if recipe.needs_majority:
         _majority(d, report, kept)
 
 
@@ -79,7 +104,17 @@ def workspace_bytes(num_experts: int, targets: int, total: int, device: torch.de
     return targets * (4 * bins + 8 * (bins >> 10) + 24 * segments + 128) + sample
 
 
-def _find_thresholds(d: Device, targets: list[Target], report: Tensor, kept: Tensor) -> None:
+def _find(
+    d: Device,
+    targets: list[Target],
+    words: Tensor,
+    key: int,
+    into: Tensor,
+    report: Tensor,
+    kept: Tensor,
+) -> None:
+    """Thresholds and cuts of ``targets`` into rows of ``into``, as in the device's integers.
+    ``words``: see :func:`~magic_fast.ops.gpu_jobs.search_words`."""
     n, k, count = d.n, len(d.experts), len(targets)
     device = d.integers.device
     runs, run = sample_of(n)
@@ -91,7 +126,7 @@ def _find_thresholds(d: Device, targets: list[Target], report: Tensor, kept: Ten
     def room(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    sample = room(k, size, dtype=torch.int32)
+    sample = room(1 if key == gpu_across.VARIANCE else k, size, dtype=torch.int32)
     parts = {
         "state": room(count, 8),
         "heavy": room(count, 2, dtype=torch.int32),
@@ -104,10 +139,10 @@ def _find_thresholds(d: Device, targets: list[Target], report: Tensor, kept: Ten
     search = native.Search(
         sample=sample.data_ptr(),
         **{name: x.data_ptr() for name, x in parts.items()},
-        places=d.search.data_ptr(),
-        counts=d.search[3 * count :].data_ptr(),
+        places=words.data_ptr(),
+        counts=words[3 * count :].data_ptr(),
         numel=n, size=size, runs=runs, run=run, segments=segments, length=length,
-        log_bins=log_bins, scans=scans,
+        log_bins=log_bins, scans=scans, key=key,
     )  # fmt: skip
     job = call_job(d, report=report, kept=kept)
     native.sample(job, search, stream)
@@ -119,7 +154,7 @@ def _find_thresholds(d: Device, targets: list[Target], report: Tensor, kept: Ten
         owners=[t.owner for t in targets],
         tops=[t.top for t in targets],
         ties=[t.ties for t in targets],
-        integers=d.integers.data_ptr(),
+        integers=into.data_ptr(),
         stream=stream,
     )
 
@@ -171,6 +206,35 @@ def _norm_sums(d: Device, power: int, report: Tensor, kept: Tensor) -> Tensor:
     stream = stream_of_device(d.integers.device)
     extension().norm_sums(job, d.n, power, partial.data_ptr(), stream)
     return partial
+
+
+def _held(d: Device, report: Tensor, kept: Tensor) -> Tensor:
+    """int64 [K, 2]: entries that each expert holds alone, and with others."""
+    counts = torch.zeros((len(d.experts), 2), dtype=torch.int64, device=d.integers.device)
+    job = call_job(d, report=report, kept=kept)
+    extension().held(job, d.n, counts.data_ptr(), stream_of_device(d.integers.device))
+    return counts
+
+
+def _varied(d: Device, report: Tensor, kept: Tensor) -> Tensor:
+    """uint8 [n]: entries whose variance lies at or above the bounds of ``d``."""
+    mask = torch.empty(d.n, dtype=torch.uint8, device=d.integers.device)
+    job = call_job(d, report=report, kept=kept)
+    extension().keep_varied(job, d.n, mask.data_ptr(), stream_of_device(mask.device))
+    return mask
+
+
+def _varying(d: Device, report: Tensor, kept: Tensor) -> int:
+    """Entries whose variance is not 0. Waits for the device."""
+    above_zero = replace(d, integers=torch.zeros_like(d.integers))
+    return int(_varied(above_zero, report, kept).count_nonzero())
+
+
+def _mask_varied(d: Device, report: Tensor, kept: Tensor) -> None:
+    """One mask for all experts that a trim by variance decides."""
+    mask = _varied(d, report, kept)
+    kinds = d.numbers.kinds
+    d.masks = tuple(mask if k == VARIED else m for k, m in zip(kinds, d.masks, strict=True))
 
 
 def _majority(d: Device, report: Tensor, kept: Tensor) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Array, Job, Stats, View
-from magic_fast.ops.gpu_jobs import BYTES, MERGED_RULE, Device, everything, to_device, unfit
+from magic_fast.ops.gpu_jobs import Device, everything, to_device, unfit
+from magic_fast.ops.gpu_numbers import BYTES, MERGED_RULE, VARIED
 from magic_fast.ops.gpu_results import Pending, collect
-from magic_fast.ops.limits import default_rows, unsupported_on_gpu
+from magic_fast.ops.limits import default_rows, unsupported
 from magic_fast.reference.calibration import RowStats
 
 MOST_EXPERTS = 64
@@ -35,7 +36,7 @@ class GpuBackend(ABC):
             return "means of directions run in PyTorch"
         if len(job.experts) > MOST_EXPERTS:
             return f"it takes up to {MOST_EXPERTS} experts, not {len(job.experts)}"
-        return unsupported_on_gpu(job)
+        return unsupported(job)
 
     def merge(self, job: Job) -> Stats:
         return self.merge_many([job])[0]
@@ -132,7 +133,7 @@ def small(d: Device) -> bool:
     return (
         0 < d.n <= MOST_ELEMENTS
         and d.job.calibration is None
-        and BYTES not in d.numbers.kinds
+        and not {BYTES, VARIED} & set(d.numbers.kinds)
         and (d.job.selection is not None or not recipe.needs_select)
         and d.job.task_masks is None
     )

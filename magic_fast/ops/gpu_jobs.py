@@ -1,193 +1,22 @@
-"""Jobs as the kernels of a GPU take them, Triton's and CUDA's: words, and numbers on the device."""
+"""Jobs on the device: their arrays, and the numbers of their recipes."""
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from magic_fast.ops.backend import Job, View
-from magic_fast.recipe import (
-    Align,
-    Contributors,
-    Recipe,
-    Reduce,
-    Rescale,
-    Selection,
-    TieRule,
-    TrimRule,
-    Vote,
-    VoteOn,
-    ZeroVote,
-)
+from magic_fast.ops.gpu_numbers import Numbers, Target, integers_of, numbers_of, width_of
+from magic_fast.recipe import Selection
 
-_INF_BITS = 0x7F800000
-_MASK_64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-KEEP_ALL, ABOVE, BAND, RANDOM, BYTES = range(5)
-_VOTES = {Vote.NONE: 0, Vote.MASS: 1, Vote.COUNT: 2}
-_ZEROS = {ZeroVote.POSITIVE: 0, ZeroVote.NEGATIVE: 1, ZeroVote.MAJORITY: 2, ZeroVote.DROP: 3}
-_WHO = {Contributors.AGREEING: 0, Contributors.NONZERO: 1, Contributors.ALL: 2}
-_HOW = {Reduce.SUM: 0, Reduce.MEAN: 1, Reduce.WEIGHTED_MEAN: 2, Reduce.MAX: 3}
-_TIES = {TieRule.EXACT: 0, TieRule.KEEP_ALL: 1, TieRule.DROP_ALL: 2}
 SAMPLE = 32768  # magnitudes per expert at most, for the bracket of a threshold
 RUN = 16  # of them side by side
 SORT_BYTES = 48  # an element of the sample: magnitude, sorted, its place, and torch's sort itself
-#: RULE of d = merged − base
-MERGED_RULE = (0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0)
-
-
-def bits_of(value: float) -> int:
-    """Bit pattern of a float32."""
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])
-
-
-def float_of(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
-
-
-def _signed(word: int) -> int:
-    """A 64-bit word as int64 has it."""
-    word &= _MASK_64
-    return word - (1 << 64) if word >= 1 << 63 else word
-
-
-@dataclass(frozen=True)
-class Target:
-    """One threshold to find: the ``count``-th largest |τ| of expert ``owner``."""
-
-    owner: int
-    count: int
-    top: bool
-    ties: int
-
-
-@dataclass
-class Numbers:
-    """What a recipe says of one tensor: for the compiler (``kinds``, ``rule``) and for the device
-    (``integers`` [6 K + 2], ``numbers`` [3 K + 3]; magic_fast/kernels/words.py names the rows)."""
-
-    kinds: tuple[int, ...]
-    rule: tuple[int, ...]
-    integers: list[int]
-    numbers: list[float]
-    targets: list[Target] = field(default_factory=list)
-
-
-def _kind(job: Job, k: int, n: int) -> int:
-    trim = job.recipe.trim
-    given = job.masks is not None and job.masks[k] is not None
-    if given:
-        return BYTES
-    if trim.rule is TrimRule.GIVEN or not trim.active(k) or n == 0:
-        return KEEP_ALL
-    if trim.rule is TrimRule.RANDOM:
-        return RANDOM
-    if trim.rule is TrimRule.RANKED:
-        return BYTES
-    return BAND if trim.rule is TrimRule.BAND else ABOVE  # a threshold that is given, too
-
-
-def _targets(recipe: Recipe, k: int, kind: int, n: int) -> tuple[list[Target], bool]:
-    """Thresholds of expert ``k``, and whether it keeps everything after all."""
-    trim = recipe.trim
-    if kind == BAND:
-        top, kept = trim.band_counts(k, n)
-        wanted = [(top + kept, False), (top, True)] if kept else []
-        return [Target(k, count, is_top, 0) for count, is_top in wanted if count > 0], False
-    if trim.tie_rule is TieRule.DROP_ALL:
-        dropped = math.trunc(float(n) * (1.0 - trim.density[k]))
-        if dropped == 0:
-            return [], True
-        return [Target(k, n - dropped + 1, False, 2)], False
-    count = trim.kept_count(k, n)
-    return ([Target(k, count, False, _TIES[trim.tie_rule])] if count > 0 else []), False
-
-
-def _factor(job: Job, k: int, n: int) -> float:
-    """Factor of expert ``k`` that needs no sums: ÷ density where something is dropped."""
-    recipe = job.recipe
-    if recipe.rescale is not Rescale.KEEP_PROBABILITY:
-        return 1.0
-    given = job.masks is not None and job.masks[k] is not None
-    drops = given or (recipe.trim.rule is not TrimRule.GIVEN and recipe.trim.active(k) and n != 0)
-    return 1.0 / recipe.trim.density[k] if drops else 1.0
-
-
-def numbers_of(job: Job) -> Numbers:
-    """The recipe of one job. Thresholds of a selection that is given are filled in; the others are
-    left for ``select`` on the device."""
-    recipe, count = job.recipe, len(job.experts)
-    total = job.experts[0].numel() if job.total is None else job.total
-    selection = job.selection
-    low, cut = [_INF_BITS] * count, [0] * count
-    high, top_cut = [_INF_BITS] * count, [0] * count
-    kinds: list[int] = []
-    targets: list[Target] = []
-    factors: list[float] = []
-    for k in range(count):
-        kind = _kind(job, k, total)
-        factor = _factor(job, k, total)
-        if selection is not None:
-            factor = selection.factor[k]
-            low[k], cut[k] = bits_of(selection.threshold[k]), selection.tie_cut[k]
-            high[k], top_cut[k] = bits_of(selection.top_threshold[k]), selection.top_tie_cut[k]
-        elif recipe.trim.rule is TrimRule.THRESHOLD and kind == ABOVE:
-            low[k], cut[k] = bits_of(recipe.trim.epsilon[k]), 0
-        elif kind in (ABOVE, BAND):
-            found, everything = _targets(recipe, k, kind, total)
-            targets += found
-            if everything:
-                kind = KEEP_ALL
-        if kind not in (ABOVE, BAND) and selection is None:
-            low[k], cut[k] = 0, total
-        if kind == KEEP_ALL and recipe.align is not Align.NONE and total:
-            kind = ABOVE  # 0, which keeps everything: what trims nothing has no factor
-        kinds.append(kind)
-        factors.append(factor)
-    streams = [_signed(job.stream + k * _GOLDEN) for k in range(count)]
-    density = recipe.trim.density or (1.0,) * count
-    bounds = [math.floor(float(q) * 2.0**32) for q in density]
-    majority = 0 if selection is None else selection.majority
-    consensus = recipe.consensus
-    lambdas = consensus.lambdas if consensus is not None and not consensus.given else (0.0,) * count
-    return Numbers(
-        kinds=tuple(kinds),
-        rule=_rule(recipe, any(f != 1 for f in factors) or recipe.needs_factors),
-        integers=[
-            *(low + cut + high + top_cut + streams + bounds),
-            *(_signed(recipe.trim.seed), majority),
-        ],
-        numbers=[
-            *(*factors, *recipe.weights, *lambdas),
-            *(recipe.scale, 0.0 if consensus is None else float(consensus.min_tasks)),
-            recipe.limit or 0.0,
-        ],
-        targets=targets,
-    )
-
-
-def _rule(recipe: Recipe, factored: bool) -> tuple[int, ...]:
-    consensus = recipe.consensus
-    return (
-        _VOTES[recipe.vote],
-        _ZEROS[recipe.zero_vote],
-        _WHO[recipe.contributors],
-        _HOW[recipe.reduce],
-        int(recipe.vote_on is VoteOn.UNWEIGHTED),
-        int(factored),
-        int(any(w != 1 for w in recipe.weights)),
-        0 if consensus is None else 2 if consensus.given else 1,
-        int(recipe.scale != 1),
-        0,
-        int(recipe.limit is not None),
-    )
 
 
 @dataclass
@@ -231,8 +60,13 @@ class Device:
 
     @property
     def trims(self) -> bool:
-        """Whether values are kept beside the task vectors: a trim or a vote."""
-        return any(self.numbers.kinds) or self.numbers.rule[0] != 0
+        """Whether values are kept beside the task vectors: a trim, a vote or scores."""
+        return any(self.numbers.kinds) or self.numbers.rule[0] != 0 or self.scored
+
+    @property
+    def scored(self) -> bool:
+        """Whether scores weigh each entry (PCB)."""
+        return self.numbers.rule[-1] != 0
 
     @property
     def words(self) -> int:
@@ -272,15 +106,15 @@ def to_device(jobs: Sequence[Job]) -> list[Device]:
             Device(
                 job,
                 numbers,
-                integers[i : i + 6 * k + 2],
-                floats[f : f + 3 * k + 3],
+                integers[i : i + integers_of(k)],
+                floats[f : f + width_of(k)],
                 _bytes(job.masks, like, k),
                 _bytes(job.task_masks, like, k),
                 integers[at : at + len(search)],
             )
         )
         at += len(search)
-        i, f = i + 6 * k + 2, f + 3 * k + 3
+        i, f = i + integers_of(k), f + width_of(k)
     return ready
 
 

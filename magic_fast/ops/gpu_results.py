@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from magic_fast.ops.backend import Stats
-from magic_fast.ops.gpu_jobs import MERGED_RULE, Device, float_of
-from magic_fast.recipe import Selection
+from magic_fast.ops.gpu_jobs import Device
+from magic_fast.ops.gpu_numbers import (
+    ALONE_ROW,
+    CUT_ROW,
+    MERGED_RULE,
+    TOP_ROW,
+    WEIGHT_ROW,
+    float_of,
+    integers_of,
+    width_of,
+)
+from magic_fast.recipe import Selection, Weigh
 
 NO_INDEX = (1 << 63) - 1  # nothing bad so far
 
@@ -49,7 +59,7 @@ def _stats(d: Device, p: Pending, words: Iterator[int]) -> Stats:
         return [next(words) for _ in range(count)]
 
     k = len(d.experts)
-    integers, floats = take(6 * k + 2), _doubles(take(3 * k + 3))
+    integers, floats = take(integers_of(k)), _doubles(take(width_of(k)))
     *first, merged, base, over = (-1 if i == NO_INDEX else i for i in take(k + 3))
     kept = take(k)
     stats = Stats(
@@ -82,6 +92,12 @@ def _doubles(words: list[int]) -> list[float]:
 def selection_of(d: Device, integers: list[int], floats: list[float]) -> Selection:
     k = len(d.experts)
     low, cut, high, top_cut = (tuple(integers[i * k : (i + 1) * k]) for i in range(4))
+    recipe = d.job.recipe
+
+    def row(i: int, wanted: bool) -> tuple[float, ...]:
+        return tuple(floats[i * k : (i + 1) * k]) if wanted else ()
+
+    scored = recipe.weigh is Weigh.SCORE
     return Selection(
         tuple(float_of(x) for x in low),
         cut,
@@ -89,6 +105,10 @@ def selection_of(d: Device, integers: list[int], floats: list[float]) -> Selecti
         top_cut,
         tuple(floats[:k]),
         integers[6 * k + 1],
+        weights=row(WEIGHT_ROW, recipe.weigh is Weigh.ENERGY),
+        alone=row(ALONE_ROW, recipe.alone is not None),
+        score_cut=row(CUT_ROW, scored),
+        score_top=row(TOP_ROW, scored),
     )
 
 

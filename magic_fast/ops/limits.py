@@ -19,14 +19,6 @@ def unsupported(job: Job) -> str | None:
     return job.recipe.reference_only or _rows_unsupported(job) or _slab_unsupported(job)
 
 
-def unsupported_on_gpu(job: Job) -> str | None:
-    """The same for the kernels of GPUs, which do not compare experts before they add them."""
-    recipe = job.recipe
-    if recipe.needs_variance or recipe.looks_across:
-        return "what the experts of an entry hold together is found natively and in torch only"
-    return unsupported(job)
-
-
 def _rows_unsupported(job: Job) -> str | None:
     shape, c = job.experts[0].shape, job.calibration
     if job.recipe.trim.rank_dim1 and job.recipe.trim.rule is TrimRule.RANKED and len(shape) > 2:

@@ -3,8 +3,9 @@
 All work goes to the current stream of the tensors' device. Within one call nothing waits for the
 device until the end, when one copy brings what the host has to know (counts, thresholds, first
 non-finite indices) of all jobs together; ``manifold_exact`` may wait inside torch's eigenvalue
-solver. With ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, in Python, for tests: then
-only where asked for by name.
+solver, and a trim by variance waits for the number of entries that vary. With
+``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, in Python, for tests: then only where
+asked for by name.
 """
 
 from __future__ import annotations
@@ -138,8 +139,11 @@ def _workspace_bytes(d: Device) -> int:
     job, k, n = d.job, len(d.experts), d.n
     shape = launch.block_shape(k, d.widest, d.trims)
     total: int = 4 * k * -(-n // shape.block)  # counts of kept entries
-    if d.numbers.targets:
-        total += triton_select.workspace_bytes(k, len(d.numbers.targets), n, d.base.device)
+    if d.numbers.targets or job.recipe.needs_variance:
+        targets = len(d.numbers.targets) or 1
+        total += triton_select.workspace_bytes(k, targets, n, d.base.device)
+    if job.recipe.alone is not None:
+        total += 8 * k * -(-n // shape.block)
     if job.recipe.trim.rule is TrimRule.RANKED:
         total += sum(d.numbers.kinds[i] == 4 for i in range(k)) * n + (64 << 20)
     if job.calibration is not None:

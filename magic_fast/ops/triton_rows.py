@@ -45,7 +45,7 @@ def calibrated(s: Sources) -> Rows:
     c = s.d.job.calibration
     assert c is not None
     sphere = c.variant is Variant.SPECTRAL or (c.variant is Variant.SPHERE and c.p == 2)
-    fits = launch.row_shape(len(s.d.experts), s.d.widest, c.cols, s.d.trims)
+    fits = launch.row_shape(len(s.d.experts), s.d.widest, c.cols, s.d.trims, s.d.scored)
     by_row = c.granularity is Granularity.ROW and (sphere or c.variant is Variant.MANIFOLD)
     if by_row and fits is not None:
         return _fused(s, c, sphere, fits)

@@ -1,31 +1,32 @@
 """What has to be known about a whole tensor before it is merged, found on the device: thresholds
-and tie cuts, masks of ranked trims, norm factors, the majority sign. Nothing here waits for the
-device."""
+and tie cuts, masks of ranked trims, norm factors, what the experts hold together, the majority
+sign. Nothing here waits for the device, but for one number where a trim goes by the variance."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from magic_fast.kernels import cut, launch, norms, ranked, select
+from magic_fast.ops import gpu_across
 from magic_fast.ops.gpu_factors import find_factors
 from magic_fast.ops.gpu_jobs import (
-    BYTES,
     RUN,
     SAMPLE,
     SORT_BYTES,
     Device,
-    Target,
     multiprocessors,
     places_of,
 )
-from magic_fast.recipe import TrimRule
+from magic_fast.ops.gpu_numbers import BYTES, Target
+from magic_fast.recipe import TrimRule, Weigh
 
 _RANKED_ELEMENTS = 1 << 22  # sorted at a time: bounds the sort's workspace to some 64 MiB
 _OPTIONS = {"enable_fp_fusion": False}
-_PLAIN = (0,) * 11  # a rule without factors and weights
+_PLAIN = (0,) * 14  # a rule without factors and weights
 
 
 def prepare(d: Device) -> None:
@@ -37,11 +38,20 @@ def prepare(d: Device) -> None:
         _ranked_masks(d)
     if job.selection is not None:
         return
+    recipe = job.recipe
     if d.numbers.targets:
-        find_thresholds(d, d.numbers.targets)
-    if job.recipe.needs_factors:
+        find(d, d.numbers.targets, gpu_across.MAGNITUDE, d.integers)
+    if recipe.needs_variance:
+        gpu_across.find_varied(d, _varying(d), partial(find, d))
+    if recipe.needs_factors:
         find_factors(d, _norm_sums)
-    if job.recipe.needs_majority:
+    if recipe.weigh is Weigh.ENERGY:
+        gpu_across.find_weights(d, _norm_sums)
+    if recipe.weigh is Weigh.SCORE:
+        gpu_across.find_scores(d, partial(find, d))
+    if recipe.alone is not None:
+        gpu_across.find_alone(d, _held(d))
+    if recipe.needs_majority:
         _majority(d)
 
 
@@ -63,57 +73,84 @@ def _log_bins(targets: int, n: int) -> int:
     return 16 if targets <= 32 else 15
 
 
-def find_thresholds(d: Device, targets: list[Target]) -> None:
-    """Thresholds and cuts of ``targets`` into the device's integers: one read of base and experts,
-    as a rule."""
+class _Scans:
+    """Passes over a tensor that count keys for ``owners``, an expert each, and what they fill."""
+
+    def __init__(self, d: Device, owners: tuple[int, ...], key: int) -> None:
+        self.d, self.owners, self.key = d, owners, key
+        k, n, count, device = len(d.experts), d.n, len(owners), d.base.device
+        together = k if key == gpu_across.MAGNITUDE else 2 * k  # of which all are held at once
+        self.shape = launch.block_shape(max(together, count), d.widest)
+        blocks = -(-n // self.shape.block)
+        self.segments, self.chunks = launch.segments_for(blocks, multiprocessors(device))
+        self.log_bins = _log_bins(count, n)
+        bin_type = torch.int64 if n >= 1 << 31 else torch.int32
+        self.state = torch.zeros((count, 8), dtype=torch.int64, device=device)
+        self.bins = torch.zeros((count, 1 << self.log_bins), dtype=bin_type, device=device)
+        self.above = torch.zeros((self.segments, count), dtype=torch.int64, device=device)
+        self.equals = torch.zeros((self.segments, count, 2), dtype=torch.int32, device=device)
+        self.options = {**_OPTIONS, "num_warps": self.shape.warps}
+
+    def run(self, heavy: Tensor) -> None:
+        d = self.d
+        select.scan[(self.segments,)](
+            d.base, d.experts, d.integers, self.state, heavy, self.bins, self.above, self.equals,
+            d.n, self.chunks, len(d.experts), len(self.owners), self.owners, d.has_base, self.key,
+            self.log_bins, self.shape.lanes, self.shape.vec, **self.options,
+        )  # fmt: skip
+
+
+def find(d: Device, targets: list[Target], key: int, into: Tensor) -> None:
+    """Thresholds and cuts of ``targets`` into rows of ``into``, as in the device's integers: one
+    read of base and experts, as a rule. ``key``: what is compared (``gpu_across``)."""
     base, experts, n, k = d.base, d.experts, d.n, len(d.experts)
     device, count = base.device, len(targets)
     run = 1 if n <= SAMPLE else RUN
     runs = min(n, SAMPLE) // run
     size = runs * run
-    sample = torch.empty((k, size), dtype=torch.int32, device=device)
-    has_base = d.has_base
+    sampled = 1 if key == gpu_across.VARIANCE else k
+    sample = torch.empty((sampled, size), dtype=torch.int32, device=device)
     per_program = 1024 // run
-    grid = (-(-runs // per_program),)
-    select.sample_magnitudes[grid](
-        base, experts, sample, n, n // runs, runs, k, has_base, per_program, run, **_OPTIONS
-    )
+    select.sample_keys[(-(-runs // per_program),)](
+        base, experts, d.integers, sample, n, n // runs, runs, k, d.has_base, key, sampled,
+        per_program, run, **_OPTIONS,
+    )  # fmt: skip
     ordered = torch.sort(sample, dim=1).values
     words = [*places_of(targets, size, n), *(t.count for t in targets), *(t.owner for t in targets)]
     host = torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
     places, counts, owners_at = host[: 3 * count], host[3 * count : 4 * count], host[4 * count :]
-    owners = tuple(t.owner for t in targets)
-    log_bins = _log_bins(count, n)
-    state = torch.zeros((count, 8), dtype=torch.int64, device=device)
+    owners, rules = tuple(t.owner for t in targets), tuple(t.ties for t in targets)
+    scans = _Scans(d, owners, key)
+    state, equals, segments = scans.state, scans.equals, scans.segments
     heavy = torch.empty((count, 2), dtype=torch.int32, device=device)
     select.open_brackets[(count,)](
-        ordered, places, state, heavy, owners_at, size, n, count, log_bins, **_OPTIONS
+        ordered, places, state, heavy, owners_at, size, n, count, scans.log_bins, **_OPTIONS
     )
-    shape = launch.block_shape(max(k, count), d.widest)
-    segments, chunks = launch.segments_for(-(-n // shape.block), multiprocessors(device))
-    bin_type = torch.int64 if n >= 1 << 31 else torch.int32
-    bins = torch.zeros((count, 1 << log_bins), dtype=bin_type, device=device)
-    above = torch.zeros((segments, count), dtype=torch.int64, device=device)
-    equals = torch.zeros((segments, count, 2), dtype=torch.int32, device=device)
-    options = {**_OPTIONS, "num_warps": shape.warps}
-    for _ in range(1 if size == n else 1 + math.ceil(31 / log_bins)):
-        select.scan[(segments,)](
-            base, experts, state, heavy, bins, above, equals, n, chunks,
-            count, owners, has_base, log_bins, shape.lanes, shape.vec, **options,
-        )  # fmt: skip
+    for _ in range(1 if size == n else 1 + math.ceil(31 / scans.log_bins)):
+        scans.run(heavy)
         select.locate[(count,)](
-            state, heavy, bins, above, equals, counts, segments, count, log_bins, 4096,
-            **{**_OPTIONS, "num_warps": 8},
+            state, heavy, scans.bins, scans.above, equals, counts, segments, count,
+            scans.log_bins, 4096, **{**_OPTIONS, "num_warps": 8},
         )  # fmt: skip
-    rules = tuple(t.ties for t in targets)
+    shape = scans.shape
     cut.count_equals[(segments,)](
-        base, experts, state, equals, n, chunks, count, owners, rules, has_base,
-        shape.lanes, shape.vec, **options,
+        base, experts, d.integers, state, equals, n, scans.chunks, k, count, owners, rules,
+        d.has_base, key, shape.lanes, shape.vec, **scans.options,
     )  # fmt: skip
     cut.find_cuts[(count,)](
-        base, experts, state, equals, d.integers, n, segments, chunks * shape.block,
-        k, count, owners, tuple(int(t.top) for t in targets), rules, has_base, 1024, **options,
+        base, experts, state, equals, into, n, segments, scans.chunks * shape.block,
+        k, count, owners, tuple(int(t.top) for t in targets), rules, d.has_base, key, 1024,
+        **scans.options,
     )  # fmt: skip
+
+
+def _varying(d: Device) -> int:
+    """Entries whose variance is not 0: those above a bracket of nothing but 0. Waits for the
+    device."""
+    scans = _Scans(d, (0,), gpu_across.VARIANCE)
+    zeros = torch.tensor([[0, -2]], dtype=torch.int32).to(d.base.device, non_blocking=True)
+    scans.run(zeros)
+    return int(scans.above.sum())
 
 
 # ---- ranked trims ----
@@ -183,3 +220,17 @@ def _majority(d: Device) -> None:
         num_warps=shape.warps, **_OPTIONS,
     )  # fmt: skip
     d.integers[6 * k + 1] = torch.sign(partial.sum(dtype=torch.int64))
+
+
+def _held(d: Device) -> Tensor:
+    """int64 [K, 2]: entries that each expert holds alone, and with others."""
+    k = len(d.experts)
+    shape = launch.block_shape(k, d.widest, True)
+    programs = -(-d.n // shape.block)
+    partial = torch.empty((programs, k, 2), dtype=torch.int32, device=d.base.device)
+    norms.held_counts[(programs,)](
+        d.base, d.experts, d.masks, d.integers, d.floats, partial, d.n, d.job.offset,
+        k, d.has_base, d.numbers.kinds, d.numbers.rule, d.aligned(), shape.lanes, shape.vec,
+        num_warps=shape.warps, **_OPTIONS,
+    )  # fmt: skip
+    return partial.sum(0, dtype=torch.int64)

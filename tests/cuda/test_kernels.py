@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
+from magic_fast.methods.recipes import build_recipe
 from magic_fast.ops import cuda_select, gpu_jobs
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Granularity, Recipe, RowCalibration, Trim, TrimRule, Variant, Vote
@@ -121,12 +122,18 @@ def test_rows_of_many_experts(k: int, variant: Variant) -> None:
     assert_within_budget(got, truth(one))
 
 
+def scored(k: int) -> Recipe:
+    return build_recipe("pcb", k, {"ratio": 0.3, "scope": "tensor", "scale": 1.2})
+
+
 @pytest.mark.parametrize("cols", [1, 7, 8, 1024, 45_001])
-@pytest.mark.parametrize("k", [2, 9])
-def test_rows_of_any_length(cols: int, k: int) -> None:
+@pytest.mark.parametrize(
+    ("k", "recipe"), [(2, ties(2, 0.5)), (9, ties(9, 0.5)), (2, scored(2))], ids=["2", "9", "pcb"]
+)
+def test_rows_of_any_length(cols: int, k: int, recipe: Recipe) -> None:
     """45 001 elements are more than shared memory holds: d is formed again instead."""
     one = replace(
-        job((3, cols), k, ties(k, 0.5)),
+        job((3, cols), k, recipe),
         calibration=RowCalibration(3, cols, included=(True,) * (k - 1) + (False,)),
     )
     mine, theirs, got, _ = both(one)

@@ -30,7 +30,7 @@ def arguments(**more: object) -> dict[str, object]:
         "base": 0, "base_dtype": 0, "merged": 0, "merged_dtype": 0, "out": 0, "out_dtype": 0,
         "experts": [word.data_ptr()], "dtypes": [0], "kinds": [0], "masks": [0],
         "task_masks": [0], "integers": word.data_ptr(), "numbers": word.data_ptr(),
-        "report": word.data_ptr(), "kept": word.data_ptr(), "offset": 0, "rule": [0] * 8,
+        "report": word.data_ptr(), "kept": word.data_ptr(), "offset": 0, "rule": [0] * 10,
     }  # fmt: skip
     return given | more
 
@@ -40,12 +40,12 @@ def arguments(**more: object) -> dict[str, object]:
     [
         ({"experts": []}, "1 to 64"),
         ({"dtypes": [0, 0]}, "one an expert"),
-        ({"rule": [0]}, "8 words"),
+        ({"rule": [0]}, "10 words"),
         ({"dtypes": [3]}, "dtype"),
         ({"kinds": [4]}, "mask is missing"),
         ({"kinds": [1], "kept": 0}, "kept is missing"),
         ({"integers": 0}, "numbers are missing"),
-        ({"rule": [0, 0, 2, 0, 0, 0, 1, 0]}, "merged is missing"),
+        ({"rule": [0, 0, 2, 0, 0, 0, 1, 0, 0, 0]}, "merged is missing"),
     ],
 )
 def test_what_would_corrupt_memory_is_refused(wrong: dict[str, object], message: str) -> None:

@@ -28,7 +28,11 @@ def _compiled(*flags: str) -> list[dict[str, Any]]:
 def _check(reports: list[dict[str, Any]]) -> None:
     assert reports
     for r in reports:
-        if r["kernel"] != "find_cuts":  # one program, once a select
+        # one program, once a select; and scores of many experts beside the sums of a row
+        spills = r["kernel"] == "find_cuts" or (
+            r["kernel"] == "merge_rows_scratch pcb" and r["experts"] > 4
+        )
+        if not spills:
             assert r["stack"] <= 8, r  # ptxas parks a predicate or two now and then (K = 1)
         # 64 Ki registers a multiprocessor: a program must fit at all
         assert r["registers"] * 32 * r["warps"] <= 65536, r
