@@ -8,7 +8,7 @@ namespace mf {
 namespace MF_ISA_NAMESPACE {
 namespace {
 
-constexpr int kLinearMost = 8;        // experts
+constexpr int kLinearMost = 9;        // experts; or eight and a base that is one of them
 constexpr int kLinearStretch = 4096;  // elements between looks at what was not finite
 constexpr int kShortRow = 256;        // elements of a row of weights; shorter ones go tile by tile
 
@@ -92,8 +92,10 @@ static bool linear_of(const Work& w, int64_t start, int64_t n) {
       return linear_scaled<T, 6>(w, start, n);
     case 7:
       return linear_scaled<T, 7>(w, start, n);
-    default:
+    case 8:
       return linear_scaled<T, 8>(w, start, n);
+    default:
+      return linear_scaled<T, 9>(w, start, n);
   }
 }
 

@@ -99,9 +99,10 @@ def total(taus: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     starts = range(0, result.shape[0], rows) if large else ()
     parts = [slice(start, start + rows) for start in starts]
     for part in parts or (...,):
-        result[part] = taus[0][part]
+        into = result[part]
+        into.copy_(taus[0][part])
         for tau in taus[1:]:
-            result[part] += tau[part]
+            into += tau[part]
     return result
 
 
