@@ -2,14 +2,15 @@
 
     python benchmarks/spectral/bench.py [--shapes 4096x4096 768x3072] [--methods iso_c tsv_m]
                                         [--experts 8] [--rounds 3] [--device cuda]
-                                        [--json FILE] [--markdown FILE]
+                                        [--json FILE] [--markdown FILE] [--add]
 
 Both run in float32 on the same task vectors, in turns; medians. Both answers are compared with
 the formula in float64 by SVD (relative Frobenius distance; ``--no-reference``: with each other).
 ``--spectrum``: ``decay`` is what fine-tuning leaves (strong directions over a long tail, weights
 1/√i, in a random position per expert); ``flat`` is Gaussian noise, the hardest case for truncation,
 since no gap separates one direction from the next. The files are written after each row, so that a
-run that is cut off leaves what it had.
+run that is cut off leaves what it had; ``--add`` keeps the rows that FILE of an earlier run on the
+same machine holds, but for those measured again.
 """
 
 from __future__ import annotations
@@ -161,18 +162,30 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-reference", dest="reference", action="store_false")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true")
     parser.add_argument("--markdown", type=Path)
     return parser.parse_args(words)
 
 
+def earlier(file: Path) -> list[Row]:
+    """The rows of a report."""
+    found = []
+    for row in json.loads(file.read_text())["rows"]:
+        row.pop("times")
+        found.append(Row(**{**row, "shape": tuple(row["shape"])}))
+    return found
+
+
 def main() -> None:
     options = arguments()
+    if options.add and not options.json:
+        raise SystemExit("--add: expected --json FILE, whose rows are kept, got none.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("device cuda: expected a GPU that torch sees, found none.")
     about = machine.facts("torch") | {"threads": str(torch.get_num_threads())}
     if options.device == "cuda":
         about["device"] = torch.cuda.get_device_name()
-    rows: list[Row] = []
+    rows = earlier(options.json) if options.add and options.json.exists() else []
     print("\n".join(HEAD))
     for shape in options.shapes:
         taus = task_vectors(shape, options.experts, options.spectrum, options.device)
@@ -180,8 +193,8 @@ def main() -> None:
             row = measured(
                 method, taus, options.spectrum, options.rounds, options.device, options.reference
             )
-            rows.append(row)
-            print(line(rows[-1]), flush=True)
+            rows = [r for r in rows if (r.method, r.shape) != (row.method, row.shape)] + [row]
+            print(line(row), flush=True)
             if options.json:
                 report = {"facts": about, "rows": [asdict(r) | {"times": r.times} for r in rows]}
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
