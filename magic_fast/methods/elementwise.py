@@ -16,19 +16,20 @@ from magic_fast.reference.merge import decision_dtype
 
 
 def _pair(job: Job, method: str) -> tuple[Tensor, Tensor]:
-    """The base and the one expert."""
+    """The base and the one expert, as they are."""
     if job.base is None or len(job.experts) != 1:
         got = f"{len(job.experts)} and {'no' if job.base is None else 'a'} base"
         raise InputError(
             f"experts for method {method!r}: expected one beside the base, got {got}. It goes from "
             "one model to another."
         )
-    dtype = decision_dtype(job.base, job.experts)
-    return job.base.to(dtype), job.experts[0].to(dtype)
+    return job.base, job.experts[0]
 
 
 def arcee_fusion(job: Job, arguments: Mapping[str, Any], preset: str) -> Tensor:
-    return fusion.arcee_fusion(*_pair(job, "arcee_fusion"), kth=ops.kth_magnitude)
+    base, expert = _pair(job, "arcee_fusion")
+    dtype = decision_dtype(base, [expert])
+    return fusion.arcee_fusion(base, expert, kth=ops.kth_magnitude, dtype=dtype)
 
 
 ELEMENTWISE = {"arcee_fusion": arcee_fusion}

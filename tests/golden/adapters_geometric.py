@@ -12,15 +12,15 @@ from golden.adapters import adapter, target
 from golden.golden_case import GoldenCase
 
 _DIRECTIONS = ("nuslerp", "multislerp", "karcher", "model_stock")
-_ELEMENTS = ("nearswap", "arcee_fusion", "sce", "ram", "ramplus_tl")
+_ELEMENTS = ("nearswap", "sce", "ram", "ramplus_tl")
 
 
-@adapter(*(f"mergekit.{method}" for method in _DIRECTIONS))
-def directions(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
+@adapter(*(f"mergekit.{method}" for method in (*_DIRECTIONS, *_ELEMENTS)))
+def any_backend(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
     return _merged(case, backend, wide)
 
 
-@adapter(*(f"mergekit.{method}" for method in _ELEMENTS), torch_only=True)
+@adapter("mergekit.arcee_fusion", torch_only=True)
 def whole_tensor(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
     return _merged(case, None, wide)
 

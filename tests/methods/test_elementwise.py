@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import magic_fast as mf
+from magic_fast.reference import fusion
 
 SHAPES = [(7, 33), (65,), (6, 3, 3, 3), (1,), ()]
 
@@ -155,6 +156,32 @@ def test_arcee_fusion_finds_its_quantiles_anywhere(
     assert 0.5 < float((found == a).float().mean()) < 1
     monkeypatch.setenv("MAGIC_FAST_BACKEND", "torch")
     assert torch.equal(mf.merge(a, [b], "arcee_fusion"), found)
+
+
+@pytest.mark.parametrize("shape", [(9, 31), (2, 5, 31), (1, 31), (3, 1)])
+@pytest.mark.parametrize("piece", [1, 62, 100])
+def test_arcee_fusion_in_pieces(
+    piece: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any size they give the bits that the whole tensor gives, inputs of two dtypes."""
+    g = torch.Generator().manual_seed(5)
+    a, b = torch.randn(shape, generator=g).bfloat16(), torch.randn(shape, generator=g).half()
+    whole = fusion.importance(a.float(), b.float())
+    monkeypatch.setattr(fusion, "_PIECE", piece)
+    seen: list[int] = []
+    real = fusion.importance
+    monkeypatch.setattr(fusion, "importance", lambda x, y: (seen.append(x.numel()), real(x, y))[1])
+    got = fusion.arcee_fusion(a, b, dtype=torch.float32)
+    assert sum(seen) == a.numel()
+    assert shape != (9, 31) or len(seen) == {1: 4, 62: 4, 100: 3}[piece]
+    assert torch.equal(got, fusion_of(whole, a.float(), b.float()))
+
+
+def fusion_of(scores: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """From importances in float32."""
+    ordered, n = scores.flatten().sort().values, scores.numel()
+    q1, q2, q3 = (ordered[int(u * (n - 1))] for u in (0.25, 0.5, 0.75))
+    return torch.where(scores >= q2 + 1.5 * (q3 - q1), b, a)
 
 
 def test_arcee_fusion_keeps_the_dtype() -> None:
