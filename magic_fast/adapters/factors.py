@@ -19,6 +19,7 @@ from magic_fast.reference.calibration import (
 )
 from magic_fast.spectral import low_rank_svd, stack_factors
 
+_NOISE = 2.0**-22  # of the longest of the experts' rows: what rounding leaves where rows cancel
 _BLOCK_ELEMENTS = 1 << 22  # of rows that are made where a norm other than 2 is asked for
 
 
@@ -79,6 +80,15 @@ def balanced(u: Tensor, s: Tensor, v: Tensor) -> LowRank:
     return LowRank(u * s.sqrt(), (v * s.sqrt()).T)
 
 
+def evened(change: LowRank) -> LowRank:
+    """The same product, bit for bit, each column of B as long as its row of A up to a power of two:
+    so float16 holds both, where all of a small scaling in A would fall below its range."""
+    ups, downs = change.up.norm(dim=0), change.down.norm(dim=1)
+    share = (downs / ups).log2().div(2).round()
+    scale = torch.where(share.isfinite(), share, torch.zeros_like(share)).exp2()
+    return LowRank(change.up * scale, change.down / scale[:, None])
+
+
 def lost(dropped: Tensor, whole: Tensor) -> float:
     """‖dropped‖ ÷ ‖whole‖; 0 where all is zero."""
     total = whole.double().norm()
@@ -128,5 +138,11 @@ def calibrated(
         ]
         own = torch.stack([change.largest(label) for change in chosen])
         raw = own.mean(0) / merged.largest(label)
-    rows = calibrate_stats(row_stats(changes, merged, p), calibration, raw)
+    stats = row_stats(changes, merged, p)
+    longest = stats.gram.diagonal(dim1=-2, dim2=-1).amax(-1)
+    cancelled = stats.norm2 <= _NOISE**2 * longest  # no direction, as the guards have it
+    stats.norm2 = stats.norm2.masked_fill(cancelled, 0)
+    if stats.merged_powers is not None:
+        stats.merged_powers = stats.merged_powers.masked_fill(cancelled, 0)
+    rows = calibrate_stats(stats, calibration, raw)
     return replace(merged, up=merged.up * rows.factor[:, None].to(merged.up.dtype)), rows

@@ -53,19 +53,27 @@ def _adapted(adapters: Sequence[Adapter]) -> dict[str, Any]:
     configs = [a.config for a in adapters]
     if all(_same(c, configs[0], (*_LISTS, *_FILTERS)) for c in configs):
         return {}
-    if all(_same(c, configs[0], _FILTERS) for c in configs) and _are_lists(configs):
-        return {
-            name: sorted({m for c in configs for m in c.get(name) or []})
-            for name in _LISTS
-            if name in configs[0]
-        }
+    same = all(_same(c, configs[0], _FILTERS) for c in configs)
+    if same and _are_lists(configs) and adapters[0].kind == "lora":
+        return {"target_modules": sorted({m for c in configs for m in c["target_modules"] or []})}
     modules = {name: m for a in adapters for name, m in a.modules.items()}
     found: dict[str, Any] = {"target_modules": pattern_of(modules)}
     found |= {name: None for name in _FILTERS if name in configs[0]}
     if adapters[0].kind == "ia3":
-        forward = [name for name, m in modules.items() if m.down.shape[0] == 1]
+        forward = [name for name in modules if any(is_forward(a, name) for a in adapters)]
         found["feedforward_modules"] = pattern_of(forward) if forward else []
     return found
+
+
+def is_forward(adapter: Adapter, module: str) -> bool:
+    """Whether an IA3 adapter has the module and scales its inputs, by PEFT's rule: names in
+    ``feedforward_modules`` are ends of a module's, a string is an expression for all of it."""
+    forward = adapter.config.get("feedforward_modules") or []
+    if module not in adapter.modules:
+        return False
+    if isinstance(forward, str):
+        return re.fullmatch(forward, module) is not None
+    return any(module.endswith(name) for name in forward)
 
 
 def _are_lists(configs: Sequence[Mapping[str, Any]]) -> bool:

@@ -119,14 +119,41 @@ def read(adapter: Adapter, info: TensorInfo) -> Tensor:
     return x
 
 
+def base_copies(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """Weights of the base, by their keys, that PEFT saves beside factors on embeddings and heads:
+    the result has them too. Refuses what was trained whole."""
+    found: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for name, key in adapter.whole.items():
+            if ".base_layer." not in key:
+                raise CheckpointError(
+                    f"tensor '{name}' in {adapter.path}: expected factors only, got a tensor of "
+                    "the model that was trained whole. Merge full models: `magic-fast merge` takes "
+                    f"MODEL+{adapter.path} for a model."
+                )
+            own = read(adapter, adapter.checkpoint.tensors[key])
+            other = found.setdefault(key, own)
+            if (own.dtype, own.shape) != (other.dtype, other.shape) or not own.equal(other):
+                raise CheckpointError(
+                    f"base weight '{key}' in {adapter.path}: expected that of the other adapters, "
+                    "got another. Merge adapters of one base model; where its vocabulary was "
+                    "resized, merge full models."
+                )
+    return found
+
+
+def dtype_of(asked: Asked, tensors: Sequence[Tensor]) -> torch.dtype:
+    """Of the result: what was asked for, else what all of these promote to."""
+    return asked.dtype or reduce(torch.promote_types, (t.dtype for t in tensors))
+
+
 def stored(asked: Asked, name: str, tensors: Sequence[Tensor], result: Tensor) -> Tensor:
-    """The result in the dtype that was asked for, else what all of these promote to."""
-    promoted = reduce(torch.promote_types, (t.dtype for t in tensors))
-    dtype = asked.dtype or promoted
+    """The result as it is written."""
+    dtype = dtype_of(asked, tensors)
     rounded = result.to(dtype).contiguous()
     if not bool(rounded.isfinite().all()):
         raise NonFiniteError(
             f"module '{name}' of the result: expected values within {dtype}, got an overflow. "
-            "Pass dtype='float32'."
+            + ("Use smaller weights." if dtype == torch.float32 else "Pass dtype='float32'.")
         )
     return rounded

@@ -14,11 +14,20 @@ from magic_fast.adapters.factors import (
     balanced,
     calibrated,
     combined,
+    evened,
     lost,
     no_change,
     truncated,
 )
-from magic_fast.api.adapter_inputs import Asked, read, refuse_other_shapes, stored, weight_shape
+from magic_fast.adapters.merged import is_forward
+from magic_fast.api.adapter_inputs import (
+    Asked,
+    dtype_of,
+    read,
+    refuse_other_shapes,
+    stored,
+    weight_shape,
+)
 from magic_fast.api.calibrate import calibrate_weights
 from magic_fast.api.merging import merge, merge_task_vectors
 from magic_fast.api.results import MergedModule, TensorCalibration
@@ -64,7 +73,13 @@ def _vectors(asked: Asked, name: str, own: Mapping[int, AdapterModule]) -> Found
             [{key: x} for x in vectors],
             **asked.arguments(key, every),
         )[key]
-        if asked.calibration is not None and _is_of_rows(like.shape):
+        forward = {is_forward(asked.adapters[k], name) for k in own}
+        if len(forward) > 1:
+            raise InputError(
+                f"module '{name}': expected all adapters to scale its inputs (feedforward_modules)"
+                ", or none, got both. Merge adapters of one configuration."
+            )
+        if asked.calibration is not None and forward == {False} and like.dim() == 2:
             # each entry scales one row of the weight, whose length cancels
             merged, found = calibrate_weights(
                 one, vectors, merged, calibration=asked.calibration, weights=list(asked.counting),
@@ -73,10 +88,6 @@ def _vectors(asked: Asked, name: str, own: Mapping[int, AdapterModule]) -> Found
             report = found.tensors[0]
     result = stored(asked, name, list(given.values()), merged)
     return {key: result}, MergedModule(name, tuple(own), (), 0, 0.0, report)
-
-
-def _is_of_rows(shape: Sequence[int]) -> bool:
-    return len(shape) == 2 and shape[1] == 1
 
 
 def refuse_calibration_of_vectors(calibration: WeightCalibration) -> None:
@@ -129,6 +140,8 @@ def _products(asked: Asked, name: str, own: Mapping[int, AdapterModule]) -> Foun
     made, share = merged(asked, first, changes)
     made, report = _calibrated(asked, first, changes, made)
     every = [x for pair in given.values() for x in pair]
+    if dtype_of(asked, every) == torch.float16:
+        made = evened(made)
     down = made.down.reshape(made.rank, *first.down.shape[1:])
     up = made.up.reshape(first.up.shape[0], made.rank, *first.up.shape[2:])
     found = {

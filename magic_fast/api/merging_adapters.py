@@ -14,7 +14,7 @@ from torch import Tensor
 from magic_fast.adapters import Adapter, open_adapter
 from magic_fast.adapters.merged import merged_config
 from magic_fast.adapters.opening import CONFIG_NAME, DIFFUSERS_NAME, WEIGHTS_NAME
-from magic_fast.api.adapter_inputs import Asked, coefficients_of
+from magic_fast.api.adapter_inputs import Asked, base_copies, coefficients_of
 from magic_fast.api.adapter_modules import merge_module, refuse_calibration_of_vectors
 from magic_fast.api.calls import Call, numbers_of, resolve
 from magic_fast.api.checkpoints import check_out
@@ -119,6 +119,7 @@ def merge_adapters(
         base = _refuse_unlike(opened, base_model)
         target = _check_out(out, opened[0])
         _refuse_misuse(opened, call, rank, on)
+        copies = base_copies(opened)
         options = {
             "method": method, "scale": scale, "preset": preset, "backend": backend, "seed": seed,
             **method_params,
@@ -136,7 +137,7 @@ def merge_adapters(
             None if dtype is None else OUT_DTYPES[dtype],
         )
         report = AdapterReport(target, opened[0].kind, opened[0].style, method)
-        tensors = _run(asked, report, progress)
+        tensors = _run(asked, report, progress) | copies
         _write(target, opened, report, tensors, base)
         return report
     finally:
@@ -175,12 +176,6 @@ def _refuse_unlike(opened: Sequence[Adapter], base_model: str | None) -> str | N
             raise CheckpointError(
                 f"adapter {other.path}: expected {_words(first)} as {first.path} is, got "
                 f"{_words(other)}. Merge adapters of one kind and naming."
-            )
-        if other.whole:
-            raise CheckpointError(
-                f"tensor '{next(iter(other.whole))}' in {other.path}: expected factors only, got a "
-                "tensor of the model that was trained whole. Merge full models: `magic-fast merge` "
-                f"takes MODEL+{other.path} for a model."
             )
     if base_model is not None:
         return base_model

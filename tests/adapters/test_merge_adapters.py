@@ -16,6 +16,7 @@ import magic_fast as mf
 from adapters.adapter_files import MODULES, Lora, draw_lora, is_embedding, write_ia3, write_peft
 from magic_fast.adapters import open_adapter
 from magic_fast.adapters.factors import LowRank, row_stats
+from magic_fast.errors import CheckpointError
 from magic_fast.reference import calibration as reference
 
 SHAPES: dict[str, tuple[int, ...]] = {**MODULES, "conv": (8, 6, 3, 3), "model.embed": (30, 12)}
@@ -176,23 +177,66 @@ def test_calibration_is_that_of_the_dense_changes(
     plain, found = written(tmp_path / "plain"), written(tmp_path / "out")
     settings = mf.WeightCalibration(**calibration)
     for module in SHAPES:
+        own = deltas(loras, module)
+        rows, longest = (x.flatten(1).norm(dim=1) for x in (plain[module], torch.stack(own, 1)))
+        plain[module][rows <= 2.0**-22 * longest] = 0  # nothing but rounding
         wanted, wanted_report = mf.calibrate_weights(
-            None, deltas(loras, module), plain[module], calibration=settings, weights=weights,
+            None, own, plain[module], calibration=settings, weights=weights,
             backend="torch", name=f"{module}.weight",
         )  # fmt: skip
         close(found[module], wanted, 2e-6)
-        own, other = report[module].calibration, wanted_report.tensors[0]
-        assert own is not None
-        assert (own.name, own.shape, own.calibrated) == (other.name, other.shape, other.calibrated)
+        got, other = report[module].calibration, wanted_report.tensors[0]
+        assert got is not None
+        assert (got.name, got.shape, got.calibrated) == (other.name, other.shape, other.calibrated)
         assert report[module].rank <= sum(report[module].ranks)
-        if not own.calibrated:
+        if not got.calibrated:
             assert is_embedding(module)
             continue
-        assert own.coefficient is not None and other.coefficient is not None
-        torch.testing.assert_close(own.coefficient, other.coefficient, rtol=1e-4, atol=1e-6)
-        assert own.repaired == other.repaired
-        assert own.magnitude_before == pytest.approx(other.magnitude_before, rel=1e-5)
-        assert own.magnitude_after == pytest.approx(other.magnitude_after, rel=1e-5)
+        assert got.coefficient is not None and other.coefficient is not None
+        torch.testing.assert_close(got.coefficient, other.coefficient, rtol=1e-4, atol=1e-6)
+        assert got.repaired == other.repaired
+        assert got.magnitude_before == pytest.approx(other.magnitude_before, rel=1e-5)
+        assert got.magnitude_after == pytest.approx(other.magnitude_after, rel=1e-5)
+
+
+def test_rows_that_cancel_are_left_alone(tmp_path: Path) -> None:
+    """What rounding leaves of two equal adapters is no direction to be made longer."""
+    lora = draw_lora(0)
+    for k in range(2):
+        write_peft(tmp_path / str(k), lora)
+    report = mf.merge_adapters(
+        [tmp_path / "0", tmp_path / "1"], tmp_path / "out", "task_arithmetic", weights=[1, -1],
+        calibrate=mf.WeightCalibration(clamp=None), rank=4,
+    )  # fmt: skip
+    for module, delta in written(tmp_path / "out").items():
+        assert float(delta.norm()) < 1e-5 * float(lora.delta(module, SHAPES[module]).norm())
+        found = report[module].calibration
+        assert found is not None and found.repaired == SHAPES[module][0]
+
+
+def test_a_small_scaling_in_float16(tmp_path: Path) -> None:
+    """c·s of 8e-5 in A alone would lose most of its digits."""
+    lora = draw_lora(0, rank=16, dtype=torch.float16, lora_alpha=1)
+    path = write_peft(tmp_path / "in", lora)
+    mf.merge_adapters([path], tmp_path / "out", "task_arithmetic", weights=0.001)
+    for module, delta in written(tmp_path / "out").items():
+        close(delta, 0.001 * lora.delta(module, SHAPES[module]), 1e-3)
+
+
+def test_weights_of_the_base_beside_the_factors(paths: list[Path], tmp_path: Path) -> None:
+    """PEFT saves them where an embedding is adapted: the result has them too."""
+    key = "base_model.model.model.embed.base_layer.weight"
+    folders = [tmp_path / str(k) for k in range(3)]
+    for k, folder in enumerate(folders):
+        write_peft(folder, draw_lora(k, SHAPES))
+        state = load_file(folder / "adapter_model.safetensors")
+        copy = torch.full((30, 12), 1.0 + (k == 2))
+        save_file(state | {key: copy}, folder / "adapter_model.safetensors")
+    mf.merge_adapters(folders[:2], tmp_path / "out")
+    state = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert state[key].equal(torch.ones(30, 12))
+    with pytest.raises(CheckpointError, match="expected that of the other adapters, got another"):
+        mf.merge_adapters(folders, tmp_path / "other")
 
 
 def test_calibration_along_columns(paths: list[Path], loras: list[Lora], tmp_path: Path) -> None:

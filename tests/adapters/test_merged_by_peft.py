@@ -142,8 +142,8 @@ def test_lora(tmp_path: Path, name: str, rank: int | None, calibrate: str | None
 
 
 IA3: list[dict[str, Any]] = [
-    {"target_modules": ["fc", "out"], "feedforward_modules": ["out"]},
-    {"target_modules": ["fc"], "feedforward_modules": []},
+    {"target_modules": ["block.fc", "out", "conv"], "feedforward_modules": ["out"]},
+    {"target_modules": ["block.fc", "layers.0.fc"], "feedforward_modules": []},
 ]
 
 
