@@ -55,7 +55,8 @@ def _adapted(adapters: Sequence[Adapter]) -> dict[str, Any]:
         return {}
     same = all(_same(c, configs[0], _FILTERS) for c in configs)
     if same and _are_lists(configs) and adapters[0].kind == "lora":
-        return {"target_modules": sorted({m for c in configs for m in c["target_modules"] or []})}
+        names = {name for c in configs for name in c.get("target_modules") or []}
+        return {"target_modules": sorted(names)}
     modules = {name: m for a in adapters for name, m in a.modules.items()}
     found: dict[str, Any] = {"target_modules": pattern_of(modules)}
     found |= {name: None for name in _FILTERS if name in configs[0]}
@@ -83,7 +84,11 @@ def _are_lists(configs: Sequence[Mapping[str, Any]]) -> bool:
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str]) -> bool:
     def value(config: Mapping[str, Any], name: str) -> Any:
         found = config.get(name)
-        return sorted(found) if isinstance(found, list) and name != "layers_pattern" else found
+        return (
+            sorted(found, key=str)
+            if isinstance(found, list) and name != "layers_pattern"
+            else found
+        )
 
     return all(value(one, name) == value(other, name) for name in names)
 

@@ -49,6 +49,8 @@ _LORA = {
     ".lora_up.weight": Role.UP,
     ".lora.down.weight": Role.DOWN,
     ".lora.up.weight": Role.UP,
+    ".lora_linear_layer.down.weight": Role.DOWN,  # diffusers' text encoders
+    ".lora_linear_layer.up.weight": Role.UP,
     "_lora.down.weight": Role.DOWN,  # diffusers' attention processors
     "_lora.up.weight": Role.UP,
     ".alpha": Role.ALPHA,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from magic_fast.adapters.names import Key, Role, parse_key, style_of
-from magic_fast.adapters.settings import refuse_other_forms, refused, scaling_of
+from magic_fast.adapters.names import PEFT_PREFIX, Key, Role, parse_key, style_of
+from magic_fast.adapters.settings import (
+    check_settings,
+    header_settings,
+    refuse_other_forms,
+    refused,
+    scaling_of,
+)
 from magic_fast.checkpoint import Checkpoint, InputFile, TensorInfo, open_checkpoint
 from magic_fast.checkpoint.io_errors import reading
 from magic_fast.checkpoint.strict_json import load_json_object
@@ -73,8 +78,9 @@ class Adapter:
 
     @property
     def base_model(self) -> str | None:
-        """What it was trained on, as its configuration says."""
-        return self.config.get("base_model_name_or_path") or None
+        """What it was trained on, as its configuration says, or kohya's header."""
+        named = self.config.get("base_model_name_or_path")
+        return named or self.checkpoint.metadata.get("ss_base_model_version") or None
 
     def close(self) -> None:
         self.checkpoint.close()
@@ -101,6 +107,7 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
     if is_peft:
         config, own = _read_config(config_path)
         refuse_other_forms(config, given)
+        check_settings(config, config_path)
         files = (own,)
     checkpoint = open_checkpoint(_weights(given, is_peft))
     try:
@@ -160,6 +167,11 @@ def _adapter(
             whole[parsed.module] = key
         else:
             parts.setdefault(parsed.module, {})[parsed.role] = (parsed, info)
+    if not is_peft and any(key.startswith(PEFT_PREFIX) for key in checkpoint.tensors):
+        raise CheckpointError(
+            f"Adapter without its configuration for {path}: expected {CONFIG_NAME} beside weights "
+            "of PEFT, which has their scaling, got none. Name the folder that holds both."
+        )
     if not parts:
         raise CheckpointError(
             f"No adapter for {path}: expected keys such as 'M.lora_A.weight', "
@@ -192,10 +204,7 @@ class _Scalings:
         self._checkpoint = checkpoint
         self._config = config if is_peft else None
         text = checkpoint.metadata.get(METADATA_KEY)
-        self._parts: dict[str, dict[str, Any]] = {}
-        for name, value in (json.loads(text) if text else {}).items():
-            part, _, setting = name.partition(".")  # unet.lora_alpha
-            self._parts.setdefault(part, {})[setting] = value
+        self._parts = header_settings(text, checkpoint.path) if text else {}
 
     def of(self, module: str, rank: int, alpha: TensorInfo | None) -> float:
         if alpha is not None:
@@ -205,6 +214,8 @@ class _Scalings:
         part, _, inner = module.partition(".")
         if "lora_alpha" in self._parts.get(part, {}):
             return scaling_of(self._parts[part], inner, rank)
+        if "lora_alpha" in self._parts.get("", {}):
+            return scaling_of(self._parts[""], module, rank)
         return 1.0  # without an α it is r
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ _OTHER_FORMS = {
 }
 # initialisations that change the base weight too, so that B·A is not the change of the weight
 _CHANGED_BASE = re.compile(r"(pissa|olora|corda|lora_ga|loftq)", re.IGNORECASE)
+_NO_CONVERSION = re.compile("loftq", re.IGNORECASE)
 
 
 def refuse_other_forms(config: Config, path: str) -> None:
@@ -45,11 +47,81 @@ def refuse_other_forms(config: Config, path: str) -> None:
             raise refused(path, words)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and _CHANGED_BASE.match(start):
+        way = "Merge it into its own base first, by PEFT, and merge the full models."
+        if not _NO_CONVERSION.match(start):
+            way = (
+                "Save the adapter once more by PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=…), which converts it."
+            )
         raise CheckpointError(
             f"initialisation for {path}: expected one that leaves the base as it is, got "
-            f"{start!r}, which changes it. Save the adapter once more by PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=…), which converts it."
+            f"{start!r}, which changes it. {way}"
         )
+
+
+def check_settings(config: Config, path: str) -> None:
+    """Refuses settings that are read here and are not what they should be.
+
+    Raises:
+        CheckpointError: α that is no number, patterns that are no expressions → numbers, lists of
+            modules that are no lists of names.
+    """
+
+    def wrong(name: str, expected: str, value: object) -> CheckpointError:
+        return CheckpointError(
+            f"{name} in {path}: expected {expected}, got {value!r:.60}. Download the adapter again."
+        )
+
+    if "lora_alpha" in config and not _is_finite(config["lora_alpha"]):
+        raise wrong("lora_alpha", "a finite number", config["lora_alpha"])
+    for name in ("alpha_pattern", "rank_pattern"):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, Mapping) or not all(map(_is_finite, pattern.values())):
+            raise wrong(name, "names and numbers", pattern)
+        for expression in pattern:
+            if not _compiles(expression):
+                raise wrong(name, "regular expressions", expression)
+    for name in ("target_modules", "feedforward_modules", "exclude_modules"):
+        value = config.get(name)
+        if isinstance(value, str) and not _compiles(value):
+            raise wrong(name, "a regular expression", value)
+        names = value if isinstance(value, list) else []
+        if not isinstance(value, str | list | None) or not all(isinstance(n, str) for n in names):
+            raise wrong(name, "names of modules", value)
+
+
+def header_settings(text: str, path: str) -> dict[str, dict[str, Any]]:
+    """Part of a pipeline → its settings, from diffusers' JSON in a file's header; '' is the part of
+    settings that name none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"lora_adapter_metadata in the header of {path}: expected a JSON object, got "
+            f"{text!r:.60}. Download the adapter again."
+        )
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in found.items():
+        part, _, setting = name.rpartition(".")  # unet.lora_alpha
+        parts.setdefault(part, {})[setting] = value
+    for settings in parts.values():
+        check_settings(settings, path)
+    return parts
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _compiles(expression: object) -> bool:
+    try:
+        re.compile(str(expression))
+    except re.error:
+        return False
+    return isinstance(expression, str)
 
 
 def refused(path: str, words: str) -> CheckpointError:

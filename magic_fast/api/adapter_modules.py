@@ -175,7 +175,9 @@ def _widened(first: Tensor, *others: Tensor) -> Tensor:
 def _sum(asked: Asked, module: AdapterModule, changes: Sequence[LowRank]) -> tuple[LowRank, float]:
     """By the factors alone: nothing of the size of the weight is formed."""
     assert asked.coefficients is not None
-    exact = combined(changes, asked.coefficients)
+    counting = [(x, c) for x, c in zip(changes, asked.coefficients, strict=True) if c]
+    chosen = counting or [(x, 0.0) for x in changes]
+    exact = combined([x for x, _ in chosen], [c for _, c in chosen])
     if asked.rank is None or asked.rank >= exact.rank:
         return exact, 0.0
     rank = min(asked.rank, exact.up.shape[0], exact.down.shape[1])

@@ -24,6 +24,7 @@ from magic_fast.checkpoint import OutputFolder, TensorSpec, plan_shards
 from magic_fast.engine import Progress
 from magic_fast.engine.tensors import DTYPES, as_bytes
 from magic_fast.errors import CheckpointError, InputError
+from magic_fast.ops import refuse_backend
 
 ON = ("weights", "factors")
 OUT_DTYPES = {
@@ -98,12 +99,13 @@ def merge_adapters(
     >>> max(module.lost for module in report.modules)  # doctest: +SKIP
     0.21
     """
-    if isinstance(adapters, str | os.PathLike) or not list(adapters):
+    paths = [] if isinstance(adapters, str | os.PathLike) else list(adapters or ())
+    if not paths or not all(isinstance(path, str | os.PathLike) for path in paths):
         raise InputError(f"adapters: expected a list of paths, got {adapters!r}.")
-    _refuse_values(rank, on, dtype, masks, len(adapters))
+    _refuse_values(rank, on, dtype, masks, len(paths))
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     call = resolve(
-        method, given, len(adapters), calibrate=calibrate, preset=preset, backend=backend,
+        method, given, len(paths), calibrate=calibrate, preset=preset, backend=backend,
         masks=masks, seed=seed,
     )  # fmt: skip
     if call.over_model:
@@ -112,9 +114,11 @@ def merge_adapters(
             f"method {method!r} under preset {call.preset!r} for adapters: expected thresholds "
             f"tensor by tensor, got one over the model. {way}."
         )
+    if backend is not None:
+        refuse_backend(backend, "cpu")
     opened: list[Adapter] = []
     try:
-        for path in adapters:
+        for path in paths:
             opened.append(open_adapter(path))
         base = _refuse_unlike(opened, base_model)
         target = _check_out(out, opened[0])

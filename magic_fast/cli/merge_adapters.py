@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_WITHOUT_OPTION = ("adapters", "out", "masks")
 #: What has an option of its own.
 _TAKEN = (
     "method", "calibrate", "rank", "on", "dtype", "base_model", "preset", "backend", "seed",
@@ -130,9 +131,13 @@ def read_parameters(texts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{name}=[…]."
             )
         prefix, dot, inner = name.partition(".")
+        if name in _WITHOUT_OPTION:
+            raise InputError(f"--set {name}: expected a parameter of the method, got another word.")
         if name in _TAKEN:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"--set {name}: expected a parameter, got an option. Use {option}.")
+        if name == "calibrate.variant":
+            raise InputError("--set calibrate.variant: expected it by --calibrate VARIANT.")
         if prefix == "calibrate" and dot:
             calibration[inner] = values[0]
         else:

@@ -33,9 +33,10 @@ def folder(tmp_path: Path) -> Path:
 def refusal(
     folder: Path, kind: type[MagicFastError], *names: str, out: str = "out", **options: Any
 ) -> str:
+    before = sorted(folder.rglob("*"))
     with pytest.raises(kind) as caught:
         mf.merge_adapters([folder / name for name in names or ("0", "1")], folder / out, **options)
-    assert not (folder / "new").exists() and not list(folder.glob(".*.partial"))
+    assert sorted(folder.rglob("*")) == before
     return str(caught.value).replace(str(folder), "")
 
 
@@ -107,6 +108,51 @@ def test_other_base_models(folder: Path) -> None:
     mf.merge_adapters([folder / "0", folder / "other"], folder / "out", base_model="models/base")
     config = (folder / "out" / "adapter_config.json").read_text()
     assert '"base_model_name_or_path": "models/base"' in config
+
+
+def test_other_base_models_of_kohya(folder: Path) -> None:
+    down, up = torch.ones(2, 3), torch.ones(4, 2)
+    state = {"lora_unet_x.lora_down.weight": down, "lora_unet_x.lora_up.weight": up}
+    for name in ("sd_v1", "sdxl_base_v1-0"):
+        path = folder / f"{name}.safetensors"
+        save_file(state, path, metadata={"ss_base_model_version": name})
+    message = refusal(folder, InputError, "sd_v1.safetensors", "sdxl_base_v1-0.safetensors")
+    assert "expected 'sd_v1' as of /sd_v1.safetensors, got 'sdxl_base_v1-0'" in message
+
+
+def test_weights_of_peft_without_their_configuration(folder: Path) -> None:
+    (folder / "0" / "adapter_model.safetensors").rename(folder / "alone.safetensors")
+    assert refusal(folder, CheckpointError, "alone.safetensors") == (
+        "Adapter without its configuration for /alone.safetensors: expected adapter_config.json "
+        "beside weights of PEFT, which has their scaling, got none. Name the folder that holds "
+        "both."
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"lora_alpha": None}, "lora_alpha in /bad/adapter_config.json: expected a finite number"),
+        ({"lora_alpha": "x"}, "lora_alpha in"),
+        ({"alpha_pattern": [1]}, "alpha_pattern in"),
+        ({"alpha_pattern": {"(": 2}}, "expected regular expressions, got '('"),
+        ({"rank_pattern": {"q_proj": None}}, "expected names and numbers"),
+        ({"target_modules": [1, "q_proj"]}, "target_modules in"),
+        ({"target_modules": "("}, "expected a regular expression, got '('"),
+    ],
+    ids=str,
+)
+def test_damaged_settings(folder: Path, setting: dict[str, Any], words: str) -> None:
+    write_peft(folder / "bad", draw_lora(2), **setting)
+    assert words in refusal(folder, CheckpointError, "0", "bad")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"unet.lora_alpha": null}'])
+def test_damaged_headers(folder: Path, text: str) -> None:
+    state = {"unet.x.lora_A.weight": torch.ones(2, 3), "unet.x.lora_B.weight": torch.ones(4, 2)}
+    save_file(state, folder / "d.safetensors", metadata={"lora_adapter_metadata": text})
+    message = refusal(folder, CheckpointError, "d.safetensors")
+    assert message.startswith(("lora_adapter_metadata in the header of", "lora_alpha in"))
 
 
 def test_other_shapes(folder: Path) -> None:

@@ -95,6 +95,21 @@ def test_sums_are_exact(
     ]
 
 
+def test_a_weight_of_zero_adds_no_rank(paths: list[Path], tmp_path: Path) -> None:
+    report = mf.merge_adapters(paths, tmp_path / "out", "task_arithmetic", weights=[1, 0, 1])
+    assert report["model.layers.0.self_attn.q_proj"].rank == 2 + 3
+
+
+def test_text_encoders_of_diffusers(tmp_path: Path) -> None:
+    stem, lora = "text_encoder.layers.0.q_proj.lora_linear_layer", draw_lora(0, {"q": (24, 16)})
+    a, b = lora.factors["q"]
+    path = tmp_path / "in.safetensors"
+    save_file({f"{stem}.down.weight": a, f"{stem}.up.weight": b}, path)
+    mf.merge_adapters([path], tmp_path / "out.safetensors", "task_arithmetic", weights=0.5)
+    state = load_file(tmp_path / "out.safetensors")
+    close(state[f"{stem}.up.weight"] @ state[f"{stem}.down.weight"], 0.5 * b @ a)
+
+
 def test_a_rank_is_the_nearest(paths: list[Path], loras: list[Lora], tmp_path: Path) -> None:
     report = mf.merge_adapters(paths, tmp_path / "out", "task_arithmetic", rank=3)
     found = written(tmp_path / "out")

@@ -68,6 +68,11 @@ def test_ia3(tmp_path: Path, capsys: Capture) -> None:
             ["--set", "weights=1,2,3"],
             "--set weights: expected one value, got 3. Put a list in brackets: weights=[…].",
         ),
+        (
+            ["--set", "out=x"],
+            "--set out: expected a parameter of the method, got another word.",
+        ),
+        (["--backend", "foo"], "backend 'foo'"),
         (["--set", "rank=3"], "--set rank: expected a parameter, got an option. Use --rank."),
         (
             ["--set", "calibrate.p=1"],
