@@ -71,15 +71,14 @@ def norm_sums(
 
 
 @triton.jit
-def vote_sums(
-    base, experts, masks, integers, numbers, partial, n, offset,
+def _values_of(
+    block, base, experts, masks, integers, numbers, n, offset,
     K: tl.constexpr, HAS_BASE: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr,
     ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """int32 [programs]: the signs elected in one block a program, zero votes as 0, summed."""
-    program = tl.program_id(0).to(tl.int64)
+    """K trimmed values of one block of elements, 0 beyond the end."""
     position = positions(LANES, VEC)
-    start = program * (LANES * VEC)
+    start = block * (LANES * VEC)
     at = start + position
     inside = position < room(n, start, LANES * VEC)
     b = load_base(base, at, inside, HAS_BASE)
@@ -87,6 +86,21 @@ def vote_sums(
     values, _ = trimmed_values(
         taus, masks, integers, numbers, at, inside, position, start + offset,
         K, KINDS, RULE, ALIGNED, LANES, VEC,
+    )  # fmt: skip
+    return values
+
+
+@triton.jit
+def vote_sums(
+    base, experts, masks, integers, numbers, partial, n, offset,
+    K: tl.constexpr, HAS_BASE: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr,
+    ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """int32 [programs]: the signs elected in one block a program, zero votes as 0, summed."""
+    program = tl.program_id(0).to(tl.int64)
+    values = _values_of(
+        program, base, experts, masks, integers, numbers, n, offset,
+        K, HAS_BASE, KINDS, RULE, ALIGNED, LANES, VEC,
     )  # fmt: skip
     s = tally(values, K, RULE)
     signs = (s > 0).to(tl.int32) - (s < 0).to(tl.int32)
@@ -102,17 +116,11 @@ def held_counts(
     """int32 [programs, K, 2]: entries of one block a program that an expert holds alone, and with
     others, after the trim."""
     program = tl.program_id(0).to(tl.int64)
-    position = positions(LANES, VEC)
-    start = program * (LANES * VEC)
-    at = start + position
-    inside = position < room(n, start, LANES * VEC)
-    b = load_base(base, at, inside, HAS_BASE)
-    taus = load_taus(experts, at, inside, b, K, HAS_BASE)
-    values, _ = trimmed_values(
-        taus, masks, integers, numbers, at, inside, position, start + offset,
-        K, KINDS, RULE, ALIGNED, LANES, VEC,
+    values = _values_of(
+        program, base, experts, masks, integers, numbers, n, offset,
+        K, HAS_BASE, KINDS, RULE, ALIGNED, LANES, VEC,
     )  # fmt: skip
-    holders = tl.zeros(at.shape, tl.int32)
+    holders = tl.zeros(values[0].shape, tl.int32)
     for k in tl.static_range(K):
         holders = holders + (values[k] != 0).to(tl.int32)
     for k in tl.static_range(K):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from magic_fast.errors import CheckpointError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_BASE_KEY = "ss_base_model_version"  # in the header
 METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in the header: the configuration as JSON
 
 
@@ -80,7 +82,7 @@ class Adapter:
     def base_model(self) -> str | None:
         """What it was trained on, as its configuration says, or kohya's header."""
         named = self.config.get("base_model_name_or_path")
-        return named or self.checkpoint.metadata.get("ss_base_model_version") or None
+        return named or self.checkpoint.metadata.get(KOHYA_BASE_KEY) or None
 
     def close(self) -> None:
         self.checkpoint.close()
@@ -98,6 +100,11 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
     16
     """
     given = os.path.expanduser(os.fspath(path))
+    if not os.path.lexists(given):
+        raise CheckpointError(
+            f"Adapter not found for {given}: expected PEFT's folder or a .safetensors file, got "
+            "nothing there. Correct the path."
+        )
     folder = given if os.path.isdir(given) else os.path.dirname(given)
     config_path = os.path.join(folder, CONFIG_NAME)
     named_file = os.path.basename(given) == WEIGHTS_NAME
@@ -208,7 +215,13 @@ class _Scalings:
 
     def of(self, module: str, rank: int, alpha: TensorInfo | None) -> float:
         if alpha is not None:
-            return _scalar(self._checkpoint, alpha) / rank
+            value = _scalar(self._checkpoint, alpha)
+            if not math.isfinite(value):
+                raise CheckpointError(
+                    f"scaling '{alpha.name}' in {alpha.path}: expected a finite number, got "
+                    f"{value}. Download the adapter again."
+                )
+            return value / rank
         if self._config is not None:
             return scaling_of(self._config, module, rank)
         part, _, inner = module.partition(".")

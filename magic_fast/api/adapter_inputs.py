@@ -119,6 +119,38 @@ def read(adapter: Adapter, info: TensorInfo) -> Tensor:
     return x
 
 
+def refuse_unlike(opened: Sequence[Adapter], base_model: str | None) -> str | None:
+    """Refuses adapters that are not of one kind, naming and base; that base, if one is named."""
+    first = opened[0]
+    for other in opened:
+        if (other.kind, other.style) != (first.kind, first.style):
+            raise CheckpointError(
+                f"adapter {other.path}: expected {_words(first)} as {first.path} is, got "
+                f"{_words(other)}. Merge adapters of one kind and naming."
+            )
+    if base_model is not None and first.style == "diffusers":
+        raise InputError(
+            "base_model for diffusers' files: expected none, got one. They name no base: leave it "
+            "out."
+        )
+    if base_model is not None:
+        return base_model
+    named = [a for a in opened if a.base_model]
+    for other in named:
+        if other.base_model != named[0].base_model:
+            raise InputError(
+                f"base model of {other.path}: expected {named[0].base_model!r} as of "
+                f"{named[0].path}, got {other.base_model!r}. Adapters of different models do not "
+                "add up; where the two are the same, name it by base_model."
+            )
+    return named[0].base_model if named else None
+
+
+def _words(adapter: Adapter) -> str:
+    kinds = {"lora": "LoRA", "ia3": "IA3"}
+    return f"{kinds[adapter.kind]} in {adapter.style}'s naming"
+
+
 def base_copies(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     """Weights of the base, by their keys, that PEFT saves beside factors on embeddings and heads:
     the result has them too. Refuses what was trained whole."""

@@ -13,17 +13,22 @@ from torch import Tensor
 
 from magic_fast.adapters import Adapter, open_adapter
 from magic_fast.adapters.merged import merged_config
-from magic_fast.adapters.opening import CONFIG_NAME, DIFFUSERS_NAME, WEIGHTS_NAME
-from magic_fast.api.adapter_inputs import Asked, base_copies, coefficients_of
+from magic_fast.adapters.opening import (
+    CONFIG_NAME,
+    DIFFUSERS_NAME,
+    KOHYA_BASE_KEY,
+    WEIGHTS_NAME,
+)
+from magic_fast.api.adapter_inputs import Asked, base_copies, coefficients_of, refuse_unlike
 from magic_fast.api.adapter_modules import merge_module, refuse_calibration_of_vectors
 from magic_fast.api.calls import Call, numbers_of, resolve
 from magic_fast.api.checkpoints import check_out
 from magic_fast.api.results import AdapterReport
 from magic_fast.calibration import WeightCalibration
-from magic_fast.checkpoint import OutputFolder, TensorSpec, plan_shards
+from magic_fast.checkpoint import FORMAT_METADATA, OutputFolder, TensorSpec, plan_shards
 from magic_fast.engine import Progress
 from magic_fast.engine.tensors import DTYPES, as_bytes
-from magic_fast.errors import CheckpointError, InputError
+from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
 
 ON = ("weights", "factors")
@@ -78,7 +83,8 @@ def merge_adapters(
             come in.
         dtype: of the result, ``float32``, ``float16`` or ``bfloat16``; None: what those of the
             factors promote to.
-        base_model: what all were trained on, where their configurations differ in its spelling.
+        base_model: what all were trained on, where PEFT's configurations or kohya's headers differ
+            in its spelling.
         preset, backend, seed: as of :func:`merge`. IA3 under preset ``peft``: Σ w·l.
         masks: of each adapter, name → keep mask: ``MODULE.weight``; on factors, and of IA3, the
             keys of the first adapter's file.
@@ -120,7 +126,7 @@ def merge_adapters(
     try:
         for path in paths:
             opened.append(open_adapter(path))
-        base = _refuse_unlike(opened, base_model)
+        base = refuse_unlike(opened, base_model)
         target = _check_out(out, opened[0])
         _refuse_misuse(opened, call, rank, on)
         copies = base_copies(opened)
@@ -170,33 +176,6 @@ def _refuse_values(
         len(masks) == num_adapters and all(isinstance(m, Mapping) for m in masks)
     ):
         raise InputError(f"masks: expected {num_adapters} mappings from names, got {masks!r:.60}.")
-
-
-def _refuse_unlike(opened: Sequence[Adapter], base_model: str | None) -> str | None:
-    """Refuses adapters that are not of one kind, naming and base; that base, if one is named."""
-    first = opened[0]
-    for other in opened:
-        if (other.kind, other.style) != (first.kind, first.style):
-            raise CheckpointError(
-                f"adapter {other.path}: expected {_words(first)} as {first.path} is, got "
-                f"{_words(other)}. Merge adapters of one kind and naming."
-            )
-    if base_model is not None:
-        return base_model
-    named = [a for a in opened if a.base_model]
-    for other in named:
-        if other.base_model != named[0].base_model:
-            raise InputError(
-                f"base model of {other.path}: expected {named[0].base_model!r} as of "
-                f"{named[0].path}, got {other.base_model!r}. Adapters of different models do not "
-                "add up; where the two are the same, name it by base_model."
-            )
-    return named[0].base_model if named else None
-
-
-def _words(adapter: Adapter) -> str:
-    kinds = {"lora": "LoRA", "ia3": "IA3"}
-    return f"{kinds[adapter.kind]} in {adapter.style}'s naming"
 
 
 def _check_out(out: str | Path, first: Adapter) -> str:
@@ -287,7 +266,10 @@ def _write(
         if output.is_file:
             name = os.path.basename(output.path)
         specs = [TensorSpec(key, _WORDS[t.dtype], tuple(t.shape)) for key, t in tensors.items()]
-        output.create_shards(plan_shards(specs, file_name=name))
+        metadata = dict(FORMAT_METADATA)
+        if report.style == "kohya" and base_model is not None:
+            metadata[KOHYA_BASE_KEY] = base_model
+        output.create_shards(plan_shards(specs, file_name=name, metadata=metadata))
         for key, tensor in tensors.items():
             output.write(key, as_bytes(tensor))
         if report.style == "peft":

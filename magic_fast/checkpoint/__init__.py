@@ -5,7 +5,7 @@ from .file_reader import FileReader
 from .fs import REAL, FileSystem, HandleCache
 from .hashing import InputFile, changed_inputs
 from .header import Header, parse_header, serialize_header
-from .plan import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards, shard_index
+from .plan import DEFAULT_SHARD_BYTES, FORMAT_METADATA, ShardPlan, plan_shards, shard_index
 from .reader import Checkpoint, open_checkpoint
 from .sidecar import CONFIG_DTYPES, copy_sidecars, sidecar_files, sidecar_source, updated_config
 from .tensors import DTYPE_BITS, TensorInfo, TensorSpec, tensor_nbytes
@@ -16,6 +16,7 @@ __all__ = [
     "CONFIG_DTYPES",
     "DEFAULT_SHARD_BYTES",
     "DTYPE_BITS",
+    "FORMAT_METADATA",
     "REAL",
     "Checkpoint",
     "Coverage",

@@ -43,11 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--preset", help="whose defaults and rules hold, instead of the configuration's"
     )
-    parser.add_argument(
-        "--calibrate",
-        choices=("wsc", "manifold", "manifold_exact", "sphere", "spectral"),
-        help="calibrate, though the configuration does not say so: WSC, or a variant of it by name",
-    )
+    options.calibrate(parser, "calibrate, though the configuration does not say so")
     parser.add_argument("--seed", type=int, help="of the random trims")
     parser.add_argument(
         "--compat", metavar="SYSTEM", help="repeat a known fault of a system: mergekit-0.1.4"

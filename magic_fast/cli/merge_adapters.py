@@ -39,11 +39,7 @@ def add_parser(commands: Any) -> None:
         help="a parameter of the method, such as density=0.3, weights=[1,0.5] or scale=0.7; "
         "calibrate.NAME for one of the calibration; again for more",
     )
-    parser.add_argument(
-        "--calibrate",
-        choices=("wsc", "manifold", "manifold_exact", "sphere", "spectral"),
-        help="restore the magnitudes of rows: WSC, or a variant of it by name",
-    )
+    options.calibrate(parser, "restore the magnitudes of rows")
     parser.add_argument(
         "--rank",
         type=options.positive,
@@ -66,7 +62,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--base-model",
         metavar="NAME",
-        help="what all were trained on, where their configurations spell it differently",
+        help="what all were trained on, where configurations or headers spell it differently",
     )
     parser.add_argument("--preset", help="whose defaults and rules hold: peft, mergekit, …")
     parser.add_argument("--backend", help="refused where it cannot run (see doctor)")

@@ -90,6 +90,15 @@ def progress(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def calibrate(parser: argparse.ArgumentParser, what: str) -> None:
+    """WSC by one word; ``what`` it does there."""
+    parser.add_argument(
+        "--calibrate",
+        choices=("wsc", "manifold", "manifold_exact", "sphere", "spectral"),
+        help=f"{what}: WSC, or a variant of it by name",
+    )
+
+
 def weight_calibration(parser: argparse.ArgumentParser) -> None:
     """How WSC runs."""
     group = parser.add_argument_group("calibration (WSC)")

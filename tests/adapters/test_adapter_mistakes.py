@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import magic_fast as mf
 from adapters.adapter_files import MODULES, draw_lora, write_ia3, write_peft
+from magic_fast.adapters import open_adapter
 from magic_fast.errors import (
     CheckpointError,
     InputError,
@@ -118,6 +119,36 @@ def test_other_base_models_of_kohya(folder: Path) -> None:
         save_file(state, path, metadata={"ss_base_model_version": name})
     message = refusal(folder, InputError, "sd_v1.safetensors", "sdxl_base_v1-0.safetensors")
     assert "expected 'sd_v1' as of /sd_v1.safetensors, got 'sdxl_base_v1-0'" in message
+    paths = [folder / "sd_v1.safetensors", folder / "sdxl_base_v1-0.safetensors"]
+    mf.merge_adapters(paths, folder / "out.safetensors", base_model="sd")
+    assert open_adapter(folder / "out.safetensors").base_model == "sd"
+
+
+def test_adapters_that_are_not_there(folder: Path) -> None:
+    assert refusal(folder, CheckpointError, "0", "away") == (
+        "Adapter not found for /away: expected PEFT's folder or a .safetensors file, got nothing "
+        "there. Correct the path."
+    )
+
+
+def test_a_base_model_that_no_file_names(folder: Path) -> None:
+    state = {"unet.x.lora_A.weight": torch.ones(2, 3), "unet.x.lora_B.weight": torch.ones(4, 2)}
+    save_file(state, folder / "d.safetensors")
+    message = refusal(folder, InputError, "d.safetensors", base_model="sd")
+    assert message.startswith("base_model for diffusers' files: expected none, got one.")
+
+
+def test_an_alpha_that_is_no_number(folder: Path) -> None:
+    state = {
+        "lora_unet_x.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_x.lora_up.weight": torch.ones(4, 2),
+        "lora_unet_x.alpha": torch.tensor(float("nan")),
+    }
+    save_file(state, folder / "k.safetensors")
+    assert refusal(folder, CheckpointError, "k.safetensors") == (
+        "scaling 'lora_unet_x.alpha' in /k.safetensors: expected a finite number, got nan. "
+        "Download the adapter again."
+    )
 
 
 def test_weights_of_peft_without_their_configuration(folder: Path) -> None:

@@ -388,9 +388,13 @@ def test_ia3_calibrated_as_the_weights(tmp_path: Path) -> None:
     assert report["down_proj"].calibration is None  # its rows mix: not without the weight
 
 
-def test_a_merged_adapter_on_a_model(paths: list[Path], loras: list[Lora], tmp_path: Path) -> None:
-    """The result is read where any adapter is."""
+def test_a_merged_adapter_is_one_more_adapter(paths: list[Path], tmp_path: Path) -> None:
+    """Merged once more it stays what it is: its scaling is in its factors."""
     mf.merge_adapters(paths, tmp_path / "out", "task_arithmetic", calibrate="sphere", rank=3)
     opened = open_adapter(tmp_path / "out")
     assert {m.scaling for m in opened.modules.values()} == {1.0}
     assert {m.rank for m in opened.modules.values()} == {3}
+    mf.merge_adapters([tmp_path / "out"] * 2, tmp_path / "again")
+    once, again = written(tmp_path / "out"), written(tmp_path / "again")
+    for module in SHAPES:
+        close(again[module], once[module])

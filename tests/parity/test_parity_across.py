@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from magic_fast import ops
-from magic_fast.errors import BackendError
 from magic_fast.methods.recipes import build_recipe
 from magic_fast.ops.backend import Job
 from magic_fast.recipe import Recipe, RowCalibration
@@ -73,11 +72,14 @@ def test_across(backend: str, word: str, k: int, content: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["ties", "normal"])
-@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize(
+    "backend", [p for p in backend_params() if p.values[0] not in ("native", "torch")]
+)
 def test_scores_have_the_same_bounds_everywhere(backend: str, content: str) -> None:
-    """exp and tanh are the same operations in every backend of ours, bit for bit."""
-    if backend == "torch" or why_not("native") is not None:
-        pytest.skip("PyTorch has an exp and a tanh of its own")
+    """exp and tanh are the same operations in every backend of ours, bit for bit (PyTorch has its
+    own)."""
+    if (reason := why_not("native")) is not None:
+        pytest.skip(reason)
     job = job_of("pcb", 3, content)
     mine, theirs = (ops.select(job, backend=b) for b in (backend, "native"))
     assert mine.score_cut == theirs.score_cut
@@ -89,10 +91,7 @@ def test_scores_have_the_same_bounds_everywhere(backend: str, content: str) -> N
 def test_of_no_elements(backend: str, word: str) -> None:
     empty = torch.empty((0, 4))
     job = Job(empty, [empty, empty], recipe_of(word, 2), empty.clone(), "w")
-    try:
-        found = ops.select(job, backend=backend)
-    except BackendError as refusal:
-        pytest.skip(str(refusal))
+    found = ops.select(job, backend=backend)
     expected = reference.select(job.base, job.experts, job.recipe)
     assert (found.weights, found.alone) == (expected.weights, expected.alone)
     (stats,) = ops.merge([job], backend=backend)
