@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from support import house
 
 # Lower may not import higher; rooms of one rank know nothing of each other, but for BESIDE.
 RANK = {
@@ -54,29 +55,10 @@ def room_of(module: str) -> str:
 
 
 def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
-    """Line and room of every import of ours in ``source``, those inside functions too."""
-    package = module.split(".")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = ".".join(package[: len(package) - node.level]) if node.level else ""
-            origin = ".".join(filter(None, (above, node.module)))
-            names = [f"{origin}.{alias.name}" for alias in node.names]
-            if origin == "magic_fast":  # `from magic_fast import merge`: a room or a public name
-                rooms = (alias.name for alias in node.names)
-                names = [f"magic_fast.{n}" if n in RANK else "magic_fast" for n in rooms]
-        else:
-            continue
-        yield from ((node.lineno, room_of(n)) for n in names if n.split(".")[0] == "magic_fast")
-
-
-def modules(root: Path) -> Iterator[tuple[Path, str]]:
-    """Every source file and the name of its module."""
-    for folder, prefix in (("magic_fast", "magic_fast"), ("kernels", "magic_fast.kernels")):
-        for path in sorted((root / folder).rglob("*.py")):
-            inner = path.relative_to(root / folder).with_suffix("").parts
-            yield path, ".".join((prefix, *inner))
+    """Line and room of every import of ours in ``source``."""
+    for line, name in house.imported(source, module):
+        room = room_of(name)
+        yield line, room if room in RANK else "magic_fast"  # `from magic_fast import merge`
 
 
 def faults(source: str, module: str) -> list[str]:
@@ -90,12 +72,14 @@ def faults(source: str, module: str) -> list[str]:
 
 
 def test_imports_go_downward(root: Path) -> None:
-    found = [fault for path, module in modules(root) for fault in faults(path.read_text(), module)]
+    found = [
+        fault for path, module in house.modules(root) for fault in faults(path.read_text(), module)
+    ]
     assert not found, "\n".join(found)
 
 
 def test_every_room_is_seen(root: Path) -> None:
-    rooms = {room_of(module) for _, module in modules(root)}
+    rooms = {room_of(module) for _, module in house.modules(root)}
     assert {"cli", "report", "ops", "reference", "kernels", "recipe", "checkpoint"} <= rooms
 
 

@@ -1,0 +1,127 @@
+"""Circles of files, sizes of files and folders, and that no room calls a backend by its name.
+
+Each list of offenders may only shrink: a name in it that no longer offends fails the test too.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from support import house
+
+CIRCLES: list[set[str]] = [
+    {f"magic_fast.engine.{m}" for m in ("budget", "directions", "native", "plan", "units")},
+    {"magic_fast.report.card"}
+    | {
+        f"magic_fast.api.{m}"
+        for m in (
+            "__init__", "calibrating_checkpoints", "checkpoints", "feature_job", "inspecting",
+            "merging_adapters", "records", "sensitivity_checkpoints", "series",
+            "sweeping_checkpoints",
+        )
+    },
+]  # fmt: skip
+LONG_FILES = {
+    "csrc/bindings/module.cpp",
+    "csrc/cpu/entry.cpp",
+    "csrc/cpu/kernels-inl.h",
+    "csrc/cpu/reduce-inl.h",
+    "csrc/cpu/search.cpp",
+    "csrc/cuda/rows.cu",
+    "csrc/cuda/select.cu",
+    "magic_fast/checkpoint/writer.py",
+    "magic_fast/config/schema.py",
+    "magic_fast/engine/run.py",
+    "magic_fast/engine/stages.py",
+    "magic_fast/engine/sweep.py",
+    "magic_fast/methods/catalog.py",
+    "magic_fast/methods/parameters.py",
+    "magic_fast/ops/native_jobs.py",
+    "magic_fast/reference/calibration.py",
+    "magic_fast/reference/merge.py",
+}
+FULL_FOLDERS = {
+    "csrc/cpu",
+    "magic_fast/api",
+    "magic_fast/calibration",
+    "magic_fast/engine",
+    "magic_fast/ops",
+}
+NAMES_A_BACKEND = {
+    "magic_fast/api/sweeping.py",
+    "magic_fast/engine/directions.py",
+    "magic_fast/engine/native.py",
+    "magic_fast/engine/scales.py",
+    "magic_fast/engine/search.py",
+    "magic_fast/engine/stages.py",
+    "magic_fast/ops/__init__.py",
+    "magic_fast/ops/cuda_rows.py",
+    "magic_fast/ops/cuda_select.py",
+}
+WING = ("magic_fast/ops/native", "magic_fast/ops/registry.py")  # where the backend lives
+
+
+def test_circles_of_files(root: Path) -> None:
+    assert house.circles(house.edges(house.sources_of(root))) == CIRCLES
+
+
+def test_a_circle_is_seen() -> None:
+    sources = {
+        "magic_fast.a.x": "from magic_fast.a.y import f",
+        "magic_fast.a.y": "if TYPE_CHECKING:\n    from . import z",
+        "magic_fast.a.z": "def f():\n    import magic_fast.a.x",
+        "magic_fast.b": "from magic_fast.a import x",
+    }
+    assert house.circles(house.edges(sources)) == [{f"magic_fast.a.{m}" for m in "xyz"}]
+
+
+def test_long_files(root: Path) -> None:
+    assert set(house.long_files(root)) == LONG_FILES, house.long_files(root)
+
+
+def test_full_folders(root: Path) -> None:
+    assert set(house.full_folders(root)) == FULL_FOLDERS, house.full_folders(root)
+
+
+def test_no_room_names_the_native_backend(root: Path) -> None:
+    naming = {
+        path.relative_to(root).as_posix()
+        for path, _ in house.modules(root)
+        if not path.relative_to(root).as_posix().startswith(WING)
+        and house.names_native(path.read_text())
+    }
+    assert naming == NAMES_A_BACKEND
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from magic_fast.ops.native import NativeBackend",
+        "from magic_fast.ops.native_search import select_over",
+        "def f(job):\n    return merge(job, backend='native')",
+        "if chosen.name == 'native':\n    pass",
+        "import magic_fast.ops.native.jobs",
+        "NATIVE = frozenset({'native'})",
+        "usable = NativeBackend()",
+        "import_module('magic_fast.ops.native.backend')",
+    ],
+)
+def test_a_named_backend_is_seen(source: str) -> None:
+    assert house.names_native(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""What ``native`` does."""\nimport torch',
+        "def f():\n    '''Runs on the native backend.'''\n    return 1",
+        "x = 'the native core is missing'",
+        "from magic_fast import ops",
+    ],
+)
+def test_prose_is_not_a_name(source: str) -> None:
+    ast.parse(source)
+    assert not house.names_native(source)
