@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 
 from magic_fast import _native
-from magic_fast.ops.backend import Job
-from magic_fast.ops.native import NativeBackend
-from magic_fast.ops.torch_backend import TorchBackend
+from magic_fast.ops.job import Job
+from magic_fast.ops.native.backend import NativeBackend
+from magic_fast.ops.torch.backend import TorchBackend
 from magic_fast.recipe import RowCalibration
 
 HERE = Path(__file__).resolve().parent

@@ -31,7 +31,7 @@ import machine  # noqa: E402 - benchmarks/machine.py
 from recipes import recipes  # noqa: E402 - benchmarks/recipes.py
 
 from magic_fast import ops  # noqa: E402
-from magic_fast.ops.backend import Job  # noqa: E402
+from magic_fast.ops.job import Job  # noqa: E402
 from magic_fast.ops.registry import implementation, why_unavailable  # noqa: E402
 from magic_fast.recipe import Recipe, RowCalibration  # noqa: E402
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from magic_fast.ops.backend import Job
-from magic_fast.ops.torch_backend import TorchBackend
+from magic_fast.ops.job import Job
+from magic_fast.ops.torch.backend import TorchBackend
 from magic_fast.recipe import EpsMode
 from magic_fast.reference import calibration as wsc
 from magic_fast.reference import merge as reference

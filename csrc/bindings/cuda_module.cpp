@@ -1,6 +1,6 @@
 // Python's view of the CUDA kernels: addresses and streams as integers in, exceptions out.
 //
-// SAFETY: the caller (magic_fast/ops/cuda_calls.py) keeps every array alive until the stream has
+// SAFETY: the caller (magic_fast/ops/cuda/calls.py) keeps every array alive until the stream has
 // passed, and has checked shapes, dtypes, contiguity and overlap.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,7 +1,7 @@
 // What Python calls of the native part: integers and tuples in, exceptions out, the GIL released
 // while the loops run. This folder alone knows Python.
 //
-// Arrays come as addresses. SAFETY: the caller (magic_fast/ops/native.py) keeps every array alive
+// Arrays come as addresses. SAFETY: the caller (magic_fast/ops/native/backend.py) keeps every array alive
 // until the call returns, and has checked shapes, dtypes, contiguity and overlap.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -264,7 +264,7 @@ std::string isa() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Fused merge and calibration on the CPU. Use it through magic_fast.ops.native.";
+  m.doc() = "Fused merge and calibration on the CPU. Use it through magic_fast.ops.native.backend.";
   py::class_<Plan>(m, "Plan").def(py::init<py::dict, py::sequence>());
   py::class_<Calibration>(m, "Calibration")
       .def(py::init<int64_t, int64_t, int, bool, double, int, bool, py::object, double, double, int,

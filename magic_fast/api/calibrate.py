@@ -13,7 +13,7 @@ from magic_fast.api.results import CalibrationReport, TensorCalibration
 from magic_fast.api.tensors import Named, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job, count_repaired
+from magic_fast.ops.job import Job, count_repaired
 from magic_fast.recipe import Recipe
 
 

@@ -19,7 +19,7 @@ from magic_fast.methods.arguments import find_method, resolve_arguments
 from magic_fast.methods.functions import FUNCTIONS
 from magic_fast.methods.geometric import GEOMETRIC, Question
 from magic_fast.methods.recipes import RECIPES, build_recipe
-from magic_fast.ops.backend import Job, Stats
+from magic_fast.ops.job import Job, Stats
 from magic_fast.recipe import Recipe, TrimScope
 
 log = logging.getLogger("magic_fast")

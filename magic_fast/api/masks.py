@@ -11,8 +11,8 @@ from torch import Tensor
 
 from magic_fast.api.tensors import Named, models_of, state_dict_of
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job
 from magic_fast.ops.checks import check
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Contributors, Recipe, Reduce, Vote, ZeroVote, per_expert
 from magic_fast.reference import consensus
 from magic_fast.reference import merge as reference

@@ -24,7 +24,7 @@ from magic_fast.api.modules import first_of_tied, model_type_of, module_like, ti
 from magic_fast.api.tensors import Named, Tensors, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 
 
 def merge(

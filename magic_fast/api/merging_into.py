@@ -26,8 +26,8 @@ from magic_fast.api.modules import first_of_tied, model_type_of, tied_groups
 from magic_fast.api.tensors import Named, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job
 from magic_fast.ops.checks import check, extent_of
+from magic_fast.ops.job import Job
 from magic_fast.ops.registry import choose
 
 #: Of the results that cannot go straight to their place, so many bytes are held at a time (or one

@@ -12,7 +12,7 @@ from torch import Tensor
 from magic_fast import ops
 from magic_fast.api.tensors import Named, models_of, state_dict_of
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe
 from magic_fast.reference import spectral
 from magic_fast.reference.merge import decision_dtype, task_vectors

@@ -15,7 +15,7 @@ from magic_fast.api.tensors import Named, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration
 from magic_fast.engine import quantiles_of
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, RowCalibration, Selection
 from magic_fast.reference import calibration
 from magic_fast.reference import merge as reference

@@ -17,7 +17,7 @@ from magic_fast.calibration import WeightCalibration
 from magic_fast.engine.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import find_method
-from magic_fast.ops.backend import Job, View
+from magic_fast.ops.job import Job, View
 from magic_fast.ops.registry import choose
 from magic_fast.recipe import Recipe, Selection
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from magic_fast.engine.plan import Step
 from magic_fast.methods.geometric import GEOMETRIC, Question
-from magic_fast.ops.backend import Array
 from magic_fast.ops.directions import Directions, RowWeights
-from magic_fast.ops.native_directions import Gram, weights_of
+from magic_fast.ops.job import Array
+from magic_fast.ops.native.directions import Gram, weights_of
 
 
 def directions_of(step: Step) -> Directions | None:
@@ -41,7 +41,7 @@ def needs_whole(step: Step) -> bool:
 
 class GramSearch:
     """The weights of a tensor that is one vector a model, fed piece by piece; what wants the data
-    is as :class:`~magic_fast.ops.native_search.StreamingSelect` has it."""
+    is as :class:`~magic_fast.ops.native.search.StreamingSelect` has it."""
 
     def __init__(self, step: Step) -> None:
         directions = directions_of(step)

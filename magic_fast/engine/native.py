@@ -18,7 +18,7 @@ from magic_fast.engine.units import (
 from magic_fast.errors import InputError
 from magic_fast.methods.workspace import decomposition_bytes
 from magic_fast.ops import asked_for, best_backend, why_unavailable
-from magic_fast.ops.backend import Job, View
+from magic_fast.ops.job import Job, View
 from magic_fast.recipe import Recipe, TrimScope
 
 
@@ -126,7 +126,7 @@ def _why_torch(plan: MergePlan, step: Step, device: str, known: _Known) -> str |
 
 
 def _unsupported(step: Step) -> str | None:
-    from magic_fast.ops.native import NativeBackend
+    from magic_fast.ops.native.backend import NativeBackend
 
     recipe = step.recipe or Recipe((1.0,) * len(step.experts))
     if over_model(step) and recipe.needs_factors:

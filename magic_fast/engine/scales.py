@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from magic_fast import ops
 from magic_fast.engine.memory import Slot, aligned
-from magic_fast.ops.backend import Job, Stats, View
+from magic_fast.ops.job import Job, Stats, View
 from magic_fast.recipe import Recipe, Selection, TrimRule
 
 LEAST = 1 << 16  # elements below which separate merges are as quick

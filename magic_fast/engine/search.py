@@ -9,9 +9,9 @@ from typing import Protocol
 from magic_fast.engine.directions import GramSearch
 from magic_fast.engine.plan import Step
 from magic_fast.engine.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
-from magic_fast.ops.backend import Array, View
 from magic_fast.ops.directions import RowWeights
-from magic_fast.ops.native_search import StreamingSelect, cut_for
+from magic_fast.ops.job import Array, View
+from magic_fast.ops.native.search import StreamingSelect, cut_for
 from magic_fast.recipe import Selection
 
 _SAMPLES = 16

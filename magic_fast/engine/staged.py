@@ -26,7 +26,7 @@ from magic_fast.engine.recheck import refuse_changed_files
 from magic_fast.engine.stages import BadRecord, Loaded, Loader, Writer, refuse_other_integers
 from magic_fast.engine.tensors import DTYPES, Worker
 from magic_fast.engine.units import Piece, Unit
-from magic_fast.ops.backend import Stats
+from magic_fast.ops.job import Stats
 from magic_fast.recipe import Selection
 
 

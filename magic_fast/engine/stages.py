@@ -22,8 +22,8 @@ from magic_fast.engine.plan import FLOATS, Input, Step
 from magic_fast.engine.recheck import refuse_changed_files
 from magic_fast.engine.units import Piece, Unit, element_size
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job, Stats, View, count_repaired
 from magic_fast.ops.directions import RowWeights
+from magic_fast.ops.job import Job, Stats, View, count_repaired
 from magic_fast.recipe import Recipe, Selection
 
 _WORTH_SHARING = 1 << 19  # bytes for each of two threads

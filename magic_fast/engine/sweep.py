@@ -43,7 +43,7 @@ from magic_fast.engine.units import (
     piece_bytes,
 )
 from magic_fast.engine.variants import Selecting, Variant, copy_of
-from magic_fast.ops.backend import Job, Stats, View
+from magic_fast.ops.job import Job, Stats, View
 from magic_fast.recipe import Recipe, Selection
 
 

@@ -15,7 +15,7 @@ from magic_fast.engine.plan import FLOATS, Input, MergePlan, Step
 from magic_fast.engine.stages import refuse_other_integers
 from magic_fast.engine.units import Unit
 from magic_fast.methods.functions import STEPS
-from magic_fast.ops.backend import Job, Stats
+from magic_fast.ops.job import Job, Stats
 from magic_fast.recipe import Recipe, Selection
 from magic_fast.reference import merge as reference
 from magic_fast.reference.scope import select_model

@@ -11,7 +11,7 @@ from magic_fast.engine.plan import Step
 from magic_fast.engine.scales import select_once, unscaled
 from magic_fast.engine.stages import Loaded, Streamed, slab_shape
 from magic_fast.engine.units import Piece
-from magic_fast.ops.backend import Job, View
+from magic_fast.ops.job import Job, View
 from magic_fast.recipe import Recipe, Selection
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.reference import fusion
 from magic_fast.reference.merge import decision_dtype
 

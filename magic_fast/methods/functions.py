@@ -12,7 +12,7 @@ from torch import Tensor
 
 from magic_fast.methods.elementwise import ELEMENTWISE
 from magic_fast.methods.spectral import SPECTRAL
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.reference import spectral
 from magic_fast.reference.features import fold
 from magic_fast.reference.merge import decision_dtype, task_vectors

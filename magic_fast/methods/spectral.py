@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.reference import spectral
 from magic_fast.reference.merge import decision_dtype, task_vectors
 from magic_fast.reference.spectral import EXACT, Factorizations

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from magic_fast.errors import BackendError, InputError, NonFiniteError
-from magic_fast.ops.backend import Array, Backend, Job, Stats, View
+from magic_fast.ops.backend import Backend
 from magic_fast.ops.checks import check, dtype_word
+from magic_fast.ops.job import Array, Job, Stats, View
 from magic_fast.ops.registry import (
     BackendStatus,
     asked_for,
@@ -87,7 +88,7 @@ def kth_magnitude(x: Array, k: int) -> float:
     Args:
         x: tensor of float64, float32, float16 or bfloat16, any shape.
     """
-    from magic_fast.ops.native import NativeBackend
+    from magic_fast.ops.native.backend import NativeBackend
 
     native = NativeBackend()
     usable = asked_for(None) in (None, NativeBackend.name) and native.why_not() is None
@@ -114,7 +115,7 @@ def select_model(jobs: Sequence[Job], *, backend: str | None = None) -> None:
         return
     recipe, chosen = ordered[0].recipe, choose(ordered, backend)
     if {one.name for one in chosen} == {"native"} and not recipe.needs_factors:
-        from magic_fast.ops.native_search import select_over
+        from magic_fast.ops.native.search import select_over
 
         selections = select_over(ordered)
     else:
@@ -134,7 +135,7 @@ def run_function(
 ) -> list[Stats]:
     """Runs methods that are no recipe: ``function`` gives the merged tensor of a job before
     rounding; the calibration, the rounding and the checks are those of every merge."""
-    from magic_fast.ops.torch_backend import TorchBackend
+    from magic_fast.ops.torch.backend import TorchBackend
 
     _check_nonfinite_word(nonfinite)
     if backend not in (None, "auto", "torch"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import TrimRule
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from magic_fast.ops.backend import Array, Job
+from magic_fast.ops.job import Array, Job
 from magic_fast.recipe import Granularity, RowCalibration, TrimRule, Variant
 
 

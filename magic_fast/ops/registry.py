@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Backend, Job
+from magic_fast.ops.backend import Backend
+from magic_fast.ops.job import Job
 
 log = logging.getLogger("magic_fast")
 
@@ -36,24 +37,28 @@ class BackendSpec:
 
 SPECS: tuple[BackendSpec, ...] = (
     BackendSpec(
-        "native", "magic_fast.ops.native", "NativeBackend", ("cpu",), "fused C++ kernels on the CPU"
+        "native",
+        "magic_fast.ops.native.backend",
+        "NativeBackend",
+        ("cpu",),
+        "fused C++ kernels on the CPU",
     ),
     BackendSpec(
         "cuda",
-        "magic_fast.ops.cuda_backend",
+        "magic_fast.ops.cuda.backend",
         "CudaBackend",
         ("cuda",),
         "fused CUDA kernels on a GPU",
     ),
     BackendSpec(
         "triton",
-        "magic_fast.ops.triton_backend",
+        "magic_fast.ops.triton.backend",
         "TritonBackend",
         ("cuda",),
         "fused Triton kernels on a GPU",
     ),
     BackendSpec(
-        "torch", "magic_fast.ops.torch_backend", "TorchBackend", ("cpu", "cuda"), "plain PyTorch"
+        "torch", "magic_fast.ops.torch.backend", "TorchBackend", ("cpu", "cuda"), "plain PyTorch"
     ),
 )
 

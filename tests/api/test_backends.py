@@ -11,7 +11,7 @@ import magic_fast as mf
 from magic_fast import ops
 from magic_fast.errors import BackendError
 from magic_fast.ops import registry
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe
 
 

@@ -9,7 +9,7 @@ import magic_fast as mf
 from api.mistakes import CASES, Call, base, experts, merging
 from magic_fast import ops
 from magic_fast.errors import InputError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.methods.recipes import build_recipe
-from magic_fast.ops import cuda_select, gpu_jobs
-from magic_fast.ops.backend import Job
+from magic_fast.ops.cuda import select as cuda_select
+from magic_fast.ops.gpu import jobs as gpu_jobs
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Granularity, Recipe, RowCalibration, Trim, TrimRule, Variant, Vote
 from support.oracle import assert_within_budget, truth
 
@@ -215,7 +216,7 @@ def test_the_first_bad_element_of_each_input_is_named() -> None:
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_workspace_is_what_is_said(calibrated: bool) -> None:
     """The tensors that a merge takes beside inputs and output, against what was announced."""
-    from magic_fast.ops.cuda_backend import CudaBackend
+    from magic_fast.ops.cuda.backend import CudaBackend
 
     one = job((128, 600), 8, ties(8))
     if calibrated:

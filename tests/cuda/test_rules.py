@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from magic_fast.ops.cuda_calls import extension
-from magic_fast.ops.cuda_select import log_bins_of, segments_of
+from magic_fast.ops.cuda.calls import extension
+from magic_fast.ops.cuda.select import log_bins_of, segments_of
 
 pytestmark = pytest.mark.usefixtures("needs_cuda")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from golden.golden_case import GoldenCase
 from magic_fast import ops
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe
 
 Adapter = Callable[[GoldenCase, str, bool], dict[str, Tensor]]

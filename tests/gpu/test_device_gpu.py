@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from magic_fast import ops
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.ops.registry import implementation, why_unavailable
 from magic_fast.recipe import Recipe, RowCalibration, Trim, TrimRule, Vote
 

@@ -10,7 +10,7 @@ import torch
 
 from magic_fast import ops
 from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from support.calibrations import CalibrationCase, calibration_cases
 from support.cases import MergeCase, is_quick, merge_cases
 from support.oracle import assert_within_budget, truth

@@ -10,7 +10,7 @@ import torch
 
 from magic_fast import ops
 from magic_fast.errors import BackendError, NonFiniteError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, RowCalibration, Trim, TrimRule, Vote
 from magic_fast.reference.philox import philox_words
 
@@ -94,7 +94,7 @@ def test_slabs_of_a_calibrated_row_and_long_rows_agree(monkeypatch: pytest.Monke
 
 
 def test_workspace_can_be_asked_for() -> None:
-    from magic_fast.ops.triton_backend import TritonBackend
+    from magic_fast.ops.triton.backend import TritonBackend
 
     base = torch.zeros(64, 1024, dtype=torch.bfloat16)
     trim = Trim(TrimRule.MAGNITUDE, density=(0.2,) * 4)
@@ -131,7 +131,7 @@ def test_as_many_as_64_experts(rows: int) -> None:
 
 
 def test_the_interpreter_never_runs_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from magic_fast.ops.triton_backend import interpreted
+    from magic_fast.ops.triton.backend import interpreted
 
     if not interpreted():
         pytest.skip("a GPU is here")

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, TieRule, Trim, TrimRule
 
 
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A sample far smaller than the tensor, so that brackets miss and several scans are needed."""
-    from magic_fast.ops import triton_select
+    from magic_fast.ops.triton import select as triton_select
 
     monkeypatch.setattr(triton_select, "SAMPLE", 64)
     yield

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from magic_fast.methods.recipes import build_recipe
-from magic_fast.ops.backend import Job
-from magic_fast.ops.native import NativeBackend, StreamingSelect, cut_for
+from magic_fast.ops.job import Job
+from magic_fast.ops.native.backend import NativeBackend, StreamingSelect, cut_for
 from magic_fast.recipe import Recipe, Selection
 from magic_fast.reference import merge as reference
 from magic_fast.reference import pcb

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from magic_fast import _native
-from magic_fast.ops.backend import Job
-from magic_fast.ops.native import NativeBackend
+from magic_fast.ops.job import Job
+from magic_fast.ops.native.backend import NativeBackend
 from magic_fast.recipe import Recipe, Trim, TrimRule
 from native.native_cases import bits, random_case
 
@@ -62,7 +62,9 @@ def test_environment_chooses_the_instruction_set() -> None:
 
 
 def test_a_refused_instruction_set_is_the_reason_why_not() -> None:
-    code = "from magic_fast.ops.native import NativeBackend; print(NativeBackend().why_not())"
+    code = (
+        "from magic_fast.ops.native.backend import NativeBackend; print(NativeBackend().why_not())"
+    )
     assert "expected one of" in _run(code, MAGIC_FAST_CPU_ISA="nonsense").stdout
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from magic_fast import _native
 from magic_fast.errors import InternalError
-from magic_fast.ops.backend import Job
 from magic_fast.ops.directions import Directions, RowWeights
-from magic_fast.ops.native import NativeBackend
-from magic_fast.ops.native_directions import Gram
+from magic_fast.ops.job import Job
+from magic_fast.ops.native.backend import NativeBackend
+from magic_fast.ops.native.directions import Gram
 from magic_fast.recipe import Recipe, RowCalibration
 
 ISAS = list(_native.build_config()["supported_isas"])

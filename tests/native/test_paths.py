@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from magic_fast import _native
-from magic_fast.ops.backend import Job
-from magic_fast.ops.native import NativeBackend
-from magic_fast.ops.torch_backend import TorchBackend
+from magic_fast.ops.job import Job
+from magic_fast.ops.native.backend import NativeBackend
+from magic_fast.ops.torch.backend import TorchBackend
 from magic_fast.recipe import (
     Consensus,
     Contributors,

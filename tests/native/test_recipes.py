@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from magic_fast import _native
-from magic_fast.ops.native import NativeBackend
-from magic_fast.ops.torch_backend import TorchBackend
+from magic_fast.ops.native.backend import NativeBackend
+from magic_fast.ops.torch.backend import TorchBackend
 from magic_fast.recipe import RowCalibration
 from native.native_cases import bits, random_case
 

@@ -11,10 +11,10 @@ import torch
 
 import magic_fast as mf
 from magic_fast import _native
-from magic_fast.ops.backend import Job, View
-from magic_fast.ops.native import NativeBackend, StreamingSelect, cut_for
-from magic_fast.ops.native_jobs import Call
-from magic_fast.ops.native_search import select_over
+from magic_fast.ops.job import Job, View
+from magic_fast.ops.native.backend import NativeBackend, StreamingSelect, cut_for
+from magic_fast.ops.native.jobs import Call
+from magic_fast.ops.native.search import select_over
 from magic_fast.recipe import CountRule, Recipe, Selection, TieRule, Trim, TrimRule, TrimScope
 from magic_fast.reference import merge as reference
 from magic_fast.reference.scope import select_model

@@ -39,7 +39,7 @@ LONG_FILES = {
     "magic_fast/engine/sweep.py",
     "magic_fast/methods/catalog.py",
     "magic_fast/methods/parameters.py",
-    "magic_fast/ops/native_jobs.py",
+    "magic_fast/ops/native/jobs.py",
     "magic_fast/reference/calibration.py",
     "magic_fast/reference/merge.py",
 }
@@ -48,7 +48,6 @@ FULL_FOLDERS = {
     "magic_fast/api",
     "magic_fast/calibration",
     "magic_fast/engine",
-    "magic_fast/ops",
 }
 NAMES_A_BACKEND = {
     "magic_fast/api/sweeping.py",
@@ -58,8 +57,8 @@ NAMES_A_BACKEND = {
     "magic_fast/engine/search.py",
     "magic_fast/engine/stages.py",
     "magic_fast/ops/__init__.py",
-    "magic_fast/ops/cuda_rows.py",
-    "magic_fast/ops/cuda_select.py",
+    "magic_fast/ops/cuda/rows.py",
+    "magic_fast/ops/cuda/select.py",
 }
 WING = ("magic_fast/ops/native", "magic_fast/ops/registry.py")  # where the backend lives
 
@@ -99,14 +98,14 @@ def test_no_room_names_the_native_backend(root: Path) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from magic_fast.ops.native import NativeBackend",
-        "from magic_fast.ops.native_search import select_over",
+        "from magic_fast.ops.native.backend import NativeBackend",
+        "from magic_fast.ops.native.search import select_over",
         "def f(job):\n    return merge(job, backend='native')",
         "if chosen.name == 'native':\n    pass",
-        "import magic_fast.ops.native.jobs",
+        "import magic_fast.ops.native.backend.jobs",
         "NATIVE = frozenset({'native'})",
         "usable = NativeBackend()",
-        "import_module('magic_fast.ops.native.backend')",
+        "import_module('magic_fast.ops.native.backend.backend')",
     ],
 )
 def test_a_named_backend_is_seen(source: str) -> None:

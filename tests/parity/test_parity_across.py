@@ -8,7 +8,7 @@ import torch
 
 from magic_fast import ops
 from magic_fast.methods.recipes import build_recipe
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, RowCalibration
 from magic_fast.reference import merge as reference
 from support.backends import backend_params, why_not

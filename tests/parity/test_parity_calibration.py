@@ -9,7 +9,7 @@ import torch
 
 from magic_fast import ops
 from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.reference import calibration as wsc
 from magic_fast.reference import merge as reference
 from support.backends import backend_params

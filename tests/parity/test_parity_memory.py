@@ -12,7 +12,7 @@ import torch
 import magic_fast as mf
 from magic_fast import ops
 from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import RowCalibration
 from support.backends import backend_params
 from support.cases import RECIPES, MergeCase

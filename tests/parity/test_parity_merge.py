@@ -7,7 +7,7 @@ import torch
 
 from magic_fast import ops
 from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, Trim, TrimRule
 from magic_fast.reference import merge as reference
 from magic_fast.reference.trim import variance

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import magic_fast as mf
 from magic_fast import ops
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, Rescale, Trim, TrimRule, TrimScope
 from support.backends import backend_params
 from support.oracle import truth, ulp

@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import (
     Direction,
     EpsMode,

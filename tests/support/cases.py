@@ -20,7 +20,7 @@ from magic_fast.methods.arguments import resolve_arguments
 from magic_fast.methods.parameters import METHODS, PRESETS
 from magic_fast.methods.recipes import RECIPES as METHODS_THAT_ARE_RECIPES
 from magic_fast.methods.recipes import build_recipe, check_preset
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import (
     Align,
     Consensus,

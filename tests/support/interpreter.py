@@ -27,7 +27,7 @@ def interprets() -> bool:
 
     if why_unavailable("triton") is not None:
         return False
-    from magic_fast.ops.triton_backend import interpreted
+    from magic_fast.ops.triton.backend import interpreted
 
     return interpreted()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import RowCalibration, Variant
 from magic_fast.reference import calibration as wsc
 from magic_fast.reference import merge as reference

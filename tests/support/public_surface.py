@@ -44,6 +44,8 @@ def _parameters(value: object) -> str:
         signature = inspect.signature(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # a class without one
         return ""
+    if hasattr(value, "model_fields"):  # a configuration: `yaml_keys` has them
+        return ""
     lines, keyword_only = [], False
     for p in signature.parameters.values():
         if p.kind is p.KEYWORD_ONLY and not keyword_only:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from magic_fast.kernels import launch, merge, rows
 from magic_fast.kernels import sums as kernels
-from magic_fast.ops.gpu_jobs import Device, multiprocessors
-from magic_fast.ops.gpu_results import Rows
+from magic_fast.ops.gpu.jobs import Device, multiprocessors
+from magic_fast.ops.gpu.results import Rows
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 from magic_fast.reference import calibration as wsc
 

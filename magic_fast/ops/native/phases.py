@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from magic_fast.ops.backend import Job
-from magic_fast.ops.native_jobs import Call, numel_of
+from magic_fast.ops.job import Job
+from magic_fast.ops.native.jobs import Call, numel_of
 from magic_fast.recipe import (
     Align,
     Recipe,
@@ -115,7 +115,7 @@ class Phases:
     Args:
         recipe: of all the data.
         total: elements of all the data.
-        threads, isa: as of :class:`~magic_fast.ops.native.NativeBackend`.
+        threads, isa: as of :class:`~magic_fast.ops.native.backend.NativeBackend`.
     """
 
     def __init__(self, recipe: Recipe, total: int, threads: int, isa: int) -> None:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from magic_fast.ops.backend import Array, Job, View
+from magic_fast.ops.job import Array, Job, View
 from magic_fast.recipe import (
     Contributors,
     Direction,

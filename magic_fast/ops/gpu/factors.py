@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from magic_fast.ops.gpu_jobs import Device
-from magic_fast.ops.gpu_numbers import ABOVE, KEEP_ALL
+from magic_fast.ops.gpu.jobs import Device
+from magic_fast.ops.gpu.numbers import ABOVE, KEEP_ALL
 from magic_fast.recipe import Align, Rescale
 
 _POWERS = {Rescale.L1: 1, Rescale.L2: 2, Rescale.LINF: 0}  # 0: the largest

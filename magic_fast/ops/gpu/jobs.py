@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops.backend import Job, View
-from magic_fast.ops.gpu_numbers import Numbers, Target, integers_of, numbers_of, width_of
+from magic_fast.ops.gpu.numbers import Numbers, Target, integers_of, numbers_of, width_of
+from magic_fast.ops.job import Job, View
 from magic_fast.recipe import Selection
 
 SAMPLE = 32768  # magnitudes per expert at most, for the bracket of a threshold

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from magic_fast.ops.cuda_calls import call_job, extension, stream_of_device
-from magic_fast.ops.gpu_jobs import Device, multiprocessors
-from magic_fast.ops.gpu_results import NO_INDEX
+from magic_fast.ops.cuda.calls import call_job, extension, stream_of_device
+from magic_fast.ops.gpu.jobs import Device, multiprocessors
+from magic_fast.ops.gpu.results import NO_INDEX
 
 _BLOCK = 1024  # elements of a block: 128 threads, 8 each
 

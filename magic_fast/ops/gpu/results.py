@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magic_fast.ops.backend import Stats
-from magic_fast.ops.gpu_jobs import Device
-from magic_fast.ops.gpu_numbers import (
+from magic_fast.ops.gpu.jobs import Device
+from magic_fast.ops.gpu.numbers import (
     ALONE_ROW,
     CUT_ROW,
     MERGED_RULE,
@@ -20,6 +19,7 @@ from magic_fast.ops.gpu_numbers import (
     integers_of,
     width_of,
 )
+from magic_fast.ops.job import Stats
 from magic_fast.recipe import Selection, Weigh
 
 NO_INDEX = (1 << 63) - 1  # nothing bad so far

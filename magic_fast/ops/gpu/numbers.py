@@ -7,7 +7,7 @@ import math
 import struct
 from dataclasses import dataclass, field
 
-from magic_fast.ops.backend import Job
+from magic_fast.ops.job import Job
 from magic_fast.recipe import (
     Align,
     Contributors,

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from magic_fast.ops.gpu_jobs import Device
-from magic_fast.ops.gpu_numbers import (
+from magic_fast.ops.gpu.jobs import Device
+from magic_fast.ops.gpu.numbers import (
     ABOVE,
     ALONE_ROW,
     CUT_ROW,
@@ -53,7 +53,7 @@ def find_weights(d: Device, norm_sums: Callable[[Device, int], Tensor]) -> None:
     nothing to share or less than ``least``.
 
     Args:
-        norm_sums: see :func:`~magic_fast.ops.gpu_factors.find_factors`.
+        norm_sums: see :func:`~magic_fast.ops.gpu.factors.find_factors`.
     """
     k, least = len(d.experts), d.job.recipe.least
     # where nothing is trimmed the bounds are those of a trim that keeps everything

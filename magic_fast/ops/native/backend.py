@@ -1,6 +1,6 @@
 """The native backend: every element-wise recipe in one fused pass on the CPU, in C++.
 
-Arrays are contiguous torch CPU tensors or :class:`~magic_fast.ops.backend.View`.
+Arrays are contiguous torch CPU tensors or :class:`~magic_fast.ops.job.View`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from magic_fast.errors import BackendError, InputError
-from magic_fast.ops import native_directions
-from magic_fast.ops.backend import Array, Job, Stats
+from magic_fast.ops.job import Array, Job, Stats
 from magic_fast.ops.limits import default_rows, unsupported
-from magic_fast.ops.native_jobs import (
+from magic_fast.ops.native import directions as native_directions
+from magic_fast.ops.native.jobs import (
     Call,
     RowResults,
     code_of,
@@ -23,8 +23,8 @@ from magic_fast.ops.native_jobs import (
     missing,
     numel_of,
 )
-from magic_fast.ops.native_phases import Phases, of_nothing, thresholds_only
-from magic_fast.ops.native_search import StreamingSelect, cut_for
+from magic_fast.ops.native.phases import Phases, of_nothing, thresholds_only
+from magic_fast.ops.native.search import StreamingSelect, cut_for
 from magic_fast.recipe import (
     Align,
     Recipe,

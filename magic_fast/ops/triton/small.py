@@ -9,8 +9,8 @@ import torch
 import triton.language as tl
 
 from magic_fast.kernels import launch, table
-from magic_fast.ops.gpu_jobs import Device
-from magic_fast.ops.gpu_results import NO_INDEX
+from magic_fast.ops.gpu.jobs import Device
+from magic_fast.ops.gpu.results import NO_INDEX
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

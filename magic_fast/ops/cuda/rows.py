@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magic_fast.ops.cuda_calls import call_job, extension, pointer, stream_of_device
-from magic_fast.ops.gpu_jobs import Device, multiprocessors
-from magic_fast.ops.gpu_results import Rows
+from magic_fast.ops.cuda.calls import call_job, extension, pointer, stream_of_device
+from magic_fast.ops.gpu.jobs import Device, multiprocessors
+from magic_fast.ops.gpu.results import Rows
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 from magic_fast.reference import calibration as wsc
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from magic_fast.errors import InternalError
-from magic_fast.ops.backend import Array, Job, View
-from magic_fast.ops.native_jobs import Call, numel_of
-from magic_fast.ops.native_phases import Phases
+from magic_fast.ops.job import Array, Job, View
+from magic_fast.ops.native.jobs import Call, numel_of
+from magic_fast.ops.native.phases import Phases
 from magic_fast.recipe import Recipe, Selection
 
 try:
@@ -39,7 +39,7 @@ class StreamingSelect:
         recipe: of all the data.
         total: elements of all the data.
         name: of the tensor; keys its random masks.
-        threads, isa: as of :class:`~magic_fast.ops.native.NativeBackend`.
+        threads, isa: as of :class:`~magic_fast.ops.native.backend.NativeBackend`.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops.backend import Array, Job, Stats
 from magic_fast.ops.directions import Directions
+from magic_fast.ops.job import Array, Job, Stats
 from magic_fast.recipe import Granularity, Selection, TrimRule
 from magic_fast.reference import calibration as wsc
 from magic_fast.reference import merge as reference

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops.backend import Array, Job
-from magic_fast.ops.gpu_backend import GpuBackend, on_device_of
-from magic_fast.ops.gpu_jobs import Device, everything, to_device
-from magic_fast.ops.gpu_results import NO_INDEX, Pending, no_rows, selection_of
+from magic_fast.ops.gpu.backend import GpuBackend, on_device_of
+from magic_fast.ops.gpu.jobs import Device, everything, to_device
+from magic_fast.ops.gpu.results import NO_INDEX, Pending, no_rows, selection_of
+from magic_fast.ops.job import Array, Job
 from magic_fast.recipe import Selection, TrimRule
 from magic_fast.reference.calibration import RowStats
 
@@ -29,8 +29,9 @@ try:
     import triton
 
     from magic_fast.kernels import launch
-    from magic_fast.ops import triton_rows, triton_select
-    from magic_fast.ops.triton_many import groups_of
+    from magic_fast.ops.triton import rows as triton_rows
+    from magic_fast.ops.triton import select as triton_select
+    from magic_fast.ops.triton.small import groups_of
 except ImportError as error:  # remembered: the backend tells it
     missing: str | None = str(error)
 else:

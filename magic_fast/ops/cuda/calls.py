@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops.gpu_jobs import Device
-from magic_fast.ops.gpu_numbers import BYTES, VARIED
+from magic_fast.ops.gpu.jobs import Device
+from magic_fast.ops.gpu.numbers import BYTES, VARIED
 
 #: Names a build of the same sources for the host, where tests run the kernels without a GPU.
 EMULATED = "MAGIC_FAST_CUDA_EMULATED"

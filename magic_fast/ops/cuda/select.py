@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops import gpu_across
-from magic_fast.ops.cuda_calls import call_job, extension, stream_of_device
-from magic_fast.ops.gpu_factors import find_factors
-from magic_fast.ops.gpu_jobs import (
+from magic_fast.ops.cuda.calls import call_job, extension, stream_of_device
+from magic_fast.ops.gpu import across as gpu_across
+from magic_fast.ops.gpu.factors import find_factors
+from magic_fast.ops.gpu.jobs import (
     SAMPLE,
     SORT_BYTES,
     Device,
@@ -23,7 +23,7 @@ from magic_fast.ops.gpu_jobs import (
     sample_of,
     search_words,
 )
-from magic_fast.ops.gpu_numbers import BYTES, KEEP_ALL, VARIED, Target
+from magic_fast.ops.gpu.numbers import BYTES, KEEP_ALL, VARIED, Target
 from magic_fast.recipe import TrimRule, Weigh
 
 _SUM_BLOCK = 1 << 16  # elements of a partial sum
@@ -114,7 +114,7 @@ def _find(
     kept: Tensor,
 ) -> None:
     """Thresholds and cuts of ``targets`` into rows of ``into``, as in the device's integers.
-    ``words``: see :func:`~magic_fast.ops.gpu_jobs.search_words`."""
+    ``words``: see :func:`~magic_fast.ops.gpu.jobs.search_words`."""
     n, k, count = d.n, len(d.experts), len(targets)
     device = d.integers.device
     runs, run = sample_of(n)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from magic_fast.errors import InternalError
-from magic_fast.ops.backend import Array, Job, Stats
 from magic_fast.ops.directions import Directions, RowWeights
-from magic_fast.ops.native_jobs import Call, numel_of
+from magic_fast.ops.job import Array, Job, Stats
+from magic_fast.ops.native.jobs import Call, numel_of
 from magic_fast.recipe import Recipe, Selection
 
 try:
@@ -40,7 +40,7 @@ class Gram:
     Args:
         count: K.
         rows: of the tensor.
-        threads, isa: as of :class:`~magic_fast.ops.native.NativeBackend`.
+        threads, isa: as of :class:`~magic_fast.ops.native.backend.NativeBackend`.
     """
 
     def __init__(self, count: int, rows: int, *, threads: int = 0, isa: int = -1) -> None:

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops import cuda_rows, cuda_select
-from magic_fast.ops.backend import Array, Job
-from magic_fast.ops.cuda_calls import emulated, extension
-from magic_fast.ops.cuda_many import groups_of
-from magic_fast.ops.cuda_rows import Call
-from magic_fast.ops.gpu_backend import GpuBackend, merged_rule, on_device_of
-from magic_fast.ops.gpu_jobs import (
+from magic_fast.ops.cuda import rows as cuda_rows
+from magic_fast.ops.cuda import select as cuda_select
+from magic_fast.ops.cuda.calls import emulated, extension
+from magic_fast.ops.cuda.rows import Call
+from magic_fast.ops.cuda.small import groups_of
+from magic_fast.ops.gpu.backend import GpuBackend, merged_rule, on_device_of
+from magic_fast.ops.gpu.jobs import (
     Device,
     multiprocessors,
     to_device,
 )
-from magic_fast.ops.gpu_numbers import VARIED
-from magic_fast.ops.gpu_results import NO_INDEX, Pending, no_rows, selection_of
+from magic_fast.ops.gpu.numbers import VARIED
+from magic_fast.ops.gpu.results import NO_INDEX, Pending, no_rows, selection_of
+from magic_fast.ops.job import Array, Job
 from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule
 from magic_fast.reference.calibration import RowStats
 

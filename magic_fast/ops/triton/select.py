@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from magic_fast.kernels import cut, launch, norms, ranked, select
-from magic_fast.ops import gpu_across
-from magic_fast.ops.gpu_factors import find_factors
-from magic_fast.ops.gpu_jobs import (
+from magic_fast.ops.gpu import across as gpu_across
+from magic_fast.ops.gpu.factors import find_factors
+from magic_fast.ops.gpu.jobs import (
     RUN,
     SAMPLE,
     SORT_BYTES,
@@ -21,7 +21,7 @@ from magic_fast.ops.gpu_jobs import (
     multiprocessors,
     places_of,
 )
-from magic_fast.ops.gpu_numbers import BYTES, Target
+from magic_fast.ops.gpu.numbers import BYTES, Target
 from magic_fast.recipe import TrimRule, Weigh
 
 _RANKED_ELEMENTS = 1 << 22  # sorted at a time: bounds the sort's workspace to some 64 MiB

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Array, Job, Stats, View
-from magic_fast.ops.gpu_jobs import Device, everything, to_device, unfit
-from magic_fast.ops.gpu_numbers import BYTES, MERGED_RULE, VARIED
-from magic_fast.ops.gpu_results import Pending, collect
+from magic_fast.ops.gpu.jobs import Device, everything, to_device, unfit
+from magic_fast.ops.gpu.numbers import BYTES, MERGED_RULE, VARIED
+from magic_fast.ops.gpu.results import Pending, collect
+from magic_fast.ops.job import Array, Job, Stats, View
 from magic_fast.ops.limits import default_rows, unsupported
 from magic_fast.reference.calibration import RowStats
 
