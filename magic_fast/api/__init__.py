@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from magic_fast.api.sweeping_checkpoints import SweepReport, sweep_checkpoints
     from magic_fast.api.trimming import trim
     from magic_fast.engine import MergePlan, MergeReport, Progress, TensorReport
-    from magic_fast.engine.verify import VerifyReport, verify_checkpoint
+    from magic_fast.engine.output.verify import VerifyReport, verify_checkpoint
     from magic_fast.ops import backends
 
 _HOMES = {
@@ -79,7 +79,7 @@ _HOMES = {
     "magic_fast.api.sweeping": ("sweep",),
     "magic_fast.api.sweeping_checkpoints": ("SweepReport", "sweep_checkpoints"),
     "magic_fast.api.trimming": ("trim",),
-    "magic_fast.engine.verify": ("VerifyReport", "verify_checkpoint"),
+    "magic_fast.engine.output.verify": ("VerifyReport", "verify_checkpoint"),
     "magic_fast.engine": ("MergePlan", "MergeReport", "Progress", "TensorReport"),
     "magic_fast.ops": ("backends",),
 }

@@ -14,7 +14,7 @@ from magic_fast.adapters import Adapter, AdapterModule
 from magic_fast.api.merging import merge_task_vectors
 from magic_fast.calibration import WeightCalibration
 from magic_fast.checkpoint import TensorInfo
-from magic_fast.engine.tensors import DTYPES
+from magic_fast.engine.execute.whole import DTYPES
 from magic_fast.errors import CheckpointError, InputError, NonFiniteError
 from magic_fast.recipe import Align, Contributors, Recipe, Reduce, Vote, Weigh
 

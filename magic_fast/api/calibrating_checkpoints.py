@@ -20,7 +20,7 @@ from magic_fast.api.spectrum_checkpoints import lines_steps, svc_steps
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.calibration.feature import FeatureCalibration, as_features
 from magic_fast.engine import MergePlan, MergeReport, place
-from magic_fast.engine.native import device_of
+from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
 

@@ -11,7 +11,7 @@ from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.engine import Step, common_shape
-from magic_fast.engine.plan import FLOATS
+from magic_fast.engine.plan.step import FLOATS
 from magic_fast.recipe import Recipe
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from magic_fast.api.collection import no_collection
-from magic_fast.api.records import verified, write_small_files
 from magic_fast.api.steps import calibration_of, steps_of
 from magic_fast.api.tokenizing import align
 from magic_fast.calibration import WeightCalibration, as_calibration
@@ -21,10 +20,11 @@ from magic_fast.engine import (
     place,
 )
 from magic_fast.engine import run as run_plan
-from magic_fast.engine.adapted import open_model
-from magic_fast.engine.native import device_of
-from magic_fast.engine.plan import free_bytes
+from magic_fast.engine.output.record import verified, write_small_files
+from magic_fast.engine.plan.devices import device_of
+from magic_fast.engine.plan.plan import free_bytes
 from magic_fast.engine.run import Finish
+from magic_fast.engine.sources.adapted import open_model
 from magic_fast.errors import OutputError
 from magic_fast.ops import refuse_backend
 

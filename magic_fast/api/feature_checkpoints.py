@@ -20,8 +20,8 @@ from magic_fast.calibration.sensitive import is_sensitive, unknown_names
 from magic_fast.calibration.streamed import AbsentError, StreamedWeights, Take
 from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.engine import Progress, Step, common_shape
-from magic_fast.engine.plan import FLOATS
-from magic_fast.engine.tensors import as_bytes, tensor_of
+from magic_fast.engine.execute.whole import as_bytes, tensor_of
+from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.integrations import hf_models
 from magic_fast.integrations.hf_data import Sampling, read_batches

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from magic_fast.api.calibration_steps import calibration_text, weight_steps
 from magic_fast.api.checkpoints import ProgressCall, check_disk, is_whole, run_and_close
-from magic_fast.api.records import finished, write_small_files
 from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.checkpoint import Checkpoint, OutputFolder, open_checkpoint
 from magic_fast.engine import MergePlan, MergeReport, Written, place
+from magic_fast.engine.output.record import finished, write_small_files
 from magic_fast.errors import InputError
 
 if TYPE_CHECKING:

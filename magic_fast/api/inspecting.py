@@ -10,8 +10,8 @@ from magic_fast.api.checkpoints import ProgressCall, open_named
 from magic_fast.api.stats import TensorStatistics, statistics_of
 from magic_fast.api.steps import input_of, read_tensor
 from magic_fast.engine import Progress, common_shape
-from magic_fast.engine.plan import FLOATS
-from magic_fast.engine.verify import read_record
+from magic_fast.engine.output.verify import read_record
+from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 
 

@@ -27,7 +27,7 @@ from magic_fast.api.results import AdapterReport
 from magic_fast.calibration import WeightCalibration
 from magic_fast.checkpoint import FORMAT_METADATA, OutputFolder, TensorSpec, plan_shards
 from magic_fast.engine import Progress
-from magic_fast.engine.tensors import DTYPES, as_bytes
+from magic_fast.engine.execute.whole import DTYPES, as_bytes
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
 

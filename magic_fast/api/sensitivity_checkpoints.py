@@ -19,7 +19,7 @@ from magic_fast.calibration.sensitive import TOP
 from magic_fast.calibration.sensitivity import Progress
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.engine import common_shape
-from magic_fast.engine.native import device_of
+from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.integrations import hf_models
 from magic_fast.integrations.hf_data import Sampling, read_batches

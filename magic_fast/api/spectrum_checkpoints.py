@@ -11,7 +11,7 @@ from magic_fast.api.steps import input_of
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.config.blocks import find_blocks
 from magic_fast.engine import Input, Step, common_shape
-from magic_fast.engine.plan import FLOATS
+from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.recipe import Recipe
 from magic_fast.reference import spectral
@@ -113,7 +113,7 @@ def _pieces(
     """(task vectors, Δ) of all tensors, a few million elements at a time."""
     import torch
 
-    from magic_fast.engine.tensors import DTYPES
+    from magic_fast.engine.execute.whole import DTYPES
     from magic_fast.reference.merge import decision_dtype, task_vectors
 
     def read(source: Input, start: int, count: int) -> Tensor:

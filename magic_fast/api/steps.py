@@ -13,7 +13,7 @@ from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_fr
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
 from magic_fast.engine import Input, Step, common_shape
-from magic_fast.engine.plan import FLOATS
+from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.methods.parameters import METHODS
 from magic_fast.methods.recipes import RECIPES, build_recipe
@@ -50,7 +50,7 @@ def input_of(models: Mapping[str, Checkpoint], model: str, name: str) -> Input:
 
 def read_tensor(models: Mapping[str, Checkpoint], model: str, name: str) -> Tensor:
     """A whole stored tensor."""
-    from magic_fast.engine.tensors import tensor_of
+    from magic_fast.engine.execute.whole import tensor_of
 
     source = input_of(models, model, name)
     data = bytearray(source.nbytes)

@@ -14,7 +14,7 @@ from magic_fast import ops
 from magic_fast.api.calls import Call, execute, job_of, resolve
 from magic_fast.api.tensors import Named, Tensors, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration
-from magic_fast.engine.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
+from magic_fast.engine.execute.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import find_method
 from magic_fast.ops.job import Job, View

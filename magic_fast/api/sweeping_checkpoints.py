@@ -16,14 +16,14 @@ from magic_fast.api.checkpoints import (
     read_config,
 )
 from magic_fast.api.combinations import Combination, check_settings, combinations, configure
-from magic_fast.api.records import write_small_files
 from magic_fast.api.steps import calibration_of, steps_of
 from magic_fast.api.tokenizing import align
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.config import MergeConfig
 from magic_fast.engine import MergePlan, MergeReport, place
-from magic_fast.engine.native import device_of
-from magic_fast.engine.plan import free_bytes
+from magic_fast.engine.output.record import write_small_files
+from magic_fast.engine.plan.devices import device_of
+from magic_fast.engine.plan.plan import free_bytes
 from magic_fast.engine.sweep import run_sweep
 from magic_fast.errors import InputError, OutputError
 from magic_fast.ops import refuse_backend

@@ -20,8 +20,8 @@ from magic_fast.checkpoint.tokenizer import (
 from magic_fast.config import MergeConfig
 from magic_fast.config.chat_templates import TEMPLATES
 from magic_fast.config.tokens import TokenEntry, TokenSource
-from magic_fast.engine.identity import digest
-from magic_fast.engine.vocabulary import AlignedCheckpoint, Row, vocabulary_tensors
+from magic_fast.engine.output.identity import digest
+from magic_fast.engine.sources.vocabulary import AlignedCheckpoint, Row, vocabulary_tensors
 from magic_fast.errors import CheckpointError, ConfigError, InputError
 
 

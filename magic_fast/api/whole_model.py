@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from magic_fast.engine import Step
-from magic_fast.engine.native import over_model
+from magic_fast.engine.plan.step import over_model
 from magic_fast.errors import InputError
 from magic_fast.recipe import TrimRule
 

@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from magic_fast.engine.verify import verify_checkpoint
+    from magic_fast.engine.output.verify import verify_checkpoint
     from magic_fast.report.units import format_bytes
 
     with progress(quiet=arguments.quiet, title="verify") as report:

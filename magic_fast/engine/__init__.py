@@ -1,7 +1,6 @@
 """Merging checkpoints on disk: plan, run, report."""
 
-from magic_fast.engine.plan import Input, MergePlan, Step, common_shape, place
-from magic_fast.engine.report import (
+from magic_fast.engine.output.report import (
     QUANTILES,
     MergeReport,
     Progress,
@@ -9,6 +8,8 @@ from magic_fast.engine.report import (
     Written,
     quantiles_of,
 )
+from magic_fast.engine.plan.plan import MergePlan, place
+from magic_fast.engine.plan.step import Input, Step, common_shape
 from magic_fast.engine.run import run
 
 __all__ = [

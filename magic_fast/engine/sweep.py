@@ -13,26 +13,26 @@ from magic_fast.checkpoint import OutputFolder
 from magic_fast.checkpoint.fs import REAL
 from magic_fast.checkpoint.io_errors import writing
 from magic_fast.checkpoint.staging import Staging
-from magic_fast.engine.budget import budget_of
-from magic_fast.engine.identity import identity_of
-from magic_fast.engine.journal import NoJournal
-from magic_fast.engine.memory import DEFAULT_MEMORY, SLOTS, Slot, aligned, slot_bytes
-from magic_fast.engine.native import Mode, modes, over_model
-from magic_fast.engine.pipeline import Pipeline
-from magic_fast.engine.plan import MergePlan, Step
-from magic_fast.engine.recheck import refuse_changed
-from magic_fast.engine.report import MergeReport, Progress
-from magic_fast.engine.run import Finish, evidence, fill_report, peak_rss
-from magic_fast.engine.scales import (
+from magic_fast.engine.execute.pipeline import Pipeline
+from magic_fast.engine.execute.scales import (
     LEAST,
     merge_scales,
     shares,
     unscaled,
     worth_sharing,
 )
-from magic_fast.engine.search import SharedSearch
-from magic_fast.engine.stages import Loaded, Loader, Writer
-from magic_fast.engine.units import (
+from magic_fast.engine.execute.search import SharedSearch
+from magic_fast.engine.execute.streamed import Loaded, Loader, Writer
+from magic_fast.engine.execute.variants import Selecting, Variant, copy_of
+from magic_fast.engine.output.identity import identity_of
+from magic_fast.engine.output.journal import NoJournal
+from magic_fast.engine.output.recheck import refuse_changed
+from magic_fast.engine.output.report import MergeReport, Progress
+from magic_fast.engine.plan.memory import DEFAULT_MEMORY, SLOTS, Slot, aligned, slot_bytes
+from magic_fast.engine.plan.modes import Mode, modes
+from magic_fast.engine.plan.plan import MergePlan
+from magic_fast.engine.plan.step import Step, over_model
+from magic_fast.engine.plan.units import (
     Piece,
     Unit,
     cut,
@@ -42,7 +42,7 @@ from magic_fast.engine.units import (
     group,
     piece_bytes,
 )
-from magic_fast.engine.variants import Selecting, Variant, copy_of
+from magic_fast.engine.run import Finish, evidence, fill_report, peak_rss
 from magic_fast.ops.job import Job, Stats, View
 from magic_fast.recipe import Recipe, Selection
 
@@ -73,7 +73,10 @@ class Sweep:
 
     def _distinct(self) -> dict[str, list[Variant]]:
         """Tensor → the ways to merge it that differ."""
-        ways = [modes(p, self._slot_bytes, p.device, searches=False) for p in self._plans]
+        ways = [
+            modes(p.steps, self._slot_bytes, p.device, p.backend, searches=False)
+            for p in self._plans
+        ]
         found: dict[str, list[Variant]] = {}
         for n, step in enumerate(self._plans[0].steps):
             same: dict[str, list[int]] = {}
@@ -92,7 +95,7 @@ class Sweep:
         self._streamed.share(self._variants)
         self._workers = {}
         if any(v.mode is Mode.TORCH for v in every):
-            from magic_fast.engine.tensors import Worker
+            from magic_fast.engine.execute.whole import Worker
 
             torch_plans = {v.plan for v in every if v.mode is Mode.TORCH}
             self._workers = {c: Worker(self._plans[c], self._nonfinite) for c in torch_plans}
@@ -145,7 +148,7 @@ class Sweep:
         once."""
         groups: dict[tuple[str, ...], list[list[Step]]] = {}
         for plan in self._plans:
-            ways = modes(plan, self._slot_bytes, plan.device)
+            ways = modes(plan.steps, self._slot_bytes, plan.device, plan.backend)
             steps = [s for s in plan.steps if selects(s) and over_model(s)]
             steps = sorted(
                 (s for s in steps if ways[s.name][0] is not Mode.TORCH), key=lambda s: s.name
@@ -305,7 +308,7 @@ def run_sweep(
     """
     started = time.monotonic()
     for plan in plans:
-        budget_of(plan, staged=False).refuse_excess()
+        plan.budget_with(staged=False).refuse_excess()
     staging = Staging(out, resume=False, fs=REAL)
     try:
         with ExitStack() as stack:

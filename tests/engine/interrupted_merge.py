@@ -18,7 +18,7 @@ from magic_fast.cli import main
 
 
 def get_stuck() -> None:
-    from magic_fast.engine import stages
+    from magic_fast.engine.execute import streamed as stages
 
     def stuck(*arguments: Any) -> None:
         told, until = False, time.monotonic() + 60

@@ -16,7 +16,7 @@ import magic_fast as mf
 from adapters.adapter_files import Lora, draw_lora, write_ia3, write_peft
 from engine.engine_models import MIB, different, read_out, write_model
 from magic_fast.cli import main
-from magic_fast.engine.adapted import AdaptedCheckpoint, open_model
+from magic_fast.engine.sources.adapted import AdaptedCheckpoint, open_model
 from magic_fast.errors import CheckpointError, ConfigError
 
 SHAPES = {

@@ -13,8 +13,8 @@ import magic_fast as mf
 from engine.engine_models import MIB, Models
 from engine.hashing import hashes
 from magic_fast.cli import main
-from magic_fast.engine import budget
-from magic_fast.engine.machine import available_memory
+from magic_fast.engine.plan import budget
+from magic_fast.engine.plan.machine import available_memory
 from support.backends import available_backends
 
 SHAPES = {"a.weight": (1024, 1024), "b.weight": (64, 48)}

@@ -13,10 +13,10 @@ import magic_fast as mf
 from engine.engine_models import MIB, SHAPES, Models, different, read_out
 from engine.fake_device import FakeLane
 from engine.hashing import hashes
-from magic_fast.engine import device
-from magic_fast.engine.arena import arena_of
-from magic_fast.engine.device import Share
-from magic_fast.engine.units import Piece
+from magic_fast.engine.gpu import lanes as device
+from magic_fast.engine.gpu.arena import arena_of
+from magic_fast.engine.gpu.lanes import Share
+from magic_fast.engine.plan.units import Piece
 
 B, H, F = torch.bfloat16, torch.float16, torch.float32
 

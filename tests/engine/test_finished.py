@@ -15,7 +15,7 @@ import yaml
 import magic_fast as mf
 from engine.engine_models import Models, write_model
 from engine.hashing import hashes, stamps
-from magic_fast.engine.verify import verify_checkpoint
+from magic_fast.engine.output.verify import verify_checkpoint
 from support.backends import available_backends
 
 SHAPES = {"a.weight": (33, 70), "b.weight": (16, 8), "c.bias": (101,), "d": ()}

@@ -12,9 +12,9 @@ import yaml
 
 import magic_fast as mf
 from magic_fast.engine import MergePlan
-from magic_fast.engine.identity import identity_of
-from magic_fast.engine.run import Run
-from magic_fast.engine.units import UNIT_BYTES
+from magic_fast.engine.execute.local import Run
+from magic_fast.engine.output.identity import identity_of
+from magic_fast.engine.plan.units import UNIT_BYTES
 from support.backends import available_backends
 
 SHARDS = 12

@@ -17,7 +17,7 @@ import magic_fast as mf
 from engine.engine_models import MIB, Models, environment
 from engine.hashing import hashes, stamps
 from magic_fast.checkpoint import OutputFolder
-from magic_fast.engine import journal
+from magic_fast.engine.output import journal
 from support.backends import available_backends
 
 SHAPES = {"a.weight": (101, 701), "b.weight": (64, 48), "c.bias": (150_001,), "d": ()}

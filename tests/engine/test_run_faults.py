@@ -16,7 +16,7 @@ import magic_fast as mf
 from engine.engine_models import MIB, Models, write_model
 from engine.hashing import hashes
 from magic_fast.checkpoint import FileSystem
-from magic_fast.engine import stages
+from magic_fast.engine.execute import streamed as stages
 from support.backends import available_backends
 
 SHAPES = {"a.weight": (101, 701), "b.weight": (64, 48), "c.bias": (150_001,), "d": ()}

@@ -11,7 +11,7 @@ import pytest
 
 import magic_fast as mf
 from engine.engine_models import MIB, Models, environment
-from magic_fast.engine.task import tasks_of
+from magic_fast.engine.execute.shard import tasks_of
 
 RUN = "import pickle, sys; print(len(pickle.load(sys.stdin.buffer).run(sys.argv[1])))"
 

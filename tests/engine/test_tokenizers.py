@@ -15,7 +15,7 @@ import magic_fast as mf
 from magic_fast.checkpoint import open_checkpoint
 from magic_fast.cli import main
 from magic_fast.config.chat_templates import TEMPLATES
-from magic_fast.engine.vocabulary import AlignedCheckpoint
+from magic_fast.engine.sources.vocabulary import AlignedCheckpoint
 
 EMBEDDING = "model.embed_tokens.weight"
 #: Model → tokens in the order of their rows. Row i of model m is (10·m + i, −i).

@@ -12,18 +12,7 @@ import pytest
 
 from support import house
 
-CIRCLES: list[set[str]] = [
-    {f"magic_fast.engine.{m}" for m in ("budget", "directions", "native", "plan", "units")},
-    {"magic_fast.report.card"}
-    | {
-        f"magic_fast.api.{m}"
-        for m in (
-            "__init__", "calibrating_checkpoints", "checkpoints", "feature_job", "inspecting",
-            "merging_adapters", "records", "sensitivity_checkpoints", "series",
-            "sweeping_checkpoints",
-        )
-    },
-]  # fmt: skip
+CIRCLES: list[set[str]] = []
 LONG_FILES = {
     "csrc/bindings/module.cpp",
     "csrc/cpu/entry.cpp",
@@ -34,8 +23,7 @@ LONG_FILES = {
     "csrc/cuda/select.cu",
     "magic_fast/checkpoint/writer.py",
     "magic_fast/config/schema.py",
-    "magic_fast/engine/run.py",
-    "magic_fast/engine/stages.py",
+    "magic_fast/engine/execute/streamed.py",
     "magic_fast/engine/sweep.py",
     "magic_fast/methods/catalog.py",
     "magic_fast/methods/parameters.py",
@@ -47,15 +35,14 @@ FULL_FOLDERS = {
     "csrc/cpu",
     "magic_fast/api",
     "magic_fast/calibration",
-    "magic_fast/engine",
 }
 NAMES_A_BACKEND = {
     "magic_fast/api/sweeping.py",
-    "magic_fast/engine/directions.py",
-    "magic_fast/engine/native.py",
-    "magic_fast/engine/scales.py",
-    "magic_fast/engine/search.py",
-    "magic_fast/engine/stages.py",
+    "magic_fast/engine/plan/directions.py",
+    "magic_fast/engine/plan/modes.py",
+    "magic_fast/engine/execute/scales.py",
+    "magic_fast/engine/execute/search.py",
+    "magic_fast/engine/execute/streamed.py",
     "magic_fast/ops/__init__.py",
     "magic_fast/ops/cuda/rows.py",
     "magic_fast/ops/cuda/select.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from magic_fast.engine.plan import Step
+from magic_fast.engine.plan.step import Step
 from magic_fast.methods.geometric import GEOMETRIC, Question
 from magic_fast.ops.directions import Directions, RowWeights
 from magic_fast.ops.job import Array

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from magic_fast.checkpoint import OutputFolder
-from magic_fast.engine.arena import arena_of
-from magic_fast.engine.device import Lane, Mark
-from magic_fast.engine.memory import Slot
-from magic_fast.engine.native import working_bytes
-from magic_fast.engine.plan import MergePlan, Step
-from magic_fast.engine.units import Piece
+from magic_fast.engine.gpu.arena import arena_of
+from magic_fast.engine.gpu.lanes import Lane, Mark
+from magic_fast.engine.plan.memory import Slot
+from magic_fast.engine.plan.modes import working_bytes
+from magic_fast.engine.plan.plan import MergePlan
+from magic_fast.engine.plan.step import Step
+from magic_fast.engine.plan.units import Piece
 from magic_fast.errors import InputError
 
 _MIB = 1 << 20

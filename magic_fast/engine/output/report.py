@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from magic_fast.engine.identity import Identity
+    from magic_fast.engine.output.identity import Identity
 
 
 #: What a distribution over rows is told by.

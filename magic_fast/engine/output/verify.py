@@ -12,9 +12,9 @@ from typing import Any
 import xxhash
 
 from magic_fast.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, open_checkpoint
-from magic_fast.engine.finite import nonfinite
-from magic_fast.engine.identity import label_of
-from magic_fast.engine.report import Progress
+from magic_fast.engine.output.finite import nonfinite
+from magic_fast.engine.output.identity import label_of
+from magic_fast.engine.output.report import Progress
 from magic_fast.errors import CheckpointError
 
 RECORD_NAME = "magic_fast.json"

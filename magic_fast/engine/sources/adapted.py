@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from magic_fast.adapters import Adapter, AdapterModule, open_adapter
 from magic_fast.adapters.names import weight_names
 from magic_fast.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from magic_fast.engine.adapted_rows import Change, RowMaker, right_factor
-from magic_fast.engine.plan import FLOATS
-from magic_fast.engine.recheck import refuse_changed_files
-from magic_fast.engine.units import element_size
+from magic_fast.engine.output.recheck import refuse_changed_files
+from magic_fast.engine.plan.step import FLOATS
+from magic_fast.engine.plan.units import element_size
+from magic_fast.engine.sources.adapted_rows import Change, RowMaker, right_factor
 from magic_fast.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ import xxhash
 
 from magic_fast import ops
 from magic_fast.checkpoint import Checkpoint, OutputFolder
-from magic_fast.engine.directions import directions_of, vector_length
-from magic_fast.engine.finite import nonfinite
-from magic_fast.engine.journal import Journal, Record
-from magic_fast.engine.memory import Slot
-from magic_fast.engine.plan import FLOATS, Input, Step
-from magic_fast.engine.recheck import refuse_changed_files
-from magic_fast.engine.units import Piece, Unit, element_size
+from magic_fast.engine.output.finite import nonfinite
+from magic_fast.engine.output.journal import Journal, Record
+from magic_fast.engine.output.recheck import refuse_changed_files
+from magic_fast.engine.plan.directions import directions_of, vector_length
+from magic_fast.engine.plan.memory import Slot
+from magic_fast.engine.plan.step import FLOATS, Input, Step
+from magic_fast.engine.plan.units import Piece, Unit, element_size
 from magic_fast.errors import InputError
 from magic_fast.ops.directions import RowWeights
 from magic_fast.ops.job import Job, Stats, View, count_repaired

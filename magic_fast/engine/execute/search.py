@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from magic_fast.engine.directions import GramSearch
-from magic_fast.engine.plan import Step
-from magic_fast.engine.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
+from magic_fast.engine.plan.directions import GramSearch
+from magic_fast.engine.plan.step import Step
+from magic_fast.engine.plan.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
 from magic_fast.ops.directions import RowWeights
 from magic_fast.ops.job import Array, View
 from magic_fast.ops.native.search import StreamingSelect, cut_for

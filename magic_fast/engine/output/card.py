@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 if TYPE_CHECKING:
-    from magic_fast.api import MergeReport
+    from magic_fast.engine.output.report import MergeReport
 
 
 def model_card(

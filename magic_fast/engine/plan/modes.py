@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from enum import Enum
 
-from magic_fast.engine.directions import directions_of, needs_whole
-from magic_fast.engine.plan import FLOATS, MergePlan, Step
-from magic_fast.engine.units import (
+from magic_fast.engine.plan.directions import directions_of, needs_whole
+from magic_fast.engine.plan.step import FLOATS, Step, over_model
+from magic_fast.engine.plan.units import (
     SUM_BLOCK,
     cut,
     element_size,
@@ -15,16 +15,10 @@ from magic_fast.engine.units import (
     piece_bytes,
     search_grain,
 )
-from magic_fast.errors import InputError
 from magic_fast.methods.workspace import decomposition_bytes
-from magic_fast.ops import asked_for, best_backend, why_unavailable
+from magic_fast.ops import asked_for, why_unavailable
 from magic_fast.ops.job import Job, View
-from magic_fast.recipe import Recipe, TrimScope
-
-
-def wanted_backend(plan: MergePlan) -> str | None:
-    """The backend asked for by name, or None."""
-    return asked_for(plan.backend)
+from magic_fast.recipe import Recipe
 
 
 def native_missing() -> str | None:
@@ -46,33 +40,32 @@ class Mode(str, Enum):
 
 
 def modes(
-    plan: MergePlan, slot_bytes: int, device: str, *, searches: bool = True
+    steps: Sequence[Step],
+    slot_bytes: int,
+    device: str,
+    backend: str | None,
+    *,
+    searches: bool = True,
 ) -> dict[str, tuple[Mode, str]]:
     """Step name → how it runs, and why not in pieces ('' where it does). ``searches``: a tensor may
     be read once more than it is merged, for its inner products."""
     known: _Known = {}
-    found = {s.name: mode_of(plan, s, slot_bytes, device, known) for s in plan.steps}
-    for s in plan.steps if not searches else ():
+    found = {s.name: mode_of(s, slot_bytes, device, backend, known) for s in steps}
+    for s in steps if not searches else ():
         if found[s.name][0] is Mode.STREAM and needs_whole(s) and not fits(s, slot_bytes):
             found[s.name] = Mode.HOLD, "its coefficients follow from all of the tensor"
-    scoped = [s for s in plan.steps if over_model(s)]
+    scoped = [s for s in steps if over_model(s)]
     bad = next((s for s in scoped if found[s.name][0] is Mode.TORCH), None)
     if bad is not None:  # one threshold for all of them comes from one place
         found |= {s.name: (Mode.TORCH, found[bad.name][1]) for s in scoped}
     return found
 
 
-def over_model(step: Step) -> bool:
-    """Whether a threshold over the whole model trims this step."""
-    trim = None if step.recipe is None else step.recipe.trim
-    return trim is not None and trim.by_magnitude and trim.scope is TrimScope.MODEL
-
-
 def mode_of(
-    plan: MergePlan, step: Step, slot_bytes: int, device: str, known: _Known | None = None
+    step: Step, slot_bytes: int, device: str, backend: str | None, known: _Known | None = None
 ) -> tuple[Mode, str]:
     """How one step runs, looked at alone; ``known`` keeps what holds for others like it."""
-    reason = _why_torch(plan, step, device, {} if known is None else known)
+    reason = _why_torch(step, device, backend, {} if known is None else known)
     if reason is not None:
         return Mode.TORCH, reason
     if step.copy or fits(step, slot_bytes):
@@ -88,11 +81,11 @@ def mode_of(
 _Known = dict[object, "str | None"]
 
 
-def _why_torch(plan: MergePlan, step: Step, device: str, known: _Known) -> str | None:
+def _why_torch(step: Step, device: str, backend: str | None, known: _Known) -> str | None:
     if device != "cpu":
         return f"it runs on {device}"
     if "every step" not in known:
-        asked = wanted_backend(plan)
+        asked = asked_for(backend)
         other = asked not in (None, "native")
         known["every step"] = f"backend {asked} was asked for" if other else native_missing()
     if known["every step"] is not None:
@@ -145,43 +138,6 @@ def _unsupported(step: Step) -> str | None:
         directions=directions_of(step),
     )
     return NativeBackend().supports(job)
-
-
-def device_of(device: str) -> str:
-    """``cpu``, ``cuda`` or ``cuda:i`` of this machine for what the user asked.
-
-    ``auto`` is a CUDA device where torch finds one, and the CPU elsewhere; torch is not imported to
-    find out where no driver is installed.
-
-    Raises:
-        InputError: no such device here.
-    """
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise InputError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:i', got {device!r}.")
-    if kind == "cpu" or (kind == "auto" and not os.path.exists("/dev/nvidiactl")):
-        return "cpu"
-    import torch
-
-    count = torch.cuda.device_count()
-    if kind == "auto":
-        return "cuda" if count else "cpu"
-    if int(index or 0) >= count:
-        here = "none" if count == 0 else f"{count}, numbered from 0"
-        raise InputError(
-            f"device {device!r}: expected a GPU that PyTorch sees, got {here}. Use --device cpu; "
-            "`magic-fast doctor` says why."
-        )
-    return device
-
-
-def backend_name(plan: MergePlan) -> str:
-    """What computes, for the identity of a run: the backend asked for, else the best that is
-    here."""
-    wanted = wanted_backend(plan)
-    if wanted is not None:
-        return wanted
-    return best_backend(plan.device.partition(":")[0])
 
 
 def held_bytes(step: Step, mode: Mode) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from magic_fast.checkpoint import Checkpoint, InputFile, OutputFolder, ShardPlan
-from magic_fast.engine.journal import NoJournal, Record
-from magic_fast.engine.native import over_model
-from magic_fast.engine.plan import MergePlan, Step
-from magic_fast.engine.recheck import refuse_changed_files
-from magic_fast.engine.run import Run
+from magic_fast.engine.execute.local import Run
+from magic_fast.engine.output.journal import NoJournal, Record
+from magic_fast.engine.output.recheck import refuse_changed_files
+from magic_fast.engine.plan.plan import MergePlan
+from magic_fast.engine.plan.step import Step, over_model
 from magic_fast.recipe import Selection
 
 

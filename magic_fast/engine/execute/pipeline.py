@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from magic_fast.engine.memory import Slot
-from magic_fast.engine.units import Unit
+from magic_fast.engine.plan.memory import Slot
+from magic_fast.engine.plan.units import Unit
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.1  # how soon a waiting thread notices that another has failed

@@ -100,7 +100,7 @@ class AlignedCheckpoint(Checkpoint):
         """A row that is zero, rounded from another dtype, or an average."""
         import torch
 
-        from magic_fast.engine.tensors import DTYPES, as_bytes
+        from magic_fast.engine.execute.whole import DTYPES, as_bytes
 
         sources = self._rows[row]
         if sources is None:
@@ -122,7 +122,7 @@ class AlignedCheckpoint(Checkpoint):
         """The mean of all rows that are no mean, in blocks of rows."""
         import torch
 
-        from magic_fast.engine.tensors import DTYPES, as_bytes
+        from magic_fast.engine.execute.whole import DTYPES, as_bytes
 
         count = next(i for i, row in enumerate(self._rows) if row is None)
         size = info.nbytes // len(self._rows)

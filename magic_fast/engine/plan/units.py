@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from magic_fast.checkpoint import DTYPE_BITS
-from magic_fast.engine.directions import vector_length
-from magic_fast.engine.memory import aligned
-from magic_fast.engine.plan import Input, Step
+from magic_fast.engine.plan.directions import vector_length
+from magic_fast.engine.plan.memory import aligned
+from magic_fast.engine.plan.step import Input, Step
 from magic_fast.recipe import Granularity, TrimRule, Variant
 
 _BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items()}

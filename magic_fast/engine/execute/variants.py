@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from magic_fast.engine.memory import Slot
-from magic_fast.engine.native import Mode
-from magic_fast.engine.plan import Step
-from magic_fast.engine.scales import select_once, unscaled
-from magic_fast.engine.stages import Loaded, Streamed, slab_shape
-from magic_fast.engine.units import Piece
+from magic_fast.engine.execute.scales import select_once, unscaled
+from magic_fast.engine.execute.streamed import Loaded, Streamed, slab_shape
+from magic_fast.engine.plan.memory import Slot
+from magic_fast.engine.plan.modes import Mode
+from magic_fast.engine.plan.step import Step
+from magic_fast.engine.plan.units import Piece
 from magic_fast.ops.job import Job, View
 from magic_fast.recipe import Recipe, Selection
 

@@ -16,16 +16,23 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.checkpoint import OutputFolder
-from magic_fast.engine.arena import Area, Arena, arena_of
-from magic_fast.engine.blocks import Blocks, Room, read_back, view_of
-from magic_fast.engine.device import Lane, Mark
-from magic_fast.engine.journal import Journal
-from magic_fast.engine.memory import SLOTS, Slot
-from magic_fast.engine.plan import FLOATS, MergePlan, Step
-from magic_fast.engine.recheck import refuse_changed_files
-from magic_fast.engine.stages import BadRecord, Loaded, Loader, Writer, refuse_other_integers
-from magic_fast.engine.tensors import DTYPES, Worker
-from magic_fast.engine.units import Piece, Unit
+from magic_fast.engine.execute.streamed import (
+    BadRecord,
+    Loaded,
+    Loader,
+    Writer,
+    refuse_other_integers,
+)
+from magic_fast.engine.execute.whole import DTYPES, Worker
+from magic_fast.engine.gpu.arena import Area, Arena, arena_of
+from magic_fast.engine.gpu.blocks import Blocks, Room, read_back, view_of
+from magic_fast.engine.gpu.lanes import Lane, Mark
+from magic_fast.engine.output.journal import Journal
+from magic_fast.engine.output.recheck import refuse_changed_files
+from magic_fast.engine.plan.memory import SLOTS, Slot
+from magic_fast.engine.plan.plan import MergePlan
+from magic_fast.engine.plan.step import FLOATS, Step
+from magic_fast.engine.plan.units import Piece, Unit
 from magic_fast.ops.job import Stats
 from magic_fast.recipe import Selection
 

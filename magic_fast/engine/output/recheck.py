@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 import xxhash
 
 from magic_fast.checkpoint import Checkpoint, InputFile, OutputFolder
-from magic_fast.engine.journal import Journal, Record
-from magic_fast.engine.plan import Step
-from magic_fast.engine.units import element_size
+from magic_fast.engine.output.journal import Journal, Record
+from magic_fast.engine.plan.step import Step
+from magic_fast.engine.plan.units import element_size
 from magic_fast.errors import CheckpointError
 
 _BLOCK_BYTES = 4 << 20  # read back at a time

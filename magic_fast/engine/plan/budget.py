@@ -3,17 +3,14 @@ whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from magic_fast.engine.machine import available_memory
-from magic_fast.engine.memory import DEFAULT_MEMORY, LEAST_SLOT, SLOTS, slot_bytes
-from magic_fast.engine.native import Mode, held_bytes, modes
+from magic_fast.engine.plan.machine import available_memory
+from magic_fast.engine.plan.memory import DEFAULT_MEMORY, LEAST_SLOT, SLOTS, slot_bytes
+from magic_fast.engine.plan.modes import Mode, held_bytes, modes
+from magic_fast.engine.plan.step import Step
 from magic_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from magic_fast.engine.plan import MergePlan
 
 LEAST = 32 << 20  # less is not asked of anyone: Python itself takes as much
 _MIB = 1 << 20
@@ -75,40 +72,60 @@ class Budget:
         )
 
 
-def budget_of(plan: MergePlan, *, staged: bool = True) -> Budget:
+def budget_of(
+    steps: Sequence[Step],
+    *,
+    beside: int,
+    memory: int | None,
+    device: str,
+    backend: str | None,
+    staged: bool = True,
+) -> Budget:
     """Blocks of the memory allowed; smaller ones where tensors that are whole need some of it.
 
     Args:
+        steps: of a plan.
+        beside: bytes that reading takes beside blocks and tensors.
+        memory: bytes that the user allows, or None.
+        device, backend: as of the plan.
         staged: no sweep, which holds what it merges on a GPU, and what a search would be for.
     """
-    given = plan.memory is not None
-    memory = DEFAULT_MEMORY if plan.memory is None else plan.memory
-    allowed = max(memory, LEAST) if given else available_memory()
-    beside = sum(model.overhead for model in plan.models.values())
-    found = _with_blocks(plan, slot_bytes(memory - beside), allowed, given, staged, beside)
-    if found.fits or allowed is None:
-        return found
-    for size in (slot_bytes(allowed - found.held - beside), LEAST_SLOT):
-        smaller = _with_blocks(plan, min(size, found.slot_bytes), allowed, given, staged, beside)
+    given = memory is not None
+    blocks = DEFAULT_MEMORY if memory is None else memory
+    allowed = available_memory() if memory is None else max(memory, LEAST)
+
+    def of_blocks(size: int) -> Budget:
+        ways = modes(steps, size, device, backend, searches=staged)
+        if staged and device != "cpu":
+            return Budget(size, ways, SLOTS * size, 0, "", allowed, given, beside)
+        return Budget(
+            size, ways, _blocks(ways, size), *_largest(steps, ways), allowed, given, beside
+        )
+
+    budget = of_blocks(slot_bytes(blocks - beside))
+    if budget.fits or allowed is None:
+        return budget
+    for size in (slot_bytes(allowed - budget.held - beside), LEAST_SLOT):
+        smaller = of_blocks(min(size, budget.slot_bytes))
         if smaller.fits:
             return smaller
     return smaller
 
 
-def _with_blocks(
-    plan: MergePlan, size: int, allowed: int | None, given: bool, staged: bool, beside: int
-) -> Budget:
-    ways = modes(plan, size, plan.device, searches=staged)
-    if staged and plan.device != "cpu":
-        return Budget(size, ways, SLOTS * size, 0, "", allowed, given, beside)
-    blocks = SLOTS * size if _any_streamed(ways.values()) else 0
+def _blocks(ways: Mapping[str, tuple[Mode, str]], size: int) -> int:
+    return SLOTS * size if _any_streamed(ways.values()) else 0
+
+
+def _largest(steps: Sequence[Step], ways: Mapping[str, tuple[Mode, str]]) -> tuple[int, str]:
+    """Bytes and name of the tensor that needs most of those that are held whole; 0 and '' where
+    all of them are streamed."""
     held, tensor = 0, ""
-    for step in plan.steps:
+    for step in steps:
         mode = ways[step.name][0]
         needs = 0 if mode is Mode.STREAM else held_bytes(step, mode)
         if needs > held:
             held, tensor = needs, step.name
-    return Budget(size, ways, blocks, held, tensor, allowed, given, beside)
+    return held, tensor
 
 
 def _any_streamed(ways: Iterable[tuple[Mode, str]]) -> bool:

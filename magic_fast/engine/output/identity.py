@@ -14,8 +14,8 @@ from typing import Any
 from magic_fast._version import __version__
 from magic_fast.checkpoint import Checkpoint, InputFile, ShardPlan, changed_inputs, plan_shards
 from magic_fast.checkpoint.plan import FORMAT_METADATA
-from magic_fast.engine.native import backend_name
-from magic_fast.engine.plan import MergePlan
+from magic_fast.engine.plan.devices import backend_name
+from magic_fast.engine.plan.plan import MergePlan
 
 LABEL = "magic_fast"  # key of the identity in the header of an output that is a single file
 
@@ -111,7 +111,7 @@ def identity_of(plan: MergePlan, nonfinite: str = "error") -> Identity:
             for reference, model in plan.models.items()
             for f in model.files
         ),
-        backend_name(plan),
+        backend_name(plan.backend, plan.device),
         plan.device,
     )
 

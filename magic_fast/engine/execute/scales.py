@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from magic_fast import ops
-from magic_fast.engine.memory import Slot, aligned
+from magic_fast.engine.plan.memory import Slot, aligned
 from magic_fast.ops.job import Job, Stats, View
 from magic_fast.recipe import Recipe, Selection, TrimRule
 

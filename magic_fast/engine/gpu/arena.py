@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from magic_fast.engine.memory import aligned
-from magic_fast.engine.plan import Input
-from magic_fast.engine.units import Piece
+from magic_fast.engine.plan.memory import aligned
+from magic_fast.engine.plan.step import Input
+from magic_fast.engine.plan.units import Piece
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from magic_fast.checkpoint import REAL, FileSystem, OutputFolder
 from magic_fast.checkpoint.io_errors import writing
-from magic_fast.engine.identity import Identity
+from magic_fast.engine.output.identity import Identity
 from magic_fast.errors import InputError
 
 NAME = "journal.jsonl"

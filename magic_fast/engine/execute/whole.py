@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.engine.directions import directions_of
-from magic_fast.engine.native import over_model
-from magic_fast.engine.plan import FLOATS, Input, MergePlan, Step
-from magic_fast.engine.stages import refuse_other_integers
-from magic_fast.engine.units import Unit
+from magic_fast.engine.execute.streamed import refuse_other_integers
+from magic_fast.engine.plan.directions import directions_of
+from magic_fast.engine.plan.plan import MergePlan
+from magic_fast.engine.plan.step import FLOATS, Input, Step, over_model
+from magic_fast.engine.plan.units import Unit
 from magic_fast.methods.functions import STEPS
 from magic_fast.ops.job import Job, Stats
 from magic_fast.recipe import Recipe, Selection

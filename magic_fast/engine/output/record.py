@@ -13,9 +13,9 @@ from magic_fast._version import __version__
 from magic_fast.checkpoint import OutputFolder, copy_sidecars, open_checkpoint, sidecar_source
 from magic_fast.checkpoint.staging import Staging
 from magic_fast.engine import MergePlan, MergeReport, TensorReport, Written
-from magic_fast.engine.identity import Identity, identity_of, label_of, name_of, plain
-from magic_fast.engine.plan import FLOATS
-from magic_fast.engine.verify import RECORD_NAME, read_record, verify_checkpoint
+from magic_fast.engine.output.identity import Identity, identity_of, label_of, name_of, plain
+from magic_fast.engine.output.verify import RECORD_NAME, read_record, verify_checkpoint
+from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import CheckpointError, InputError
 
 
@@ -162,7 +162,7 @@ def write_small_files(
     """Configuration and tokenizer from the donor, the model card, and ``magic_fast.json``."""
     if output.is_file:
         return
-    from magic_fast.report.card import model_card
+    from magic_fast.engine.output.card import model_card
 
     donor = plan.models[plan.donor]
     source = sidecar_source(donor, list(plan.models.values()))

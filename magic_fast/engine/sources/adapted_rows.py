@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from magic_fast.adapters import AdapterModule
 from magic_fast.checkpoint import TensorInfo
-from magic_fast.engine.units import element_size
+from magic_fast.engine.plan.units import element_size
 
 _BLOCK = 1 << 16  # elements made at a time: they stay in the second cache
 _READERS = 2  # threads that read at the same time
