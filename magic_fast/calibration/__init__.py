@@ -1,6 +1,6 @@
 """Calibration of merged magnitudes: which tensors, which rows, how much."""
 
-from magic_fast.calibration.sensitive import SensitivityReport, sensitive_from_file
+from magic_fast.calibration.sensitivity.lists import SensitivityReport, sensitive_from_file
 from magic_fast.calibration.weight import TensorFilter, WeightCalibration, as_calibration
 
 __all__ = [

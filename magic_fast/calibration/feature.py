@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from magic_fast.calibration.sensitive import names_of, unknown_names
+from magic_fast.calibration.sensitivity.lists import names_of, unknown_names
 from magic_fast.calibration.weight import (
     bounds_of,
     check_finite,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from magic_fast.calibration.sensitive import is_sensitive, names_of, unknown_names
+from magic_fast.calibration.sensitivity.lists import is_sensitive, names_of, unknown_names
 from magic_fast.errors import InputError
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _draw_page(config: MergeConfig, merged: Path) -> str:
     """Writes the plots beside the merged folder; what came of it, in a line."""
     import magic_fast as mf
-    from magic_fast.api.inspecting import record_of
+    from magic_fast.api.checkpoints.inspect import record_of
     from magic_fast.report.page import write_page
 
     assert config.base_model is not None and config.models is not None

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     import magic_fast as mf
-    from magic_fast.api.inspecting import record_of
+    from magic_fast.api.checkpoints.inspect import record_of
     from magic_fast.report.page import check_page, write_page
     from magic_fast.report.summary import inspect_table
     from magic_fast.report.table import show

@@ -99,7 +99,7 @@ def run_series(
 ) -> int:
     """The merges of a file of several documents."""
     import magic_fast as mf
-    from magic_fast.api.series import read_file
+    from magic_fast.api.checkpoints.series import read_file
 
     merges = read_file(arguments.config, {k: v for k, v in instead.items() if v is not None})
     if arguments.dry_run:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from magic_fast.cli.options import print_json
 
 if TYPE_CHECKING:
-    from magic_fast.api import MergePlan, MergeReport
+    from magic_fast.engine.output.report import MergeReport
+    from magic_fast.engine.plan.plan import MergePlan
 
 
 def show_plan(plan: MergePlan, *, json: bool) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TextIO
 from magic_fast.report.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from magic_fast.api import Progress as State
-    from magic_fast.calibration.sensitivity import Evaluated
+    from magic_fast.calibration.sensitivity.measure import Evaluated
+    from magic_fast.engine.output.report import Progress as State
 
 Report = Callable[["State"], None]
 SECONDS_BETWEEN_LINES = 10.0

@@ -82,9 +82,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from magic_fast.api.checkpoints import check_new_file
-    from magic_fast.api.sensitivity_checkpoints import sensitive_layers_of_checkpoints
+    from magic_fast.api.checkpoints.sensitive_layers import sensitive_layers_of_checkpoints
     from magic_fast.cli.calibrate import data
+    from magic_fast.planning.outputs import check_new_file
 
     out = check_new_file(arguments.out)
     quiet, style = arguments.quiet, arguments.progress

@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from magic_fast.api.sweeping_checkpoints import sweep_checkpoints
+    from magic_fast.api.checkpoints.sweep import sweep_checkpoints
 
     settings = options.settings(arguments.settings)
     config = read_config(arguments.config)

@@ -14,7 +14,7 @@ from magic_fast.errors import InputError, OutputError
 from magic_fast.report.summary import inspect_table
 
 if TYPE_CHECKING:
-    from magic_fast.api import TensorStatistics
+    from magic_fast.api.tensors.stats import TensorStatistics
 
 
 def write_page(

@@ -10,8 +10,10 @@ from magic_fast.report.table import Table
 from magic_fast.report.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from magic_fast.api import AdapterReport, MergeReport, TensorReport, TensorStatistics
+    from magic_fast.api.results import AdapterReport
+    from magic_fast.api.tensors.stats import TensorStatistics
     from magic_fast.calibration import SensitivityReport
+    from magic_fast.engine.output.report import MergeReport, TensorReport
     from magic_fast.ops import BackendStatus
 
 

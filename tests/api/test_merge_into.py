@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import magic_fast as mf
 from api.networks import Network, copies, networks
-from magic_fast.api import bounds, merging_into
+from magic_fast.api.tensors import bounds
+from magic_fast.api.tensors import merge_into as merging_into
 from magic_fast.errors import BackendError, InputError, NonFiniteError
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -37,7 +37,7 @@ def inspect(models: Path, *more: object) -> list[str]:
 
 
 def statistics(**changes: Any) -> Any:
-    from magic_fast.api import TensorStatistics
+    from magic_fast.api.tensors.stats import TensorStatistics
 
     plain = {"shape": (2, 3), "norms": (1.0, 2.0), "cosines": [[1.0, 0.5], [0.5, 1.0]]}
     return TensorStatistics(**({"name": "a.0.weight", "sign_conflict": 0.25} | plain | changes))
@@ -93,7 +93,7 @@ def test_before_is_a_model(tiny_models: Path, tmp_path: Path) -> None:
 def test_rows_follow_the_layout_of_the_model() -> None:
     """GPT-2 stores projections [in, out]: a column that vanished is one unit of four, not a third
     of every row."""
-    from magic_fast.api.stats import statistics_of
+    from magic_fast.api.tensors.stats import statistics_of
 
     name = "h.0.mlp.c_fc.weight"
     expert = torch.ones(3, 4)

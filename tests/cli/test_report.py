@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from magic_fast.api import MergeReport, TensorReport
 from magic_fast.engine.output.card import model_card
+from magic_fast.engine.output.report import MergeReport, TensorReport
 from magic_fast.report.summary import deviation_table, inspect_table, report_lines
 from magic_fast.report.table import Table, show
 

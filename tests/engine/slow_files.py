@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.hashing import hashes
-from magic_fast.api.checkpoints import merge_checkpoints
+from magic_fast.api.checkpoints.merge import merge_checkpoints
 from magic_fast.checkpoint import FileSystem
 
 MEMORY = 4 << 20

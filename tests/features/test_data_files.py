@@ -17,8 +17,8 @@ from features.families import case
 from features.test_streamed import save
 from magic_fast.cli import main
 from magic_fast.errors import InputError
-from magic_fast.integrations import hf_models
-from magic_fast.integrations.hf_data import Sampling, read_batches
+from magic_fast.huggingface import models as hf_models
+from magic_fast.huggingface.data import Sampling, read_batches
 
 TEXTS = ["one small step", "another text that is a little longer than the first", "the end"]
 

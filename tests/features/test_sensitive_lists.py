@@ -12,7 +12,7 @@ import torch
 import magic_fast as mf
 from features.families import average
 from features.planted import planted, samples
-from magic_fast.calibration.sensitive import is_sensitive, unknown_names
+from magic_fast.calibration.sensitivity.lists import is_sensitive, unknown_names
 
 
 def test_file_and_back(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import magic_fast as mf
 from features.families import TASKS, case
 from features.test_streamed import save
 from magic_fast.cli import main
-from magic_fast.integrations import hf_models
+from magic_fast.huggingface import models as hf_models
 
 LINES = ["one small step", {"text": "another text that is a little longer"}, [4, 5], "the end"]
 

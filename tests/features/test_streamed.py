@@ -139,7 +139,7 @@ def test_interrupted_and_resumed(
 
 def test_one_station_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never are more weights in the model than those of one station."""
-    from magic_fast.calibration import streamed
+    from magic_fast.calibration.features import streamed
 
     own = case("llama")
     arguments = save(own, tmp_path)
@@ -181,7 +181,7 @@ def test_weights_used_outside_of_calls(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_names_that_transformers_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All models whole, by transformers, where its names are not the checkpoint's."""
-    from magic_fast.integrations import hf_models
+    from magic_fast.huggingface import models as hf_models
 
     own = case("bert")
     arguments = save(own, tmp_path)
@@ -207,7 +207,7 @@ def test_structure_is_built_without_weights() -> None:
         vocab_size=1000, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=2,
     )  # fmt: skip
-    from magic_fast.integrations.hf_models import without_weights
+    from magic_fast.huggingface.models import without_weights
 
     with without_weights():
         model = transformers.LlamaForCausalLM(config)
@@ -218,7 +218,7 @@ def test_structure_is_built_without_weights() -> None:
 
 def test_absent_weights_say_so() -> None:
     """PyTorch itself gives numbers here, whatever lay in memory."""
-    from magic_fast.calibration.streamed import Absent, AbsentError
+    from magic_fast.calibration.features.streamed import Absent, AbsentError
 
     absent = Absent.like(torch.ones(5, 4))
     assert absent.dtype == torch.float32 and absent.shape == (5, 4) and absent.dim() == 2

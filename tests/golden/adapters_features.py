@@ -12,7 +12,7 @@ import magic_fast as mf
 from golden.adapters import adapter
 from golden.golden_case import GoldenCase
 from golden.networks import calibration_data, network, outputs_of
-from magic_fast.api import CalibrationReport
+from magic_fast.api.results import CalibrationReport
 
 _P = {"L1": 1, "L2": 2, "Linf": "inf"}
 

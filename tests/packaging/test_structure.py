@@ -33,11 +33,9 @@ LONG_FILES = {
 }
 FULL_FOLDERS = {
     "csrc/cpu",
-    "magic_fast/api",
-    "magic_fast/calibration",
 }
 NAMES_A_BACKEND = {
-    "magic_fast/api/sweeping.py",
+    "magic_fast/api/tensors/sweep.py",
     "magic_fast/engine/plan/directions.py",
     "magic_fast/engine/plan/modes.py",
     "magic_fast/engine/execute/scales.py",

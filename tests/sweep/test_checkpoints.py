@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import magic_fast as mf
 from engine.engine_models import MIB, Models, read_out
-from magic_fast.api.sweeping_checkpoints import sweep_checkpoints
+from magic_fast.api.checkpoints.sweep import sweep_checkpoints
 
 B, F = torch.bfloat16, torch.float32
 
@@ -28,8 +28,8 @@ def assert_equals_separate_merges(
     config: str, settings: dict[str, list[Any]], tmp_path: Path, **options: Any
 ) -> None:
     """Bit for bit: integers and floats alike."""
-    from magic_fast.api.checkpoints import read_config
-    from magic_fast.api.combinations import combinations, configure
+    from magic_fast.planning.combinations import combinations, configure
+    from magic_fast.planning.sources import read_config
 
     report = sweep_checkpoints(config, tmp_path / "sweep", settings, **options)
     chosen = combinations(settings)
@@ -143,7 +143,7 @@ def test_output_in_the_way(models: Models, tmp_path: Path) -> None:
 
 
 def test_disk_too_small(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from magic_fast.api import sweeping_checkpoints
+    from magic_fast.api.checkpoints import sweep as sweeping_checkpoints
 
     one = sum(t.nbytes for t in models.base.values())
     monkeypatch.setattr(sweeping_checkpoints, "free_bytes", lambda out: 3 * one)

@@ -68,7 +68,7 @@ def test_bare_tensors_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shared way is taken, and a bare tensor goes through it."""
     if "native" not in available_backends():
         pytest.skip("only the native backend shares")
-    from magic_fast.api import sweeping
+    from magic_fast.api.tensors import sweep as sweeping
 
     seen: list[int] = []
     own = sweeping.merge_scales

@@ -13,7 +13,7 @@ from fusion_bench.modelpool import BaseModelPool
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from magic_fast.api.merging import merge
+from magic_fast.api.tensors.merge import merge
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import find_method, python_name
 from magic_fast.methods.parameters import MethodSpec

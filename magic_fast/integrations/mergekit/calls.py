@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.api.merging import merge
-from magic_fast.api.steps import calibration_from
+from magic_fast.api.tensors.merge import merge
 from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.weight import CALIBRATE_WORDS
 from magic_fast.config.calibrate import CalibrateConfig
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import python_name
 from magic_fast.methods.parameters import METHODS, MethodSpec, ParameterSpec, available_methods
+from magic_fast.planning.steps import calibration_from
 
 #: Methods of mergekit that run here; the others stay its own (TIES is timed by make bench-dropin).
 REPLACED = (

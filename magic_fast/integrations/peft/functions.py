@@ -16,7 +16,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from magic_fast.api.merging import merge_task_vectors
+from magic_fast.api.tensors.merge import merge_task_vectors
 from magic_fast.errors import NonFiniteError
 
 Function = Callable[..., Any]

@@ -1,0 +1,151 @@
+"""FSC and DSC of checkpoints: coefficients first, then the plan that folds them in."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from magic_fast.calibration import WeightCalibration
+from magic_fast.calibration.feature import FeatureCalibration
+from magic_fast.checkpoint import Checkpoint, OutputFolder, open_checkpoint
+from magic_fast.engine import MergePlan, MergeReport, Written, place
+from magic_fast.engine.output.record import finished, write_small_files
+from magic_fast.errors import InputError
+from magic_fast.planning.outputs import check_disk, is_whole
+from magic_fast.planning.run import ProgressCall, run_and_close
+from magic_fast.planning.weights import calibration_text, weight_steps
+
+if TYPE_CHECKING:
+    from magic_fast.api.checkpoints.feature_model import FeatureSpace
+
+
+class FeatureJob:
+    """FSC, after WSC where that is asked for, and what it writes."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        out: str,
+        weights: WeightCalibration | None,
+        features: FeatureCalibration,
+        sampling: Any,
+        data: Mapping[str, Any],
+        options: Mapping[str, Any],
+        max_shard_size: int,
+        nonfinite: str,
+        resume: bool,
+        progress: ProgressCall | None,
+    ) -> None:
+        self._names, self._out, self._options = list(names), out, dict(options)
+        self._max_shard_size, self._nonfinite = max_shard_size, nonfinite
+        self._resume, self._progress = resume, progress
+        if weights is not None and weights.sensitive is None and features.sensitive is not None:
+            weights = replace(weights, sensitive=features.sensitive)
+        self._weights = weights
+        parts: dict[str, Any] = {} if weights is None else {"calibrate": weights}
+        self._settings = {**parts, "features": features, "sampling": vars(sampling)}
+        paths = {t: str(v) for t, v in data.items() if isinstance(v, str | Path)}
+        self._text = calibration_text(names, **self._settings, data=paths)
+
+    def run(self, work: FeatureSpace, models: Mapping[str, Checkpoint]) -> MergeReport:
+        files = [(f.size, f.header_hash) for name in self._names for f in models[name].files]
+        self._settings |= {
+            "data": work.digest(),
+            "models": hashlib.sha256(repr(files).encode()).hexdigest(),
+        }
+        if self._resume and is_whole(Path(self._out)):
+            return finished(self._out, self._text, self._settings)
+        started = time.monotonic()
+        middle, whole = (_beside(self._out, purpose) for purpose in ("wsc", "whole"))
+        shutil.rmtree(whole, ignore_errors=True)
+        first: MergeReport | None = None
+        try:
+            if self._weights is not None:
+                first = self._first(middle, models)
+                work.take_merged(open_checkpoint(middle))
+            report = self._second(work, models, whole, first)
+        except InputError:
+            shutil.rmtree(middle, ignore_errors=True)  # it would come again
+            raise
+        finally:
+            shutil.rmtree(whole, ignore_errors=True)
+        shutil.rmtree(middle, ignore_errors=True)
+        report.seconds = time.monotonic() - started
+        return report
+
+    def _first(self, middle: str, models: Mapping[str, Checkpoint]) -> MergeReport:
+        """WSC into a checkpoint beside OUT, in float32 what it changes."""
+        assert self._weights is not None
+        if not self._resume:
+            shutil.rmtree(middle, ignore_errors=True)
+        steps = weight_steps(models, self._names, self._weights, wide=True)
+        plan = MergePlan(
+            "calibrate",
+            steps,
+            place(steps, middle, self._max_shard_size),
+            models,
+            self._names[0],
+            middle,
+            recipe_text=calibration_text(self._names, calibrate=self._weights),
+            settings={"calibrate": self._weights},
+            **self._options,
+        )
+        if not is_whole(Path(middle)):
+            check_disk(plan)
+        return run_and_close(plan, self._nonfinite, self._resume, self._progress)
+
+    def _second(
+        self,
+        work: FeatureSpace,
+        models: Mapping[str, Checkpoint],
+        whole: str,
+        first: MergeReport | None,
+    ) -> MergeReport:
+        steps, layers = work.steps(models, whole)
+        plan = MergePlan(
+            "calibrate",
+            steps,
+            place(steps, self._out, self._max_shard_size),
+            work.models,
+            self._names[0],
+            self._out,
+            recipe_text=self._text,
+            settings=self._settings,
+            warnings=work.warnings,
+            **self._options,
+        )
+        check_disk(plan)
+        finish = partial(_finish, layers, first)
+        report = run_and_close(plan, self._nonfinite, self._resume, self._progress, finish)
+        report.bytes_read += work.bytes_read
+        if first is not None:
+            report.bytes_read += first.bytes_read
+            report.bytes_written += first.bytes_written
+        return report
+
+
+def _finish(
+    layers: list[dict[str, Any]],
+    first: MergeReport | None,
+    plan: MergePlan,
+    report: MergeReport,
+    output: OutputFolder,
+    written: Written,
+) -> None:
+    """One report of both spaces."""
+    report.layers = layers
+    if first is not None:
+        report.tensors = first.tensors
+    write_small_files(plan, report, output, written)
+
+
+def _beside(out: str, purpose: str) -> str:
+    """A folder beside OUT for what is needed on the way."""
+    path = Path(out)
+    return str(path.parent / f".{path.name}.{purpose}")

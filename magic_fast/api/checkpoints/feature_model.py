@@ -1,0 +1,223 @@
+"""FSC and DSC of checkpoints on disk: the merged model runs with one layer's weights at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magic_fast.api.tensors.calibrate_features import calibrate_features, layers_of
+from magic_fast.calibration.feature import FeatureCalibration
+from magic_fast.calibration.features.batches import batches_of, experts_by_task
+from magic_fast.calibration.features.run import FeatureRun
+from magic_fast.calibration.features.streamed import AbsentError, StreamedWeights, Take
+from magic_fast.calibration.sensitivity.lists import is_sensitive, unknown_names
+from magic_fast.checkpoint import Checkpoint, open_checkpoint
+from magic_fast.engine import Progress, Step, common_shape
+from magic_fast.engine.execute.whole import as_bytes, tensor_of
+from magic_fast.engine.plan.step import FLOATS
+from magic_fast.errors import InputError
+from magic_fast.huggingface import models as hf_models
+from magic_fast.huggingface.data import Sampling, read_batches
+from magic_fast.planning.steps import input_of
+from magic_fast.recipe import Recipe
+
+Layers = list[dict[str, Any]]
+
+
+def _new(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+class FeatureSpace:
+    """What FSC of checkpoints needs, checked before anything runs.
+
+    Args:
+        models: reference → checkpoint.
+        names: references of the merged model, the base, and the experts.
+        data: task → path of samples, or batches as :func:`calibrate_features` takes them.
+        settings: of FSC.
+        sampling: how much of files is used.
+        device: where the model runs.
+        progress: called after each layer.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Checkpoint],
+        names: Sequence[str],
+        data: Mapping[str, Any],
+        settings: FeatureCalibration,
+        sampling: Sampling,
+        device: str = "cpu",
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self._models, self._names = dict(models), list(names)
+        self._settings, self._device, self._progress = settings, device, progress
+        merged = self._merged
+        self._model = hf_models.build_structure(merged)
+        self._stored, self._missing = hf_models.stored_names(self._model, merged)
+        self._experts = experts_of(names[2:], list(data))
+        for stored in sorted(set(self._stored.values())):
+            common_shape(stored, [input_of(self._models, m, stored) for m in self._names])
+        known = [
+            *(n for n, _ in self._model.named_modules()),
+            *(n for n, _ in self._model.named_parameters(remove_duplicate=False)),
+        ]
+        if settings.sensitive is not None:
+            chosen = self._in_model(settings.sensitive, known)
+            settings = self._settings = replace(settings, sensitive=chosen)
+        settings.check_names(known)
+        folder = merged.folder or merged.path
+        self.data = {
+            task: read_batches(value, task, self._model, folder, sampling)
+            if isinstance(value, str | Path)
+            else list(batches_of(data, task))
+            for task, value in data.items()
+        }
+        self.warnings: list[str] = []
+        self.bytes_read = 0
+
+    @property
+    def _merged(self) -> Checkpoint:
+        return self._models[self._names[0]]
+
+    def _in_model(self, chosen: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+        """Names of the checkpoint as the model has them."""
+        unknown = set(unknown_names(chosen, known))
+        found: list[str] = []
+        for name in chosen:
+            inside = [own for own, stored in self._stored.items() if is_sensitive(stored, {name})]
+            found += inside if name in unknown and inside else [name]
+        return tuple(found)
+
+    def digest(self) -> str:
+        """SHA-256 of the samples."""
+        found = hashlib.sha256()
+        for task, batches in self.data.items():
+            found.update(repr((task, len(batches))).encode())
+            for batch in batches:
+                values = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+                for name, value in values:
+                    found.update(repr((name, getattr(value, "shape", None))).encode())
+                    if isinstance(value, Tensor):
+                        found.update(
+                            value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                        )
+        return found.hexdigest()
+
+    def take_merged(self, checkpoint: Checkpoint) -> None:
+        """Another checkpoint of the same names in place of the merged one (DSC's middle)."""
+        self._models[self._names[0]] = checkpoint
+
+    def steps(self, like: Mapping[str, Checkpoint], scratch: str) -> tuple[list[Step], Layers]:
+        """What makes the calibrated checkpoint, in the names and dtypes of the merged one in
+        ``like``; and what was found of each layer."""
+        if self._missing:
+            self.warnings.append(
+                f"transformers has other names for {len(self._missing)} parameters "
+                f"({self._missing[0]}, …) than the checkpoint: all models are held in memory whole"
+            )
+            return self._whole(like, scratch)
+        run = self._run()
+        factors: dict[str, tuple[Tensor, int | None]] = {}
+        for name, found in run.factors().items():
+            factors[self._stored[name]] = found
+        dtypes = {n: like[self._names[0]].resolve(n).dtype for n in like[self._names[0]]}
+        steps = [self._step(name, dtype, factors.get(name)) for name, dtype in dtypes.items()]
+        return steps, [layer.as_dict() for layer in layers_of(run)]
+
+    def _step(self, name: str, dtype: str, found: tuple[Tensor, int | None] | None) -> Step:
+        merged, base = self._names[:2]
+        own = input_of(self._models, merged, name)
+        copied = Step(name, own.info.shape, dtype, None, (own,), copy=True)
+        if found is None or dtype not in FLOATS or bool((found[0] == 1).all()):
+            return copied
+        step = replace(copied, base=input_of(self._models, base, name), copy=False)
+        factor, axis = found
+        if not factor.dim():
+            return replace(step, recipe=Recipe(weights=(1.0,), scale=float(factor.float())))
+        arguments = {"factor": tuple(factor.float().tolist()), "axis": axis}
+        return replace(step, method="scale_channels", arguments=arguments)
+
+    def _run(self) -> FeatureRun:
+        try:
+            return self._attempt(self._model, resident=False)
+        except InputError as error:
+            if not isinstance(error.__cause__, AbsentError):
+                raise
+        self.warnings.append(
+            "the model uses weights outside of its layers' own calls: the merged model is held in "
+            "memory whole"
+        )
+        model = hf_models.build_structure(self._merged)
+        hf_models.materialise(model, {n: self._read(0, n) for n in self._stored})
+        return self._attempt(model, resident=True)
+
+    def _attempt(self, model: nn.Module, *, resident: bool) -> FeatureRun:
+        device = self._device
+        hf_models.move_buffers(model, device)
+        weights = StreamedWeights(model, self._read, device, resident=resident)
+        run = FeatureRun(model, weights, self._experts, self._settings, self._told(model), device)
+        if not resident:
+            inside = {p.name for station in run.stations for s in station.sites for p in s.parts}
+            rest = {n: self._read(0, n).to(device) for n in self._stored if n not in inside}
+            hf_models.materialise(model, rest)
+        run.run(self.data)
+        return run
+
+    def _told(self, model: nn.Module) -> Callable[[int, int, str], None] | None:
+        """Progress in bytes of the models, which is what takes the time to read."""
+        report = self._progress
+        if report is None:
+            return None
+        total = sum(self._models[m].nbytes for m in self._names)
+
+        def told(done: int, stations: int, name: str) -> None:
+            report(Progress(total * done // max(1, stations), total, name))
+
+        return told
+
+    def _read(self, which: int, name: str, take: Take = _new) -> Tensor:
+        reference = self._names[which]
+        source = input_of(self._models, reference, self._stored[name])
+        self.bytes_read += source.nbytes
+        data = as_bytes(take(source.nbytes))
+        self._models[reference].read_into(source.info.name, data)
+        return tensor_of(source, data)
+
+    def _whole(self, like: Mapping[str, Checkpoint], scratch: str) -> tuple[list[Step], Layers]:
+        """By modules that transformers loads; what it saves is what is copied."""
+        models = [hf_models.load_whole(self._models[name]) for name in self._names]
+        merged, base, *experts = models
+        own = {f: getattr(self._settings, f) for f in self._settings.__dataclass_fields__}
+        by_task = {task: experts[k] for task, k in self._experts.items()}
+        calibrated, report = calibrate_features(base, by_task, merged, self.data, **own)
+        calibrated.save_pretrained(scratch)
+        saved = self._models[scratch] = open_checkpoint(scratch)
+        wanted = like[self._names[0]]
+        steps = []
+        for name in wanted:
+            source = input_of(self._models, scratch if name in saved else self._names[0], name)
+            steps.append(
+                Step(name, source.shape, wanted.resolve(name).dtype, None, (source,), copy=True)
+            )
+        return steps, [layer.as_dict() for layer in report.layers]
+
+    @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The checkpoints that the steps read, by reference."""
+        return self._models
+
+
+def experts_of(references: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
+    """Task → expert: by the name of the expert's folder, or in order where no task is one."""
+    names = [Path(r).name for r in references]
+    if len(set(names)) == len(names) and set(tasks) & set(names):
+        return dict(zip(tasks, experts_by_task(len(names), names, tasks), strict=True))
+    return dict(zip(tasks, experts_by_task(len(names), None, tasks), strict=True))

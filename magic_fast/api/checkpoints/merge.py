@@ -1,0 +1,161 @@
+"""``plan_checkpoints`` and ``merge_checkpoints``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from magic_fast.calibration import WeightCalibration, as_calibration
+from magic_fast.config import MergeConfig
+from magic_fast.engine import (
+    MergePlan,
+    MergeReport,
+    place,
+)
+from magic_fast.engine.plan.devices import device_of
+from magic_fast.ops import refuse_backend
+from magic_fast.planning.outputs import check_disk, check_out, is_whole
+from magic_fast.planning.pause_gc import no_collection
+from magic_fast.planning.run import ProgressCall, run_and_close
+from magic_fast.planning.sources import open_models, read_config
+from magic_fast.planning.steps import calibration_of, steps_of
+from magic_fast.planning.vocabulary import align
+
+
+@no_collection()
+def plan_checkpoints(
+    config: str | Path | MergeConfig | Mapping[str, Any],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    backend: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    memory: int | None = None,
+    seed: int | None = None,
+    compat: str | None = None,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    allow_embedding_truncation: bool = False,
+    resume: bool = False,
+) -> MergePlan:
+    """Everything a merge would do, checked, before any data is read. Arguments as of
+    :func:`merge_checkpoints`."""
+    settings = read_config(config)
+    target = check_out(out, resume)
+    place_of_work = device_of(device)
+    refuse_backend(backend, place_of_work)
+    models = open_models({r: settings.resolve_model(r) for r in settings.model_references})
+    try:
+        calibration = as_calibration(calibrate) or calibration_of(settings)
+        chosen_seed = seed if seed is not None else (settings.seed or 0)
+        aligned = align(settings, models)
+        models = aligned.models
+        steps, vocab_size = steps_of(
+            settings,
+            models,
+            calibration,
+            seed=chosen_seed,
+            compat=compat,
+            allow_truncation=allow_embedding_truncation,
+        )
+        warnings = list(settings.warnings)
+        if calibration is not None and max((len(s.experts) for s in steps), default=0) == 1:
+            warnings.append(
+                "calibrating the merge of one expert gives back a full-size task vector"
+            )
+        plan = MergePlan(
+            settings.merge_method,
+            steps,
+            place(steps, target, max_shard_size),
+            models,
+            settings.donor,
+            target,
+            backend,
+            settings.num_layers,
+            vocab_size or aligned.rows,
+            settings.to_yaml(),
+            warnings,
+            memory,
+            place_of_work,
+            {
+                "seed": chosen_seed,
+                "calibrate": calibration,
+                "preset": settings.preset,
+                "dtype": settings.dtype,
+                "out_dtype": settings.out_dtype,
+                "compat": compat,
+                "allow_embedding_truncation": allow_embedding_truncation,
+                **aligned.settings,
+            },
+            aligned.tokenizer,
+        )
+        if not is_whole(Path(target)):
+            check_disk(plan)
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+    return plan
+
+
+def merge_checkpoints(
+    config: str | Path | MergeConfig | Mapping[str, Any],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    backend: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    memory: int | None = None,
+    seed: int | None = None,
+    compat: str | None = None,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    allow_embedding_truncation: bool = False,
+    nonfinite: str = "error",
+    resume: bool = False,
+    progress: ProgressCall | None = None,
+) -> MergeReport:
+    """Merges checkpoints on disk as a configuration says.
+
+    Args:
+        config: path of a YAML, YAML text, a mapping, or a :class:`MergeConfig`.
+        out: folder (or ``.safetensors`` file) to make; it appears once, whole.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
+        backend: ``native``, ``torch``; None chooses.
+        max_shard_size: bytes of tensors in one file.
+        seed: of the random trims, instead of the configuration's.
+        compat: ``"mergekit-0.1.4"`` matches that release's faults.
+        calibrate: ``"wsc"`` or settings, instead of the configuration's block.
+        allow_embedding_truncation: cut embeddings of unequal vocabularies to the leading rows all
+            have.
+        nonfinite: ``error`` or ``propagate``.
+        memory: bytes of buffers (32 MiB at least); None: 128 MiB. Tensors larger than their share
+            are streamed in pieces, so it bounds what is held whatever the size of the models. A
+            tensor that must be held whole and needs more is refused; with None, one that needs
+            more than the machine has free.
+        resume: continue an interrupted run of the same configuration and inputs; with nothing to
+            continue it starts afresh; where ``out`` is whole it is verified.
+        progress: called with :class:`Progress` after each batch of tensors.
+
+    Returns:
+        What was done, tensor by tensor; the same is in ``magic_fast.json`` beside the weights.
+
+    Raises:
+        ConfigError, CheckpointError, InputError: before anything is written.
+        NonFiniteError, OutputError: on the way; nothing is left under the final name.
+
+    >>> merge_checkpoints("ties.yml", "merged")  # doctest: +SKIP
+    """
+    plan = plan_checkpoints(
+        config,
+        out,
+        device=device,
+        backend=backend,
+        max_shard_size=max_shard_size,
+        memory=memory,
+        seed=seed,
+        compat=compat,
+        calibrate=calibrate,
+        allow_embedding_truncation=allow_embedding_truncation,
+        resume=resume,
+    )
+    return run_and_close(plan, nonfinite, resume, progress)

@@ -1,0 +1,207 @@
+"""Modules and state dicts of one architecture as the models of a calibration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magic_fast.api.results import CalibrationReport
+from magic_fast.api.tensors.calibrate_weights import calibrate_weights
+from magic_fast.api.tensors.merge import merge
+from magic_fast.api.tensors.models import Named, state_dict_of
+from magic_fast.calibration import WeightCalibration
+from magic_fast.calibration.feature import Deploy, FeatureCalibration
+from magic_fast.calibration.features.hooks import hook_station
+from magic_fast.calibration.features.run import FeatureRun
+from magic_fast.calibration.features.sites import Part, Station
+from magic_fast.errors import InputError
+
+State = Mapping[str, Tensor]
+
+
+class InMemory:
+    """Modules and state dicts as the weights of a run.
+
+    Args:
+        base: module or state dict.
+        experts: a list or a mapping of them; may be none where ``merged`` is given.
+        merged: module or state dict; None: the average of the experts, in float32.
+        model: what runs, where ``merged`` is no module.
+    """
+
+    streamed = False
+
+    def __init__(self, base: Any, experts: Any, merged: Any, model: nn.Module | None) -> None:
+        self.names: list[str] | None = None
+        if isinstance(experts, Mapping):
+            if any(isinstance(v, Tensor) for v in experts.values()):
+                raise InputError("experts: expected a list of models, got one state dict.")
+            self.names, experts = list(experts), list(experts.values())
+        if experts is None and merged is not None:
+            experts = []
+        if not isinstance(experts, Sequence) or isinstance(experts, str):
+            raise InputError(
+                f"experts: expected a list of modules or state dicts, got {type(experts).__name__}."
+            )
+        structure = merged if isinstance(merged, nn.Module) else model
+        if not isinstance(structure, nn.Module):
+            raise InputError(
+                "merged: expected a module, whose layers can be run, got "
+                f"{type(merged).__name__}. Pass a module of the architecture as model=."
+            )
+        self._structure = structure
+        self._as_state = not isinstance(merged, nn.Module)
+        self.start = _state(base, "base")
+        self.experts = [_state(e, f"experts[{k}]") for k, e in enumerate(experts)]
+        if merged is None:
+            out = wide_like(self.start)
+            self.end: State = merge(self.start, self.experts, "average", out=out)
+        else:
+            self.end = _state(merged, "merged")
+        rows = [("base", self.start), *((f"experts[{k}]", e) for k, e in enumerate(self.experts))]
+        if self._as_state:
+            rows.append(("model", _state(structure, "model")))
+        self._table = Named([("merged", self.end), *rows])
+        for name in self._table.names:
+            own = self.end[name]
+            for (what, _), other in zip(rows, self._table.row(name)[1:], strict=True):
+                if other.shape != own.shape:
+                    raise InputError(
+                        f"shape of '{name}' in {what}: expected {tuple(own.shape)} as in merged, "
+                        f"got {tuple(other.shape)}. All models must have the same architecture."
+                    )
+        self._work: nn.Module | None = None
+        self._rough: State | None = None
+
+    def check(self, settings: FeatureCalibration, *, exact: bool) -> None:
+        if exact:  # the authors' rule is a substring
+            modules = self._structure.named_modules()
+            parameters = self._structure.named_parameters(remove_duplicate=False)
+            settings.check_names(name for name, _ in chain(modules, parameters))
+
+    def calibrate_weights(
+        self,
+        calibration: str | WeightCalibration | Mapping[str, Any],
+        sensitive: tuple[str, ...] | None,
+    ) -> CalibrationReport:
+        """WSC of the merged weights, kept in float32 for what follows."""
+        from dataclasses import replace
+
+        from magic_fast.calibration import as_calibration
+
+        settings = as_calibration(calibration)
+        if settings is None:
+            raise InputError("weight_calibration: expected 'wsc' or settings, got None.")
+        if sensitive is not None and settings.sensitive is None:
+            settings = replace(settings, sensitive=sensitive)
+        config = getattr(self._structure, "config", None)
+        calibrated, report = calibrate_weights(
+            self.start, self.experts, self.end, calibration=settings, out=wide_like(self.end),
+            model_type=getattr(config, "model_type", None),
+        )  # fmt: skip
+        self._rough, self.end = self.end, calibrated
+        return report
+
+    @contextmanager
+    def working(self, *, wide: bool = False) -> Iterator[nn.Module]:
+        """A copy of the merged model, in evaluation mode while it is worked on; ``wide``: in
+        float32."""
+        work = self._work = copy.deepcopy(self._structure).requires_grad_(False)
+        config = getattr(work, "config", None)
+        cached = getattr(config, "use_cache", None)
+        if cached:
+            config.use_cache = False  # type: ignore[union-attr]
+        training = {name: m.training for name, m in work.named_modules()}
+        if wide:
+            _widen(work, self.end)
+        elif self._as_state or self._rough is not None:
+            work.load_state_dict(self.end)
+        work.eval()
+        try:
+            yield work
+        finally:
+            for name, module in work.named_modules():
+                module.training = training.get(name, module.training)
+            if cached:
+                config.use_cache = cached  # type: ignore[union-attr]
+
+    def deploy(self, run: FeatureRun, how: Deploy) -> None:
+        groups = {id(site): g for g in run.groups for site in g.sites}
+        for station in run.stations:
+            for site in station.sites:
+                for part, value in run.folded(site, groups[id(site)]):
+                    if how is Deploy.HOOKS:
+                        value = part.cut(self.merged(part.name))
+                    self.put(station, part, value)
+        if how is Deploy.HOOKS:
+            for station in run.stations:
+                hook_station(station, groups, self.base)
+
+    def result(self, how: Deploy) -> Any:
+        assert self._work is not None
+        trainable = {n: x.requires_grad for n, x in self._structure.named_parameters()}
+        for name, parameter in self._work.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        if self._as_state and how is Deploy.FOLD:
+            return {n: t.detach() for n, t in self._work.state_dict().items()}
+        return self._work
+
+    def base(self, name: str) -> Tensor:
+        return self._placed(self.start, name)
+
+    def expert(self, number: int, name: str) -> Tensor:
+        return self._placed(self.experts[number], name)
+
+    def merged(self, name: str) -> Tensor:
+        return self._placed(self.end, name)
+
+    def _placed(self, state: State, name: str) -> Tensor:
+        assert self._work is not None
+        return state[name].detach().to(self._work.get_parameter(name).device)
+
+    def scratch(self, key: object, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+    def enter(self, station: Station) -> None:
+        pass
+
+    def leave(self, station: Station) -> None:
+        pass
+
+    def put(self, station: Station, part: Part, value: Tensor) -> None:
+        part.cut(station.module.get_parameter(part.local).detach()).copy_(value)
+
+
+def _widen(work: nn.Module, state: State) -> None:
+    """The values of ``state`` in the module, floating ones in float32 (float64 where they are)."""
+    tensors = dict(work.named_parameters()) | dict(work.named_buffers())
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            value = state.get(name, tensor).detach()
+            wide = torch.promote_types(value.dtype, torch.float32)
+            tensor.data = value.to(tensor.device, wide, copy=True)
+        elif name in state:
+            tensor.data.copy_(state[name])
+
+
+def wide_like(state: State) -> dict[str, Tensor]:
+    """Room for a model in float32 (float64 where it is)."""
+    return {
+        n: torch.empty_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        if t.is_floating_point()
+        else torch.empty_like(t)
+        for n, t in state.items()
+    }
+
+
+def _state(value: Any, what: str) -> State:
+    state = state_dict_of(value, what)
+    if isinstance(state, Tensor):
+        raise InputError(f"{what}: expected a module or a state dict, got a tensor.")
+    return state

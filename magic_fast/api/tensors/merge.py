@@ -1,0 +1,257 @@
+"""``merge`` and ``merge_task_vectors``: models in, one model out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magic_fast.api.tensors.models import (
+    Named,
+    Tensors,
+    first_of_tied,
+    model_type_of,
+    models_of,
+    module_like,
+    state_dict_of,
+    tied_groups,
+)
+from magic_fast.api.tensors.resolve import (
+    Call,
+    Masks,
+    check_base,
+    check_calibration,
+    details_of,
+    execute,
+    job_of,
+    masks_of,
+    numbers_of,
+    resolve,
+)
+from magic_fast.calibration import WeightCalibration
+from magic_fast.errors import InputError
+from magic_fast.ops.job import Job
+
+
+def merge(
+    base: Any,
+    experts: Any,
+    method: str = "ties",
+    *,
+    weights: float | Sequence[float] | Tensor | None = None,
+    scale: float | None = None,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    backend: str | None = None,
+    out: Any = None,
+    nonfinite: str = "error",
+    row_axis: int | tuple[int, ...] | None = None,
+    masks: Masks | None = None,
+    name: str = "",
+    seed: int | None = None,
+    compat: str | None = None,
+    details: bool = False,
+    **method_params: Any,
+) -> Any:
+    """The experts of one base merged into one model: base + scale·Δ, calibrated row by row on
+    request.
+
+    Args:
+        base: tensor, state dict or module; None for the methods on whole models (``linear``,
+            ``passthrough``). To ``karcher`` it is one more model.
+        experts: K of the same kind (tensors may be one stacked [K, …] tensor). float32, float16,
+            bfloat16 in any mix; float64 runs in double precision. Integer tensors must agree and
+            are copied.
+        method: ``ties`` by default; docs/methods.md lists them all.
+        weights: per-expert factor, one number or K.
+        scale: factor on the merged task vector; None: the method's own default.
+        calibrate: None, ``"wsc"`` or a :class:`WeightCalibration`.
+        preset: reproduce ``mergekit``, ``peft``, ``ties_merging``, ``fusion_bench``, ``magic`` or
+            ``sd_mecha`` exactly; None: our defaults.
+        backend: ``native``, ``torch``; None chooses.
+        out: tensor or state dict that takes the result; it overlaps no input. Default: new, dtype
+            of the base. :func:`merge_into` writes into modules.
+        nonfinite: ``"error"`` or ``"propagate"``.
+        row_axis: axis of the output units for calibration (default 0).
+        masks: K keep masks (or None) that replace the draw of a random trim; K task masks of
+            ``consensus_ta`` instead of those it would compute.
+        name: tensor name of a bare tensor (keys the random masks and the messages).
+        seed: of the random trims.
+        compat: ``"mergekit-0.1.4"`` matches that release's faults.
+        details: return a :class:`MergeResult` instead of the bare result.
+        **method_params: density, gamma, epsilon, normalize, rescale, t, … as the method has them.
+
+    Returns:
+        The same kind as ``base`` (without one, as the first expert): a tensor; a dict of tensors in
+        the base's order; or a new module, its tied weights merged once, under their first name.
+
+    Raises:
+        InputError: shapes, dtypes, names or parameters that do not fit.
+        NonFiniteError: NaN or infinity in an input, or an overflow of the result.
+        BackendError: the backend asked for cannot run this.
+
+    >>> experts = [torch.tensor([1.0, 0, 0, -2]), torch.tensor([3.0, 0, 0, 2])]
+    >>> merge(torch.zeros(4), experts, "ties", density=1.0)
+    tensor([2., 0., 0., 2.])
+    """
+    models = models_of(experts, "experts")
+    start = None if base is None else state_dict_of(base, "base")
+    check_base(method, base is not None)
+    given = {"weights": numbers_of(weights), "scale": scale, **method_params}
+    call = resolve(
+        method,
+        given,
+        len(models),
+        calibrate=calibrate,
+        preset=preset,
+        backend=backend,
+        nonfinite=nonfinite,
+        row_axis=row_axis,
+        masks=masks,
+        name=name,
+        seed=seed,
+        compat=compat,
+        details=details,
+    )
+    check_calibration(call, base is not None)
+    like = experts[0] if base is None else base
+    if not isinstance(like, nn.Module):
+        return _run(start, models, call, out)
+    call.model_type = model_type_of(like)
+    if out is not None:
+        return _run(start, models, call, out)
+    return _run_module(like, start, models, call)
+
+
+def merge_task_vectors(
+    task_vectors: Any,
+    method: str = "ties",
+    *,
+    weights: float | Sequence[float] | Tensor | None = None,
+    scale: float | None = None,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    backend: str | None = None,
+    out: Any = None,
+    nonfinite: str = "error",
+    row_axis: int | tuple[int, ...] | None = None,
+    masks: Masks | None = None,
+    name: str = "",
+    seed: int | None = None,
+    compat: str | None = None,
+    details: bool = False,
+    **method_params: Any,
+) -> Any:
+    """scale·Δ of K task vectors: :func:`merge` where the differences are formed already.
+
+    Args:
+        task_vectors: list of tensors or state dicts, or one stacked [K, …] tensor.
+        weights: number, K numbers, or a 1-D tensor whose dtype promotes the result under preset
+            ``peft``.
+
+    Everything else as in :func:`merge`. The result has the dtype of the first task vector.
+
+    >>> merge_task_vectors(torch.tensor([[1.0, -1.0], [3.0, 1.0]]), "average")
+    tensor([2., 0.])
+    """
+    models = models_of(task_vectors, "task_vectors")
+    given = {"weights": numbers_of(weights), "scale": scale, **method_params}
+    call = resolve(
+        method,
+        given,
+        len(models),
+        calibrate=calibrate,
+        preset=preset,
+        backend=backend,
+        nonfinite=nonfinite,
+        row_axis=row_axis,
+        masks=masks,
+        name=name,
+        seed=seed,
+        compat=compat,
+        details=details,
+    )
+    promoted = weights.dtype if preset == "peft" and isinstance(weights, Tensor) else None
+    return _run(None, models, call, out, promote=promoted)
+
+
+def _run_module(
+    like: nn.Module, base: Tensors | None, experts: Sequence[Tensors], call: Call
+) -> Any:
+    """A new module of the kind of ``like``, its tied weights merged once and still tied."""
+    groups = tied_groups(like.state_dict())
+    rows = [(f"experts[{k}]", e) for k, e in enumerate(experts)]
+    if base is not None:
+        rows.insert(0, ("base", base))
+    named = first_of_tied(rows, groups)
+    merged = module_like(like)
+    state = merged.state_dict()
+    start = None if base is None else named[0][1]
+    own = [model for _, model in named[len(named) - len(experts) :]]
+    found = _run(start, own, call, {names[0]: state[names[0]] for names in groups})
+    if not call.details:
+        return merged
+    found.merged = merged
+    return found
+
+
+def _run(
+    base: Tensors | None,
+    experts: Sequence[Tensors],
+    call: Call,
+    out: Any,
+    promote: torch.dtype | None = None,
+) -> Any:
+    labelled = [(f"experts[{k}]", e) for k, e in enumerate(experts)]
+    if base is not None:
+        labelled.insert(0, ("base", base))
+    table = Named(labelled)
+    if call.calibration is not None and not table.bare:
+        call.calibration.check_names(table.names)
+    results: dict[str, Tensor] = {}
+    jobs: list[Job] = []
+    for name in table.names:
+        copied = table.copied(name)
+        if copied is not None:
+            results[name] = _copy(copied, _destination(out, name, table.bare))
+            continue
+        row = table.row(name)
+        start = row[0] if base is not None else None
+        own = row[1:] if base is not None else row
+        target = _destination(out, name, table.bare)
+        if target is None:
+            dtype = row[0].dtype if promote is None else torch.promote_types(row[0].dtype, promote)
+            target = torch.empty(row[0].shape, dtype=dtype, device=row[0].device)
+        results[name] = target
+        jobs.append(
+            job_of(call, name or call.name, start, own, target, k_masks=masks_of(call, name))
+        )
+    stats = execute(jobs, call)
+    merged = results[""] if table.bare else {n: results[n] for n in table.names}
+    if not call.details:
+        return merged
+    return details_of(merged, jobs, stats, table.bare)
+
+
+def _destination(out: Any, name: str, bare: bool) -> Tensor | None:
+    if out is None:
+        return None
+    if isinstance(out, nn.Module):
+        raise InputError(
+            "out: expected a tensor or a dict like the inputs, got a module. merge_into() writes "
+            "into modules."
+        )
+    if bare:
+        if not isinstance(out, Tensor):
+            raise InputError(f"out: expected a tensor like the inputs, got {type(out).__name__}.")
+        return out
+    if not isinstance(out, Mapping) or name not in out:
+        raise InputError(f"out: expected a dict with a tensor for '{name}', got none.")
+    target: Tensor = out[name]
+    return target
+
+
+def _copy(source: Tensor, target: Tensor | None) -> Tensor:
+    return source.clone() if target is None else target.copy_(source)

@@ -1,0 +1,203 @@
+"""Tensors, state dicts and modules as models: one form for all of them, which of a module's tensors
+are one, and a new module that takes a merge."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from magic_fast.errors import InputError
+
+Tensors: TypeAlias = Tensor | Mapping[str, Tensor]
+
+
+def state_dict_of(value: object, what: str) -> Tensors:
+    """A tensor, a mapping of tensors, or the state dict of a module."""
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()  # its extra state, where there is some, is no tensor
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        for name, tensor in value.items():
+            if not isinstance(tensor, Tensor):
+                raise InputError(
+                    f"{what}['{name}']: expected a torch.Tensor, got {type(tensor).__name__}."
+                )
+        return value
+    raise InputError(
+        f"{what}: expected a torch.Tensor, a state dict or a module, got {type(value).__name__}."
+    )
+
+
+def models_of(values: object, what: str) -> list[Tensors]:
+    """A list of tensors or state dicts; one stacked [K, …] tensor is taken apart without a copy."""
+    if isinstance(values, Tensor):
+        if values.dim() == 0:
+            raise InputError(
+                f"{what}: expected a list or a stacked [K, …] tensor, got a 0-d tensor."
+            )
+        if not values.shape[0]:
+            raise InputError(f"{what}: expected at least one, got none.")
+        return list(values.unbind(0))
+    if isinstance(values, Mapping) or not isinstance(values, Sequence):
+        raise InputError(
+            f"{what}: expected a list of tensors or of state dicts, got {type(values).__name__}."
+        )
+    if not values:
+        raise InputError(f"{what}: expected at least one, got none.")
+    return [state_dict_of(v, f"{what}[{k}]") for k, v in enumerate(values)]
+
+
+class Named:
+    """Models as rows of named tensors; a bare tensor is the one tensor named ''."""
+
+    def __init__(self, models: Sequence[tuple[str, Tensors]]) -> None:
+        if not models:
+            raise InputError("experts: expected at least one, got none.")
+        self.bare = isinstance(models[0][1], Tensor)
+        self._dicts: list[tuple[str, Mapping[str, Tensor]]] = []
+        for what, model in models:
+            if isinstance(model, Tensor) != self.bare:
+                raise InputError(
+                    f"{what}: expected {'a tensor' if self.bare else 'a state dict'} like "
+                    f"{models[0][0]}, "
+                    f"got {'a tensor' if isinstance(model, Tensor) else 'a state dict'}."
+                )
+            self._dicts.append((what, {"": model} if isinstance(model, Tensor) else model))
+        self._check_names()
+
+    def _check_names(self) -> None:
+        first, reference = self._dicts[0]
+        for what, tensors in self._dicts[1:]:
+            for name in reference:
+                if name not in tensors:
+                    raise InputError(
+                        f"tensor '{name}' in {what}: expected one as in {first}, got none. "
+                        "All models must have the same architecture."
+                    )
+            for name in tensors:
+                if name not in reference:
+                    raise InputError(
+                        f"tensor '{name}' in {first}: expected one as in {what}, got none. "
+                        "All models must have the same architecture."
+                    )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._dicts[0][1])
+
+    def row(self, name: str) -> list[Tensor]:
+        """The tensor of that name in every model, in order."""
+        return [tensors[name] for _, tensors in self._dicts]
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(model, name, tensor) of everything."""
+        for what, tensors in self._dicts:
+            for name, tensor in tensors.items():
+                yield what, name, tensor
+
+    def copied(self, name: str) -> Tensor | None:
+        """For an integer or boolean tensor: the one value all models agree on. None: it is to be
+        merged."""
+        row = self.row(name)
+        if row[0].is_floating_point():
+            return None
+        if row[0].is_complex():
+            raise InputError(f"dtype of '{name}': expected a real dtype, got {row[0].dtype}.")
+        for (what, _), other in zip(self._dicts[1:], row[1:], strict=True):
+            if other.dtype != row[0].dtype or not torch.equal(other, row[0]):
+                raise InputError(
+                    f"integer tensor '{name}' in {what}: expected the values of "
+                    f"{self._dicts[0][0]}, "
+                    "got others. Integer tensors are not merged; they must agree."
+                )
+        return row[0]
+
+
+def model_type_of(model: object) -> str | None:
+    """transformers' name of the architecture, or None."""
+    found = getattr(getattr(model, "config", None), "model_type", None)
+    return found if isinstance(found, str) else None
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether both are one memory, looked at in one way."""
+    return a is b or _place(a) == _place(b)
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.device, x.data_ptr(), x.dtype, tuple(x.shape), x.stride()
+
+
+def tied_groups(state: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """The names of a state dict, those of one memory together, in its order."""
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in state.items():
+        key = _place(tensor) if tensor.numel() and tensor.data_ptr() else name  # no address
+        groups.setdefault(key, []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def first_of_tied(
+    models: Iterable[tuple[str, Tensors]], groups: Sequence[tuple[str, ...]]
+) -> list[tuple[str, dict[str, Tensor]]]:
+    """The models with one tensor for each group of tied names, under its first name.
+
+    A model may lack some names of a group (files hold tied weights once); those that it has must
+    agree.
+
+    Raises:
+        InputError: a model has no name of a group, a name of none, or values that differ in one.
+    """
+    reduced = []
+    for what, model in models:
+        if isinstance(model, Tensor):
+            raise InputError(f"{what}: expected a module or a state dict, got a tensor.")
+        rest = dict(model)
+        own: dict[str, Tensor] = {}
+        for names in groups:
+            present = [n for n in names if n in model]
+            if not present:
+                raise InputError(
+                    f"tensor '{names[0]}' in {what}: expected one as in the model, got none. "
+                    "All models must have the same architecture."
+                )
+            first = model[present[0]]
+            for other in present[1:]:
+                if not same_tensor(first, model[other]) and not torch.equal(first, model[other]):
+                    raise InputError(
+                        f"tensors '{present[0]}' and '{other}' in {what}: expected the same "
+                        "values, because they are tied in the model, got different ones. Untie "
+                        "them in the model, or merge state dicts."
+                    )
+            own[names[0]] = first
+            for n in present:
+                del rest[n]
+        if rest:
+            raise InputError(
+                f"tensor '{next(iter(rest))}' in the model: expected one as in {what}, got none. "
+                "All models must have the same architecture."
+            )
+        reduced.append((what, own))
+    return reduced
+
+
+def module_like(model: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters are memory still to be written: no second read of the
+    weights. Tied ones stay tied."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:  # others know themselves how they are copied
+            blank = torch.empty_like(parameter.detach())
+            memo[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:  # tensors that were computed, locks, handles
+        raise InputError(
+            f"{type(model).__name__}: expected a module that can be copied, got: "
+            f"{str(error).rstrip('.')}. Merge state dicts, or use merge_into()."
+        ) from error

@@ -1,0 +1,183 @@
+"""Finds the sites of a model by walking its modules.
+
+Linear layers, convolutions, embeddings and norms of torch are known. Any other module that holds
+parameters is tried on its first input and taken where its output is affine in them; so no list of
+architectures is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magic_fast.calibration.features.sites import (
+    Call,
+    Parameters,
+    Part,
+    Site,
+    Station,
+    forward_with,
+    wide,
+)
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CHANNEL_NORMS = (
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+_LINEAR_IN_PARAMETERS = (nn.Embedding, nn.LayerNorm, *_CONVS, *_TRANSPOSED, *_CHANNEL_NORMS)
+
+
+def find_stations(model: nn.Module) -> tuple[list[Station], dict[str, str]]:
+    """The stations of a model in the order of its modules, and why each other parameter has
+    none."""
+    stations: list[Station] = []
+    left: dict[str, str] = {}
+    inside: set[int] = set()  # modules that a fused one stands for
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        own = {k: p for k, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+        if isinstance(module, nn.MultiheadAttention):
+            stations.append(_attention(name, module))
+            inside.add(id(module.out_proj))
+            for local in ("bias_k", "bias_v"):
+                if getattr(module, local) is not None:
+                    left[_full(name, local)] = "no linear map has it for a parameter"
+        elif own and not any(True for child in module.children() for _ in child.parameters()):
+            reason = _not_linear(module)
+            if reason:
+                left |= {_full(name, k): reason for k in own}
+            else:
+                stations.append(Station(name, module, ((_leaf(name, module, own),),)))
+        else:
+            left |= {_full(name, k): "no linear map has it for a parameter" for k in own}
+    return stations, left
+
+
+def _full(module: str, local: str) -> str:
+    return f"{module}.{local}" if module else local
+
+
+def _not_linear(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "an embedding with max_norm is not linear in its weight"
+    return ""
+
+
+def _first_tensor(output: Any) -> Tensor:
+    while isinstance(output, tuple | list):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise TypeError("no tensor comes out")
+    return output
+
+
+def _leaf(name: str, module: nn.Module, own: Mapping[str, Tensor]) -> Site:
+    parts = tuple(Part(local, _full(name, local)) for local in own)
+    kind, shape = type(module), next(iter(own.values())).shape
+    if kind is nn.Linear or kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return Site(name, parts, _only_input, _linear, flat=True, known=True, width=shape[0])
+    if kind.__name__ == "Conv1D" and set(own) <= {"weight", "bias"} and len(shape) == 2:
+        # transformers' linear layer with its weight [in, out]
+        return Site(name, parts, _only_input, _conv1d, flat=True, known=True, width=shape[1])
+    if kind is nn.Embedding:
+        return Site(name, parts, _only_input, _embedding, flat=True, known=True, width=shape[1])
+
+    def apply(inputs: tuple[tuple[Any, ...], Mapping[str, Any]], parameters: Parameters) -> Tensor:
+        args, kwargs = inputs
+        return _first_tensor(forward_with(module, parameters, args, kwargs))
+
+    dim = -1
+    if isinstance(module, (*_CONVS, *_TRANSPOSED)):
+        dim = -1 - len(module.kernel_size)
+    elif isinstance(module, _CHANNEL_NORMS):
+        dim = 1
+    known = isinstance(module, _LINEAR_IN_PARAMETERS) or kind is getattr(nn, "RMSNorm", None)
+    return Site(name, parts, _all_inputs, apply, channel_dim=dim, known=known)
+
+
+def _only_input(call: Call) -> Tensor:
+    z: Tensor = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    return wide(z)  # type: ignore[no-any-return]
+
+
+def _all_inputs(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return wide(call.args), {k: wide(v) for k, v in call.kwargs.items()}
+
+
+def _linear(z: Tensor, parameters: Parameters) -> Tensor:
+    return F.linear(z, parameters["weight"], parameters.get("bias"))
+
+
+def _conv1d(z: Tensor, parameters: Parameters) -> Tensor:
+    return F.linear(z, parameters["weight"].t(), parameters.get("bias"))
+
+
+def _embedding(z: Tensor, parameters: Parameters) -> Tensor:
+    return F.embedding(z, parameters["weight"])
+
+
+# The fused attention of torch: its projections are maps of their own.
+
+
+def _attention(name: str, module: nn.MultiheadAttention) -> Station:
+    d = module.embed_dim
+    maps: list[Site] = []
+    for n, which in enumerate(("q", "k", "v")):
+        rows = slice(n * d, (n + 1) * d)
+        fused = module._qkv_same_embed_dim
+        weight = Part("in_proj_weight", _full(name, "in_proj_weight"), rows)
+        if not fused:
+            local = f"{which}_proj_weight"
+            weight = Part(local, _full(name, local))
+        parts = [weight]
+        if module.in_proj_bias is not None:
+            parts.append(Part("in_proj_bias", _full(name, "in_proj_bias"), rows))
+        maps.append(
+            Site(
+                f"{name}.in_proj.{which}", tuple(parts), _attention_input(n), _projection,
+                flat=True, known=True, width=d,
+            )
+        )  # fmt: skip
+    out = [Part("out_proj.weight", _full(name, "out_proj.weight"))]
+    if module.out_proj.bias is not None:
+        out.append(Part("out_proj.bias", _full(name, "out_proj.bias")))
+    last = Site(
+        _full(name, "out_proj"), tuple(out), _attention_output, _projection,
+        flat=True, known=True, width=d,
+    )  # fmt: skip
+    return Station(name, module, (tuple(maps), (last,)))
+
+
+def _attention_input(position: int) -> Callable[[Call], Tensor]:
+    def inputs(call: Call) -> Tensor:
+        word = ("query", "key", "value")[position]
+        found = call.args[position] if len(call.args) > position else call.kwargs[word]
+        return wide(found)  # type: ignore[no-any-return]
+
+    return inputs
+
+
+def _attention_output(call: Call) -> Tensor:
+    """What the out-projection receives: the attention with the identity in its place."""
+    module = call.module
+    assert isinstance(module, nn.MultiheadAttention)
+    weight = module.out_proj.weight
+    identity = torch.eye(module.embed_dim, dtype=weight.dtype, device=weight.device)
+    own = {"out_proj.weight": identity}
+    if module.out_proj.bias is not None:
+        own["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
+    return wide(forward_with(module, own, call.args, call.kwargs)[0])  # type: ignore[no-any-return]
+
+
+def _projection(z: Tensor, parameters: Parameters) -> Tensor:
+    bias = [v for k, v in parameters.items() if k.endswith("bias")]
+    weight = next(v for k, v in parameters.items() if k.endswith("weight"))
+    return F.linear(z, weight, bias[0] if bias else None)

@@ -1,0 +1,43 @@
+"""What a run on checkpoints reads: its configuration and its models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from magic_fast.checkpoint import Checkpoint
+from magic_fast.config import MergeConfig
+from magic_fast.config.references import find_model
+from magic_fast.engine.sources.adapted import open_model
+from magic_fast.planning.pause_gc import no_collection
+
+
+def read_config(config: str | Path | MergeConfig | Mapping[str, Any]) -> MergeConfig:
+    """A configuration from a path, YAML text, a mapping, or one already read."""
+    if isinstance(config, MergeConfig):
+        return config
+    if isinstance(config, Mapping):
+        return MergeConfig.from_dict(config)
+    if isinstance(config, str) and ("\n" in config or ": " in config):
+        return MergeConfig.from_yaml(config)
+    return MergeConfig.from_file(config)
+
+
+@no_collection()
+def open_models(references: Mapping[str, tuple[Path, Path | None]]) -> dict[str, Checkpoint]:
+    """Reference → checkpoint, of where each model and its adapter lie."""
+    models: dict[str, Checkpoint] = {}
+    try:
+        for reference, (path, adapter) in references.items():
+            models[reference] = open_model(path, adapter)
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+    return models
+
+
+def open_named(names: Iterable[str]) -> dict[str, Checkpoint]:
+    """Checkpoints by their paths, ``model+adapter`` among them."""
+    return open_models({n: find_model(n, None) or (Path(n), None) for n in names})

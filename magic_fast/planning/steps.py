@@ -1,0 +1,189 @@
+"""From a configuration to the steps of a plan: sources looked up, parameters to recipes, shapes
+checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_from_file
+from magic_fast.checkpoint import Checkpoint
+from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
+from magic_fast.engine import Input, Step, common_shape
+from magic_fast.engine.plan.step import FLOATS
+from magic_fast.errors import InputError
+from magic_fast.methods.parameters import METHODS
+from magic_fast.methods.recipes import RECIPES, build_recipe
+from magic_fast.planning.pause_gc import no_collection
+from magic_fast.planning.shared_settings import refuse_uneven
+from magic_fast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FLOATS = frozenset(FLOATS)
+_WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A checkpoint as the layout sees it."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.checkpoint.config
+
+    def names(self) -> Iterable[str]:
+        return iter(self.checkpoint)
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint
+
+
+def input_of(models: Mapping[str, Checkpoint], model: str, name: str) -> Input:
+    info = models[model].resolve(name)
+    return Input(model, info, info.shape)
+
+
+def read_tensor(models: Mapping[str, Checkpoint], model: str, name: str) -> Tensor:
+    """A whole stored tensor."""
+    from magic_fast.engine.execute.whole import tensor_of
+
+    source = input_of(models, model, name)
+    data = bytearray(source.nbytes)
+    models[model].read_into(source.info.name, data)
+    return tensor_of(source, data)
+
+
+def cut(source: Input, shape: tuple[int, ...]) -> Input:
+    """The leading rows of a source."""
+    return source if source.shape == shape else Input(source.model, source.info, shape)
+
+
+def calibration_of(config: MergeConfig) -> WeightCalibration | None:
+    """The ``calibrate:`` block as settings."""
+    arguments = config.calibration_arguments()
+    return None if arguments is None else calibration_from(arguments)
+
+
+def calibration_from(arguments: dict[str, Any]) -> WeightCalibration:
+    """Settings from :meth:`magic_fast.config.calibrate.CalibrateConfig.as_dict`; a file of scores
+    is read."""
+    arguments = dict(arguments)
+    if isinstance(arguments["tensors"], Mapping):
+        arguments["tensors"] = TensorFilter(**arguments["tensors"])
+    if isinstance(arguments["sensitive"], Mapping):
+        arguments["sensitive"] = sensitive_from_file(**arguments["sensitive"])
+    for name in ("direction", "granularity"):  # absent: the settings' own default
+        if arguments.get(name) is None:
+            arguments.pop(name, None)
+    return WeightCalibration(**arguments)
+
+
+def steps_of(
+    config: MergeConfig,
+    models: Mapping[str, Checkpoint],
+    calibration: WeightCalibration | None,
+    *,
+    seed: int,
+    compat: str | None,
+    allow_truncation: bool,
+) -> tuple[list[Step], int | None]:
+    """One step per output tensor, and the number of rows embeddings were cut to (None: none
+    were)."""
+    with no_collection():
+        layout = resolve_layout(config, {name: View(c) for name, c in models.items()})
+        if calibration is not None:
+            calibration.check_names(t.name for t in layout)
+        builder = _Builder(config, models, calibration, seed, compat, allow_truncation)
+        steps = [builder.step(tensor) for tensor in layout]
+        refuse_uneven(steps)
+        return steps, builder.vocab_size
+
+
+class _Builder:
+    def __init__(
+        self,
+        config: MergeConfig,
+        models: Mapping[str, Checkpoint],
+        calibration: WeightCalibration | None,
+        seed: int,
+        compat: str | None,
+        allow_truncation: bool,
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._calibration = calibration
+        self._seed = seed
+        self._compat = compat
+        self._allow_truncation = allow_truncation
+        self._model_type = models[config.donor].config.get("model_type")
+        self._whole = METHODS[config.merge_method].base == "none"
+        self.vocab_size: int | None = None
+        self._recipes: dict[tuple[int, ...], tuple[dict[str, Any], Recipe | None]] = {}
+
+    def _recipe(self, tensor: OutputTensor, num_experts: int) -> tuple[dict[str, Any], Any]:
+        """Arguments and recipe, which tensors of the same parameters share as they share those."""
+        key = (id(tensor.parameters), id(tensor.expert_parameters), num_experts)
+        if key not in self._recipes:
+            config, recipe = self._config, None
+            arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
+            if config.merge_method in RECIPES:
+                recipe = build_recipe(
+                    config.merge_method,
+                    num_experts,
+                    arguments,
+                    preset=config.preset,
+                    compat=self._compat,
+                )
+            self._recipes[key] = arguments, recipe
+        return self._recipes[key]
+
+    def _source(self, source: Source) -> Input:
+        return input_of(self._models, source.model, source.tensor_name)
+
+    def step(self, tensor: OutputTensor) -> Step:
+        config = self._config
+        base = None if tensor.base is None else self._source(tensor.base)
+        experts = tuple(self._source(s) for s in tensor.experts)
+        inputs = (*([base] if base else []), *experts)
+        shape, truncated = common_shape(
+            tensor.name, inputs, allow_truncation=self._allow_truncation
+        )
+        if truncated:
+            self.vocab_size = shape[0]
+            base = None if base is None else cut(base, shape)
+            experts = tuple(cut(e, shape) for e in experts)
+            inputs = (*([base] if base else []), *experts)
+        if not {i.info.dtype for i in inputs} <= _FLOATS:
+            odd = next((i for i in inputs if i.info.dtype != inputs[0].info.dtype), None)
+            if odd is not None:
+                raise InputError(
+                    f"dtype of '{tensor.name}' in {odd.model}: expected {inputs[0].info.dtype} as "
+                    f"in {inputs[0].model}, got {odd.info.dtype}. Integer tensors are not merged; "
+                    "they must agree."
+                )
+            return Step(tensor.name, shape, inputs[0].info.dtype, None, inputs, copy=True)
+        cast = _WORDS[config.dtype] if config.dtype else None
+        stored = self._models[inputs[0].model].stored_dtype(inputs[0].info.name)
+        word = _WORDS[config.out_dtype] if config.out_dtype else (cast or stored)
+        if not experts:  # nothing but the base
+            return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
+        arguments, recipe = self._recipe(tensor, len(experts))
+        weights: Any = arguments.get("weights", (1.0,) * len(experts))
+        if recipe is not None:
+            weights = recipe.weights
+        resolved = None
+        if self._calibration is not None and base is not None:
+            resolved = self._calibration.resolve(
+                tensor.name, shape, weights, model_type=self._model_type
+            )
+        if self._whole and resolved is None:
+            base = None
+        return Step(
+            tensor.name, shape, word, base, experts, recipe, config.merge_method, arguments,
+            config.preset, self._whole, calibration=resolved, cast=cast,
+        )  # fmt: skip

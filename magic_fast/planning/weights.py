@@ -1,0 +1,75 @@
+"""The steps of WSC on checkpoints, and what a calibration is as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from magic_fast.calibration import WeightCalibration
+from magic_fast.calibration.feature import FeatureCalibration
+from magic_fast.checkpoint import Checkpoint
+from magic_fast.engine import Step, common_shape
+from magic_fast.engine.plan.step import FLOATS
+from magic_fast.planning.steps import input_of
+from magic_fast.recipe import Recipe
+
+
+def calibration_text(names: Sequence[str], **settings: Any) -> str:
+    import yaml
+
+    merged, base, *experts = names
+    document = {"base": base, "experts": experts, "merged": merged}
+    document |= {k: _fields(v) for k, v in settings.items()}
+    text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _fields(value: Any) -> Any:
+    """Settings as YAML has them."""
+    if not isinstance(value, WeightCalibration | FeatureCalibration):
+        return value
+    found = {
+        k: str(v) if not isinstance(v, bool | int | float | list | type(None)) else v
+        for k, v in vars(value).items()
+        if not k.startswith("_") and k not in ("sensitive", "clamp")
+    }
+    found["clamp"] = None if value.clamp is None else list(value.clamp)
+    found["sensitive"] = None if value.sensitive is None else list(value.sensitive)
+    return found
+
+
+def weight_steps(
+    models: Mapping[str, Checkpoint],
+    names: Sequence[str],
+    settings: WeightCalibration,
+    *,
+    wide: bool = False,
+) -> list[Step]:
+    """One step a tensor; ``wide`` keeps what is calibrated in float32."""
+    merged, base, *experts = names
+    settings.check_names(models[merged])
+    model_type = models[merged].config.get("model_type")
+    recipe = Recipe(weights=(1.0,) * len(experts))
+    steps = []
+    for name in models[merged]:
+        own = input_of(models, merged, name)
+        dtype = models[merged].stored_dtype(name)
+        plain = Step(name, own.info.shape, dtype, None, (own,), copy=True)
+        if own.info.dtype not in FLOATS:
+            steps.append(plain)
+            continue
+        resolved = settings.resolve(name, own.info.shape, recipe.weights, model_type=model_type)
+        if resolved is None:
+            steps.append(plain)
+            continue
+        rows = [input_of(models, m, name) for m in (base, *experts)]
+        common_shape(name, [own, *rows])
+        steps.append(
+            replace(
+                plain, dtype="F32" if wide and dtype != "F64" else dtype,
+                base=rows[0], experts=tuple(rows[1:]), recipe=recipe, merged=own,
+                calibration=resolved, copy=False,
+            )
+        )  # fmt: skip
+    return steps
