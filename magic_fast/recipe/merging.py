@@ -13,6 +13,7 @@ from magic_fast.recipe.words import (
     Reduce,
     Rescale,
     TrimRule,
+    TrimScope,
     Vote,
     VoteOn,
     Weigh,
@@ -117,6 +118,11 @@ class Recipe:
         """Whether a pass over the data must come before the merge pass."""
         by_magnitude = self.trim.by_magnitude and self.trims
         return by_magnitude or any(self.phases.values())
+
+    @property
+    def over_model(self) -> bool:
+        """Whether one threshold over all tensors of the model trims each expert."""
+        return self.trim.by_magnitude and self.trim.scope is TrimScope.MODEL
 
     @property
     def phases(self) -> dict[str, bool]:

@@ -29,7 +29,6 @@ LONG_FILES = {
     "magic_fast/methods/parameters.py",
     "magic_fast/ops/native/jobs.py",
     "magic_fast/reference/calibration.py",
-    "magic_fast/reference/merge.py",
 }
 FULL_FOLDERS = {
     "csrc/cpu",

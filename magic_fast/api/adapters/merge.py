@@ -21,9 +21,9 @@ from magic_fast.adapters.opening import (
 )
 from magic_fast.api.adapters.inputs import Asked, base_copies, coefficients_of, refuse_unlike
 from magic_fast.api.adapters.modules import merge_module, refuse_calibration_of_vectors
+from magic_fast.api.options import Calibrate, MergeOptions, Weights
 from magic_fast.api.results import AdapterReport
 from magic_fast.api.tensors.resolve import Call, numbers_of, resolve
-from magic_fast.calibration import WeightCalibration
 from magic_fast.checkpoint import FORMAT_METADATA, OutputFolder, TensorSpec, plan_shards
 from magic_fast.engine import Progress
 from magic_fast.engine.execute.whole import DTYPES, as_bytes
@@ -45,9 +45,9 @@ def merge_adapters(
     out: str | Path,
     method: str = "average",
     *,
-    weights: float | Sequence[float] | Tensor | None = None,
+    weights: Weights = None,
     scale: float | None = None,
-    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    calibrate: Calibrate = None,
     rank: int | None = None,
     on: str = "weights",
     dtype: str | None = None,
@@ -111,9 +111,11 @@ def merge_adapters(
     _refuse_values(rank, on, dtype, masks, len(paths))
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     call = resolve(
-        method, given, len(paths), calibrate=calibrate, preset=preset, backend=backend,
-        masks=masks, seed=seed,
-    )  # fmt: skip
+        method,
+        given,
+        len(paths),
+        MergeOptions(calibrate=calibrate, preset=preset, backend=backend, masks=masks, seed=seed),
+    )
     if call.over_model:
         way = "Pass scope='tensor'" if "scope" in call.arguments else "Choose another preset"
         raise InputError(

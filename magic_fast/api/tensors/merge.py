@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magic_fast.api.options import Calibrate, Masks, MergeOptions, Weights
 from magic_fast.api.tensors.models import (
     Named,
     Tensors,
@@ -20,7 +21,6 @@ from magic_fast.api.tensors.models import (
 )
 from magic_fast.api.tensors.resolve import (
     Call,
-    Masks,
     check_base,
     check_calibration,
     details_of,
@@ -30,7 +30,6 @@ from magic_fast.api.tensors.resolve import (
     numbers_of,
     resolve,
 )
-from magic_fast.calibration import WeightCalibration
 from magic_fast.errors import InputError
 from magic_fast.ops.job import Job
 
@@ -40,13 +39,13 @@ def merge(
     experts: Any,
     method: str = "ties",
     *,
-    weights: float | Sequence[float] | Tensor | None = None,
+    weights: Weights = None,
     scale: float | None = None,
-    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    calibrate: Calibrate = None,
     preset: str | None = None,
     backend: str | None = None,
     out: Any = None,
-    nonfinite: str = "error",
+    nonfinite: str = MergeOptions.nonfinite,
     row_axis: int | tuple[int, ...] | None = None,
     masks: Masks | None = None,
     name: str = "",
@@ -100,27 +99,27 @@ def merge(
     start = None if base is None else state_dict_of(base, "base")
     check_base(method, base is not None)
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
+    like = experts[0] if base is None else base
     call = resolve(
         method,
         given,
         len(models),
-        calibrate=calibrate,
-        preset=preset,
-        backend=backend,
-        nonfinite=nonfinite,
-        row_axis=row_axis,
-        masks=masks,
-        name=name,
-        seed=seed,
-        compat=compat,
-        details=details,
+        MergeOptions(
+            calibrate=calibrate,
+            preset=preset,
+            backend=backend,
+            nonfinite=nonfinite,
+            row_axis=row_axis,
+            masks=masks,
+            name=name,
+            seed=seed,
+            compat=compat,
+            details=details,
+        ),
+        model_type=model_type_of(like) if isinstance(like, nn.Module) else None,
     )
     check_calibration(call, base is not None)
-    like = experts[0] if base is None else base
-    if not isinstance(like, nn.Module):
-        return _run(start, models, call, out)
-    call.model_type = model_type_of(like)
-    if out is not None:
+    if out is not None or not isinstance(like, nn.Module):
         return _run(start, models, call, out)
     return _run_module(like, start, models, call)
 
@@ -129,13 +128,13 @@ def merge_task_vectors(
     task_vectors: Any,
     method: str = "ties",
     *,
-    weights: float | Sequence[float] | Tensor | None = None,
+    weights: Weights = None,
     scale: float | None = None,
-    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    calibrate: Calibrate = None,
     preset: str | None = None,
     backend: str | None = None,
     out: Any = None,
-    nonfinite: str = "error",
+    nonfinite: str = MergeOptions.nonfinite,
     row_axis: int | tuple[int, ...] | None = None,
     masks: Masks | None = None,
     name: str = "",
@@ -162,16 +161,18 @@ def merge_task_vectors(
         method,
         given,
         len(models),
-        calibrate=calibrate,
-        preset=preset,
-        backend=backend,
-        nonfinite=nonfinite,
-        row_axis=row_axis,
-        masks=masks,
-        name=name,
-        seed=seed,
-        compat=compat,
-        details=details,
+        MergeOptions(
+            calibrate=calibrate,
+            preset=preset,
+            backend=backend,
+            nonfinite=nonfinite,
+            row_axis=row_axis,
+            masks=masks,
+            name=name,
+            seed=seed,
+            compat=compat,
+            details=details,
+        ),
     )
     promoted = weights.dtype if preset == "peft" and isinstance(weights, Tensor) else None
     return _run(None, models, call, out, promote=promoted)
@@ -191,7 +192,7 @@ def _run_module(
     start = None if base is None else named[0][1]
     own = [model for _, model in named[len(named) - len(experts) :]]
     found = _run(start, own, call, {names[0]: state[names[0]] for names in groups})
-    if not call.details:
+    if not call.options.details:
         return merged
     found.merged = merged
     return found
@@ -225,12 +226,11 @@ def _run(
             dtype = row[0].dtype if promote is None else torch.promote_types(row[0].dtype, promote)
             target = torch.empty(row[0].shape, dtype=dtype, device=row[0].device)
         results[name] = target
-        jobs.append(
-            job_of(call, name or call.name, start, own, target, k_masks=masks_of(call, name))
-        )
+        label = name or call.options.name
+        jobs.append(job_of(call, label, start, own, target, k_masks=masks_of(call, name)))
     stats = execute(jobs, call)
     merged = results[""] if table.bare else {n: results[n] for n in table.names}
-    if not call.details:
+    if not call.options.details:
         return merged
     return details_of(merged, jobs, stats, table.bare)
 

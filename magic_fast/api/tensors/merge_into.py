@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magic_fast.api.options import Calibrate, MergeOptions, Weights
 from magic_fast.api.tensors.bounds import bound, largest_input
 from magic_fast.api.tensors.models import (
     Named,
@@ -30,7 +31,6 @@ from magic_fast.api.tensors.resolve import (
     resolve,
     run,
 )
-from magic_fast.calibration import WeightCalibration
 from magic_fast.errors import InputError
 from magic_fast.ops.checks import check, extent_of
 from magic_fast.ops.job import Job
@@ -49,12 +49,12 @@ def merge_into(
     experts: Any,
     method: str = "ties",
     *,
-    weights: float | Sequence[float] | Tensor | None = None,
+    weights: Weights = None,
     scale: float | None = None,
-    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    calibrate: Calibrate = None,
     preset: str | None = None,
     backend: str | None = None,
-    nonfinite: str = "error",
+    nonfinite: str = MergeOptions.nonfinite,
     row_axis: int | tuple[int, ...] | None = None,
     seed: int | None = None,
     compat: str | None = None,
@@ -103,16 +103,18 @@ def merge_into(
         method,
         {"weights": numbers_of(weights), "scale": scale, **method_params},
         len(models),
-        calibrate=calibrate,
-        preset=preset,
-        backend=backend,
-        nonfinite=nonfinite,
-        row_axis=row_axis,
-        seed=seed,
-        compat=compat,
+        MergeOptions(
+            calibrate=calibrate,
+            preset=preset,
+            backend=backend,
+            nonfinite=nonfinite,
+            row_axis=row_axis,
+            seed=seed,
+            compat=compat,
+        ),
+        model_type=model_type_of(model),
     )
     check_calibration(call, base is not None)
-    call.model_type = model_type_of(model)
     rows = [(f"experts[{k}]", e) for k, e in enumerate(models)]
     if base is not None:
         rows.insert(0, ("base", state_dict_of(base, "base")))
@@ -156,7 +158,10 @@ def _jobs(
         jobs.append((job, place))
     if call.recipe is not None:
         blanks = [torch.empty_like(place, device="meta").contiguous() for _, place in jobs]
-        choose([replace(j, out=x) for (j, _), x in zip(jobs, blanks, strict=True)], call.backend)
+        choose(
+            [replace(j, out=x) for (j, _), x in zip(jobs, blanks, strict=True)],
+            call.options.backend,
+        )
     return jobs, copies
 
 
@@ -188,7 +193,7 @@ def _write(
     jobs: Sequence[tuple[Job, Tensor]], copies: Sequence[tuple[Tensor, Tensor]], call: Call
 ) -> None:
     largest = [1.0] * len(jobs)
-    if call.nonfinite == "error":
+    if call.options.nonfinite == "error":
         largest = [largest_input(job) for job, _ in jobs]
     prepare([job for job, _ in jobs], call)
     doubtful = [
@@ -208,7 +213,7 @@ def _may_fail(job: Job, place: Tensor, largest: float, call: Call) -> bool:
     """Whether only the computation tells that it succeeds."""
     if call.method in _MAY_REFUSE:
         return True
-    if call.nonfinite != "error":
+    if call.options.nonfinite != "error":
         return False
     reach = bound(job, largest, is_recipe=call.recipe is not None)
     return not reach < torch.finfo(place.dtype).max

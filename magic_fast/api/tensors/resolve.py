@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
+from magic_fast.api.options import MergeOptions, Weights
 from magic_fast.api.results import MergeResult
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
@@ -20,35 +21,42 @@ from magic_fast.methods.functions import FUNCTIONS
 from magic_fast.methods.geometric import GEOMETRIC, Question
 from magic_fast.methods.recipes import RECIPES, build_recipe
 from magic_fast.ops.job import Job, Stats
-from magic_fast.recipe import Recipe, TrimScope
+from magic_fast.recipe import Recipe
+
+DEFAULT_PRESET = "default"  # our own defaults, no other system's
 
 log = logging.getLogger("magic_fast")
 
-Masks = Sequence[Tensor | None] | Sequence[Mapping[str, Tensor] | None]
 
-
-@dataclass
+@dataclass(frozen=True)
 class Call:
-    """The arguments of one merge, resolved."""
+    """The arguments of one merge, resolved.
+
+    Attributes:
+        method, arguments: the method's name and its own parameters, defaults filled in.
+        recipe: of an element-wise method; None for the others.
+        calibration: WSC, or None.
+        options: everything else; ``backend`` is filled in.
+        model_type: transformers' name of a module's architecture, which tells the axis of its
+            output units, or None.
+    """
 
     method: str
     arguments: dict[str, Any]
     recipe: Recipe | None
     calibration: WeightCalibration | None
-    preset: str
-    backend: str | None
-    nonfinite: str
-    name: str
-    row_axis: int | tuple[int, ...] | None
-    masks: Masks | None
-    details: bool
-    model_type: str | None = None  # of a module: tells the axis of its output units
+    options: MergeOptions
+    model_type: str | None = None
+
+    @property
+    def preset(self) -> str:
+        """The preset, by the name that methods know."""
+        return self.options.preset or DEFAULT_PRESET
 
     @property
     def over_model(self) -> bool:
         """Whether one threshold over all tensors trims each expert."""
-        trim = None if self.recipe is None else self.recipe.trim
-        return trim is not None and trim.by_magnitude and trim.scope is TrimScope.MODEL
+        return self.recipe is not None and self.recipe.over_model
 
 
 def check_base(method: str, given: bool) -> None:
@@ -74,7 +82,7 @@ def check_calibration(call: Call, has_base: bool) -> None:
         )
 
 
-def numbers_of(weights: float | Sequence[float] | Tensor | None) -> Any:
+def numbers_of(weights: Weights) -> Any:
     return weights.tolist() if isinstance(weights, Tensor) else weights
 
 
@@ -82,27 +90,18 @@ def resolve(
     method: str,
     given: Mapping[str, Any],
     num_experts: int,
+    options: MergeOptions,
     *,
-    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
-    preset: str | None = None,
-    backend: str | None = None,
-    nonfinite: str = "error",
-    row_axis: int | tuple[int, ...] | None = None,
-    masks: Masks | None = None,
-    name: str = "",
-    seed: int | None = None,
-    compat: str | None = None,
-    details: bool = False,
+    model_type: str | None = None,
 ) -> Call:
-    """Names and values of a call, checked: the arguments of :func:`magic_fast.merge` by their
-    names, the method's own parameters as ``given``."""
-    preset = preset or "default"
+    """Names and values of a call, checked; ``given`` has the method's own parameters."""
+    preset, seed, masks = options.preset or DEFAULT_PRESET, options.seed, options.masks
     arguments = resolve_arguments(method, given, num_experts, preset)
-    calibration = as_calibration(calibrate)
+    calibration = as_calibration(options.calibrate)
     recipe = None
     if method in RECIPES:
         arguments["seed"] = seed or 0
-        recipe = build_recipe(method, num_experts, arguments, preset=preset, compat=compat)
+        recipe = build_recipe(method, num_experts, arguments, preset=preset, compat=options.compat)
     if seed is not None and (recipe is None or not recipe.trim.is_random):
         raise InputError(
             f"seed for method {method!r}: expected none, got {seed}. Nothing in it is random."
@@ -116,34 +115,15 @@ def resolve(
         )
     if calibration is not None and num_experts == 1:
         log.warning("calibrating the merge of one expert gives back a full-size task vector")
-    if details and backend not in (None, "auto", "torch"):
-        raise InputError(
-            f"details with backend {backend!r}: expected backend 'torch', which keeps masks "
-            "and votes, "
-            f"got {backend!r}. Leave the backend out."
-        )
-    if details:
-        backend = "torch"
-    return Call(
-        method,
-        arguments,
-        recipe,
-        calibration,
-        preset,
-        backend,
-        nonfinite,
-        name,
-        row_axis,
-        masks,
-        details,
-    )
+    options = replace(options, backend=options.chosen_backend)
+    return Call(method, arguments, recipe, calibration, options, model_type)
 
 
 def masks_of(call: Call, name: str) -> list[Tensor | None] | None:
-    if call.masks is None:
+    if call.options.masks is None:
         return None
     found: list[Tensor | None] = []
-    for m in call.masks:
+    for m in call.options.masks:
         found.append(m.get(name) if isinstance(m, Mapping) else m)
     return found
 
@@ -163,7 +143,7 @@ def job_of(
     if call.calibration is not None:
         calibration = call.calibration.resolve(
             name, tuple(experts[0].shape), weights, model_type=call.model_type,
-            row_axis=call.row_axis,
+            row_axis=call.options.row_axis,
         )  # fmt: skip
     recipe = call.recipe or Recipe(weights=weights)
     return Job(
@@ -175,14 +155,14 @@ def job_of(
         masks=None if recipe.consensus is not None else k_masks,
         task_masks=k_masks if recipe.consensus is not None else None,
         calibration=calibration,
-        details=call.details,
+        details=call.options.details,
     )
 
 
 def prepare(jobs: Sequence[Job], call: Call) -> None:
     """What looks at all tensors before any is merged: thresholds and bounds over the model."""
     if call.over_model and any(job.selection is None for job in jobs):
-        ops.select_model(jobs, backend=call.backend)
+        ops.select_model(jobs, backend=call.options.backend)
 
 
 def run(jobs: Sequence[Job], call: Call) -> list[Stats]:
@@ -190,17 +170,21 @@ def run(jobs: Sequence[Job], call: Call) -> list[Stats]:
     if call.method in GEOMETRIC:
         for job in jobs:
             asked = Question(
-                len(job.experts), job.base is not None, call.arguments, call.preset, job.name
+                len(job.experts),
+                job.base is not None,
+                call.arguments,
+                call.preset,
+                job.name,
             )
             job.directions = GEOMETRIC[call.method](asked)
-        return ops.merge(jobs, backend=call.backend, nonfinite=call.nonfinite)
+        return ops.merge(jobs, backend=call.options.backend, nonfinite=call.options.nonfinite)
     if call.recipe is None:
         function: Callable[..., Tensor] = FUNCTIONS[call.method]
         return ops.run_function(
             jobs, lambda job: function(job, call.arguments, call.preset),
-            backend=call.backend, nonfinite=call.nonfinite,
+            backend=call.options.backend, nonfinite=call.options.nonfinite,
         )  # fmt: skip
-    return ops.merge(jobs, backend=call.backend, nonfinite=call.nonfinite)
+    return ops.merge(jobs, backend=call.options.backend, nonfinite=call.options.nonfinite)
 
 
 def execute(jobs: Sequence[Job], call: Call) -> list[Stats]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
+from magic_fast.api.options import Calibrate, MergeOptions
 from magic_fast.api.tensors.models import Named, Tensors, models_of, state_dict_of
-from magic_fast.api.tensors.resolve import Call, execute, job_of, resolve
-from magic_fast.calibration import WeightCalibration
+from magic_fast.api.tensors.resolve import Call, execute, job_of, numbers_of, resolve
 from magic_fast.engine.execute.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import find_method
@@ -22,6 +22,7 @@ from magic_fast.ops.registry import choose
 from magic_fast.recipe import Recipe, Selection
 
 _MOST = 256
+_OF_A_RECIPE = frozenset({"calibrate", "preset", "seed", "compat"})  # options it may set
 _WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -30,10 +31,10 @@ def sweep(
     experts: Any,
     recipes: Sequence[Mapping[str, Any]],
     *,
-    calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
+    calibrate: Calibrate = None,
     preset: str | None = None,
     backend: str | None = None,
-    nonfinite: str = "error",
+    nonfinite: str = MergeOptions.nonfinite,
     row_axis: int | tuple[int, ...] | None = None,
     seed: int | None = None,
     compat: str | None = None,
@@ -69,12 +70,19 @@ def sweep(
     start = None if base is None else state_dict_of(base, "base")
     if not 1 <= len(recipes) <= _MOST:
         raise InputError(f"recipes: expected 1 to {_MOST}, got {len(recipes)}.")
-    common = {"calibrate": calibrate, "preset": preset, "seed": seed, "compat": compat}
-    calls = []
-    for n, recipe in enumerate(recipes):
-        given = {**common, **recipe}
-        call = _call(n, given, start is not None, len(models), backend, nonfinite, row_axis, name)
-        calls.append(call)
+    common = MergeOptions(
+        calibrate=calibrate,
+        preset=preset,
+        backend=backend,
+        nonfinite=nonfinite,
+        row_axis=row_axis,
+        name=name,
+        seed=seed,
+        compat=compat,
+    )
+    calls = [
+        _call(n, recipe, start is not None, len(models), common) for n, recipe in enumerate(recipes)
+    ]
     labelled: list[tuple[str, Tensors]] = [(f"experts[{k}]", e) for k, e in enumerate(models)]
     if start is not None:
         labelled.insert(0, ("base", start))
@@ -90,18 +98,11 @@ def sweep(
 
 
 def _call(
-    n: int,
-    given: Mapping[str, Any],
-    has_base: bool,
-    num_experts: int,
-    backend: str | None,
-    nonfinite: str,
-    row_axis: int | tuple[int, ...] | None,
-    name: str,
+    n: int, recipe: Mapping[str, Any], has_base: bool, num_experts: int, common: MergeOptions
 ) -> Call:
-    own = dict(given)
-    method = own.pop("method", "ties")
-    for odd in {"out", "details", "masks", "backend", "nonfinite", "name", "row_axis"} & own.keys():
+    given = dict(recipe)
+    method = given.pop("method", "ties")
+    for odd in {"out", *MergeOptions.__dataclass_fields__} - _OF_A_RECIPE & given.keys():
         raise InputError(
             f"recipes[{n}]: expected arguments of a method, got {odd!r}. It belongs to sweep "
             "itself, or to merge alone."
@@ -112,29 +113,13 @@ def _call(
             f"base for method {method!r} of recipes[{n}]: expected "
             f"{'None, got a model' if has_base else 'a tensor or a state dict, got None'}."
         )
-    if not has_base and own["calibrate"] is not None:
+    options = replace(common, **{k: given.pop(k) for k in _OF_A_RECIPE & given.keys()})
+    if not has_base and options.calibrate is not None:
         raise InputError(
             f"calibrate of recipes[{n}] without a base: expected None, got a calibration."
         )
-    calibrate, preset, seed, compat = (
-        own.pop(k) for k in ("calibrate", "preset", "seed", "compat")
-    )
-    weights = own.get("weights")
-    if isinstance(weights, Tensor):
-        own["weights"] = weights.tolist()
-    return resolve(
-        method,
-        own,
-        num_experts,
-        calibrate=calibrate,
-        preset=preset,
-        backend=backend,
-        nonfinite=nonfinite,
-        row_axis=row_axis,
-        name=name,
-        seed=seed,
-        compat=compat,
-    )
+    given["weights"] = numbers_of(given.get("weights"))
+    return resolve(method, given, num_experts, options)
 
 
 def _jobs(table: Named, call: Call, has_base: bool, out: dict[str, Tensor]) -> list[Job]:
@@ -150,7 +135,7 @@ def _jobs(table: Named, call: Call, has_base: bool, out: dict[str, Tensor]) -> l
         row = table.row(name)
         start, own = (row[0], row[1:]) if has_base else (None, row)
         out[name] = torch.empty(row[0].shape, dtype=row[0].dtype, device=row[0].device)
-        jobs.append(job_of(call, name or call.name, start, own, out[name], k_masks=None))
+        jobs.append(job_of(call, name or call.options.name, start, own, out[name], k_masks=None))
     return jobs
 
 
@@ -179,7 +164,7 @@ def _select_model(
         assert call.recipe is not None
         key = unscaled(call.recipe)
         if key not in found:
-            ops.select_model(jobs, backend=call.backend)
+            ops.select_model(jobs, backend=call.options.backend)
             found[key] = [job.selection for job in jobs]
         for t, selection in enumerate(found[key]):
             jobs[t].selection = selection
@@ -197,7 +182,7 @@ def _shared(
     usable = {n: job for n, job in jobs.items() if shares(job) and _is_plain(job)}
     if not worth_sharing(list(usable.values())):
         return set()
-    chosen = choose(list(usable.values()), calls[0].backend)
+    chosen = choose(list(usable.values()), calls[0].options.backend)
     own = [n for n, backend in zip(usable, chosen, strict=True) if backend.name == "native"]
     views = [_as_views(usable[n]) for n in own]
     if not worth_sharing(views) or merge_scales(views, known) is None:

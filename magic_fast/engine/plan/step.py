@@ -10,7 +10,7 @@ from typing import Any
 
 from magic_fast.checkpoint import TensorInfo, TensorSpec
 from magic_fast.errors import InputError
-from magic_fast.recipe import Recipe, RowCalibration, TrimScope
+from magic_fast.recipe import Recipe, RowCalibration
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
@@ -88,8 +88,7 @@ class Step:
 
 def over_model(step: Step) -> bool:
     """Whether a threshold over the whole model trims this step."""
-    trim = None if step.recipe is None else step.recipe.trim
-    return trim is not None and trim.by_magnitude and trim.scope is TrimScope.MODEL
+    return step.recipe is not None and step.recipe.over_model
 
 
 def common_shape(
