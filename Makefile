@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross format demo peers peers-0.1.4 peers-fusion-bench suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
+.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,10 @@ test: venv ## the test suite without the slow part
 test-full: venv ## the whole test suite, and the native tests under the sanitizers
 	$(BIN)/pytest --numprocesses auto
 	PYTHON=$(abspath $(BIN))/python tests/native/sanitize.sh
+
+# BEFORE is the Python of another checkout, built on this machine.
+same-bytes: venv ## the bytes of merges and calibrations, against another commit: BEFORE=…/.venv/bin/python
+	$(BIN)/python tests/recorded/compare.py $(BEFORE)
 
 # One instruction set and one sanitizer: about three minutes, most of it compiling.
 sanitize: venv ## the native loops under AddressSanitizer
