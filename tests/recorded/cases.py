@@ -23,6 +23,7 @@ from recorded.inputs import (
     models,
     networks,
     samples,
+    sized,
     task_vectors,
 )
 
@@ -149,7 +150,7 @@ def merging(
     """``mf.merge`` of state dicts."""
 
     def call(backend: str | None) -> Any:
-        base, *others = models(shapes, mix, experts)
+        base, *others = models(sized(shapes, backend), mix, experts)
         return mf.merge(base, others, method, backend=backend, **options)
 
     return call
@@ -186,9 +187,9 @@ def _merges() -> Iterator[Case]:
     yield Case("nearswap-f32", merging("nearswap", "f32", 1, t=0.05))
     for mix in ("f32", "bf16"):
         yield Case(f"linear-{mix}", lambda b, m=mix: mf.merge(
-            None, models(mix=m)[1:], "linear", weights=[0.2, 0.5, 0.9], backend=b))  # fmt: skip
+            None, models(sized(SHAPES, b), m)[1:], "linear", weights=[0.2, 0.5, 0.9], backend=b))  # fmt: skip
         yield Case(f"passthrough-{mix}", lambda b, m=mix: mf.merge(
-            None, models(mix=m)[1:2], "passthrough", scale=1.3, backend=b))  # fmt: skip
+            None, models(sized(SHAPES, b), m)[1:2], "passthrough", scale=1.3, backend=b))  # fmt: skip
     for word, (method, experts, options) in MEANS_OF_DIRECTIONS.items():
         rows = "nuslerp_row_wise" in options  # summed in PyTorch
         for mix, preset in (("f32", "default"), ("bf16", "mergekit"), ("mixed", "default")):
@@ -209,7 +210,7 @@ def _merges() -> Iterator[Case]:
             {**METHODS[method], "calibrate": "wsc"})  # fmt: skip
         experts = MEANS_OF_DIRECTIONS[method][1] if method in MEANS_OF_DIRECTIONS else 3
         call = merging(method, "bf16", experts, shapes=shapes, **options)
-        yield Case(f"{method}-large-bf16", call, CPU)
+        yield Case(f"{method}-large-bf16", call, ("native",))
 
 
 def _calibrations() -> Iterator[Case]:
@@ -230,7 +231,7 @@ def _calibrations() -> Iterator[Case]:
 
 def _calibrated(settings: Mapping[str, Any]) -> Call:
     def call(backend: str | None) -> Any:
-        base, *experts = models(mix="mixed")
+        base, *experts = models(sized(SHAPES, backend), "mixed")
         merged = mf.merge(base, experts, "task_arithmetic", scale=0.4, backend="torch")
         settings_ = mf.WeightCalibration(**settings)
         return mf.calibrate_weights(
@@ -249,7 +250,7 @@ def _more_of_merging() -> Iterator[Case]:
         return mf.merge(base, experts, "ties", backend=backend, **options)
 
     def vectors(backend: str | None) -> Any:
-        found = task_vectors(mix="f16")
+        found = task_vectors(sized(SHAPES, backend), "f16")
         return mf.merge_task_vectors(found, "della", seed=3, calibrate="sphere", backend=backend)
 
     def bare(backend: str | None) -> Any:
@@ -259,13 +260,14 @@ def _more_of_merging() -> Iterator[Case]:
         return mf.merge_task_vectors(torch.stack(experts), "dare_linear", **options)
 
     def task_masked(backend: str | None) -> Any:
-        base, *experts = models(mix="bf16")
+        base, *experts = models(sized(SHAPES, backend), "bf16")
         masks = mf.task_masks(base, experts, tall_mask_lambda=[0.2, 0.4, 0.6])
         return mf.merge(base, experts, "consensus_ta", masks=masks, backend=backend)
 
     def out(backend: str | None) -> Any:
-        base, *experts = models(mix="f32")
-        target = {n: torch.empty_like(t) for n, t in models(mix="bf16")[0].items()}
+        shapes = sized(SHAPES, backend)
+        base, *experts = models(shapes, "f32")
+        target = {n: torch.empty_like(t) for n, t in models(shapes, "bf16")[0].items()}
         mf.merge(base, experts, "ties", out=target, calibrate="wsc", backend=backend)
         return target
 
@@ -383,7 +385,9 @@ def _features() -> Iterator[Case]:
 
 def _checkpoints() -> Iterator[Case]:
     for name, call, where, exact in checkpoints.rows():
-        backends = {"elements": ELEMENTS, "cpu": CPU, "chosen": CHOSEN}[where]
+        backends = {"elements": ELEMENTS, "cpu": CPU, "native": ("native",), "chosen": CHOSEN}[
+            where
+        ]
         yield Case(f"checkpoints-{name}", call, backends, exact)
 
 

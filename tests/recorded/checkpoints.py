@@ -14,13 +14,14 @@ from recorded.inputs import (
     Shapes,
     draw,
     models,
+    sized,
     write_ia3,
     write_loras,
     write_models,
     write_tokenizers,
 )
 
-#: name, call, backends (``elements``, ``cpu`` or ``chosen``), whether the bits are every CPU's
+#: name, call, backends (a word of ``cases``), whether the bits are every CPU's
 Row = tuple[str, Callable[[str | None], Path], str, bool]
 MIB = 1 << 20
 SMALL = 4 * MIB  # a budget that takes the large tensors in several pieces
@@ -40,9 +41,9 @@ def merging(
     """``mf.merge_checkpoints`` of a base and its experts."""
 
     def call(backend: str | None) -> Path:
-        write_models(models(shapes, mix, experts))
+        write_models(models(sized(shapes, backend), mix, experts))
         config = document(method, experts, **fields)
-        mf.merge_checkpoints(config, out, backend=backend, **(options or {}))
+        mf.merge_checkpoints(config, out, backend=backend, device="cpu", **(options or {}))
         return Path(out)
 
     return call
@@ -84,7 +85,7 @@ def _merges() -> Iterator[Row]:
     for name, (method, fields) in RECIPES.items():
         yield name, merging(method, **fields), "elements", True
         large = merging(method, "mixed", shapes=LARGE, options={"memory": SMALL}, **fields)
-        yield f"{name}-pieces", large, "cpu", True
+        yield f"{name}-pieces", large, "native", True
     for name, (method, experts, parameters) in DIRECTIONS.items():
         fields: dict[str, Any] = {"parameters": parameters, "calibrate": "wsc"}
         options = {"memory": SMALL}
@@ -111,7 +112,7 @@ def _other_documents() -> Iterator[Row]:
         ranges = [("base", [0, 2]), ("expert-0", [1, 2]), ("expert-1", [0, 1])]
         parts = [{"sources": [{"model": m, "layer_range": r}]} for m, r in ranges]
         document = {"merge_method": "passthrough", "slices": parts, "dtype": "float16"}
-        mf.merge_checkpoints(document, "out", backend=backend)
+        mf.merge_checkpoints(document, "out", backend=backend, device="cpu")
         return Path("out")
 
     def tokenizers(backend: str | None) -> Path:
@@ -122,7 +123,7 @@ def _other_documents() -> Iterator[Row]:
             "merge_method": "linear", "base_model": "a", "models": listed, "dtype": "float32",
             "tokenizer_source": "union",
         }  # fmt: skip
-        mf.merge_checkpoints(config, "out", backend=backend)
+        mf.merge_checkpoints(config, "out", backend=backend, device="cpu")
         return Path("out")
 
     def adapted(backend: str | None) -> Path:
@@ -132,13 +133,13 @@ def _other_documents() -> Iterator[Row]:
             "merge_method": "ties", "base_model": "base", "models": listed, "calibrate": "wsc",
             "parameters": {"density": 0.4},
         }  # fmt: skip
-        mf.merge_checkpoints(config, "out", backend=backend)
+        mf.merge_checkpoints(config, "out", backend=backend, device="cpu")
         return Path("out")
 
     def series(backend: str | None) -> Path:
         write_models(models())
         Path("series.yml").write_text(_SERIES)
-        mf.merge_series("series.yml", "all/out", intermediate="all", backend=backend)
+        mf.merge_series("series.yml", "all/out", intermediate="all", backend=backend, device="cpu")
         return Path("all")
 
     yield "slices", slices, "elements", True
@@ -179,9 +180,9 @@ def _sweeps() -> Iterator[Row]:
     for name, (method, settings, fields) in SWEEPS.items():
 
         def call(backend: str | None, m: str = method, s: Any = settings, f: Any = fields) -> Path:
-            write_models(models(LARGE, "bf16"))
+            write_models(models(sized(LARGE, backend), "bf16"))
             config = document(m, 3, **f)
-            mf.sweep_checkpoints(config, "out", s, backend=backend, memory=SMALL)
+            mf.sweep_checkpoints(config, "out", s, backend=backend, memory=SMALL, device="cpu")
             return Path("out")
 
         yield f"sweep-{name}", call, "cpu", True
@@ -202,10 +203,10 @@ def _calibrations() -> Iterator[Row]:
     for name, (arguments, exact) in CALIBRATED.items():
 
         def call(backend: str | None, a: Any = arguments, e: bool = exact) -> Path:
-            write_models(models(LARGE if e else SHAPES, "bf16", 4))
+            write_models(models(sized(LARGE if e else SHAPES, backend), "bf16", 4))
             Path("expert-3").rename("merged")
             folders = [f"expert-{k}" for k in range(3)]
-            options = {"backend": backend, "memory": SMALL}
+            options = {"backend": backend, "memory": SMALL, "device": "cpu"}
             mf.calibrate_checkpoints("base", folders, "merged", "out", **a, **options)
             return Path("out")
 
@@ -233,7 +234,9 @@ def _llama(space: str) -> Path:
         model.save_pretrained(name)
     ids = {t: (draw(t, (4, 7)).abs() * 10).long().clamp(3, 30) for t in names[1:3]}
     data = {t: [{"input_ids": x, "attention_mask": torch.ones_like(x)}] for t, x in ids.items()}
-    mf.calibrate_checkpoints("base", names[1:3], "merged", "out", space=space, data=data)
+    mf.calibrate_checkpoints(
+        "base", names[1:3], "merged", "out", space=space, data=data, device="cpu"
+    )
     return Path("out")
 
 

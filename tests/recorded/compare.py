@@ -1,6 +1,6 @@
 """Whether this tree makes the bytes of another commit, built on this machine.
 
-    python tests/recorded/compare.py OTHER/.venv/bin/python [--only 'ties*']
+    python tests/recorded/compare.py OTHER/.venv/bin/python [--only 'ties*'] [--backends native,auto]
 
 Runs the table of ``cases.py`` in both interpreters: all backends that run here (the GPUs' kernels
 on the CPU), and methods whose bits are those of BLAS and of this CPU. Says which cases differ, and
@@ -22,19 +22,22 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-#: sums of BLAS and LAPACK depend on the number of threads
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MAGIC_FAST_NUM_THREADS": "2"}
+#: Sums of BLAS and LAPACK depend on the number of threads; a GPU would take the emulator's place.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MAGIC_FAST_NUM_THREADS": "2",
+    "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
 Digests = Mapping[str, Mapping[str, str]]
 
 
-def results(python: str, only: str) -> dict[str, Any]:
+def results(python: str, only: str, backends: str) -> dict[str, Any]:
     """What the table gives in one interpreter."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [python, "-m", "recorded.run", "--all", "--only", only]
+    command = [python, "-m", "recorded.run", "--all", "--only", only, "--backends", backends]
     with tempfile.TemporaryDirectory() as folder:  # nothing of a tree is imported by accident
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=folder,
-            env={**os.environ, **THREADS, "PYTHONPATH": path},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
         )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{python}: the table did not run:\n{done.stderr[-4000:]}")
@@ -64,10 +67,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="compare the bytes of two commits, case by case")
     parser.add_argument("before", help="the Python of the other checkout, built")
     parser.add_argument("--only", default="*", help="names of cases, with wildcards")
+    parser.add_argument("--backends", default="all", help="all, or some, with commas; "
+                        "`auto` are the cases without a choice")  # fmt: skip
     chosen = parser.parse_args(arguments)
     with ThreadPoolExecutor(2) as pool:
         pythons = (chosen.before, sys.executable)
-        before, after = pool.map(lambda python: results(python, chosen.only), pythons)
+        before, after = pool.map(
+            lambda python: results(python, chosen.only, chosen.backends), pythons
+        )
     for name, reason in sorted((before["absent"] | after["absent"]).items()):
         print(f"not run: {name}: {reason}")
     different = differences(before["found"], after["found"])

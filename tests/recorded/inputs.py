@@ -51,6 +51,15 @@ LARGE: Shapes = {
     "model.layers.1.mlp.experts.weight": (5, 11, 101),
     "lm_head.weight": (64, 40),
 }
+#: What the GPUs' kernels get, which run here a thread at a time.
+FEW: Shapes = {n: s for n, s in SHAPES.items() if "layers.0" in n and "empty" not in n}
+
+
+def sized(shapes: Shapes, backend: str | None) -> Shapes:
+    """The shapes, or fewer where a backend is slow."""
+    if backend in ("cuda", "triton"):
+        return FEW
+    return SHAPES if shapes is LARGE and backend == "torch" else shapes
 
 
 def integers(word: str, count: int) -> Tensor:

@@ -71,16 +71,18 @@ def committed(only: str = "*") -> Found:
     }
 
 
-def everything(only: str = "*") -> tuple[Found, dict[str, str]]:
-    """Every case on every backend that runs here; and backend → why it does not."""
+def everything(only: str = "*", backends: str = "all") -> tuple[Found, dict[str, str]]:
+    """The cases on every backend that runs here; and backend → why it does not."""
     import magic_fast as mf
     from recorded.cases import CASES
 
     absent = {b.name: b.reason for b in mf.backends() if b.reason is not None}
     found: Found = {}
     for name, case in CASES.items():
+        if not fnmatch.fnmatch(name, only):
+            continue
         for backend in case.backends:
-            if backend not in absent and fnmatch.fnmatch(name, only):
+            if backend not in absent and (backends == "all" or backend in backends.split(",")):
                 try:
                     parts = parts_of(case, backend)
                 except (
@@ -88,6 +90,8 @@ def everything(only: str = "*") -> tuple[Found, dict[str, str]]:
                 ) as error:  # a case that does not run must not look like one that does
                     parts = {"raised": f"{type(error).__name__}: {error}"}
                 found[f"{name} @ {backend}"] = parts
+                if sys.stderr.isatty():
+                    print(f"\r{len(found)} {name} @ {backend}\x1b[K", end="", file=sys.stderr)
     return found, absent
 
 
@@ -95,11 +99,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="the recorded cases of this interpreter's package")
     parser.add_argument("--all", action="store_true", help="all backends and inexact cases too")
     parser.add_argument("--only", default="*", help="names of cases, with wildcards")
+    parser.add_argument("--backends", default="all", help="all, or some, with commas")
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     if chosen.all:
         emulate()
-        found, absent = everything(chosen.only)
+        found, absent = everything(chosen.only, chosen.backends)
         print(json.dumps({"found": found, "absent": absent}))
     else:
         print(json.dumps(committed(chosen.only), indent=1))
