@@ -145,13 +145,14 @@ TRIMS: Mapping[str, dict[str, Any]] = {
 
 
 def merging(
-    method: str, mix: str, experts: int = 3, *, shapes: Shapes = SHAPES, **options: Any
-) -> Call:
+    method: str, mix: str, experts: int = 3, *, shapes: Shapes = SHAPES, base: bool = True,
+    **options: Any,
+) -> Call:  # fmt: skip
     """``mf.merge`` of state dicts."""
 
     def call(backend: str | None) -> Any:
-        base, *others = models(sized(shapes, backend), mix, experts)
-        return mf.merge(base, others, method, backend=backend, **options)
+        start, *others = models(sized(shapes, backend), mix, experts)
+        return mf.merge(start if base else None, others, method, backend=backend, **options)
 
     return call
 
@@ -186,10 +187,10 @@ def _merges() -> Iterator[Case]:
     yield Case("pcb-tensor-f32", merging("pcb", "f32", ratio=0.3, scope="tensor"))
     yield Case("nearswap-f32", merging("nearswap", "f32", 1, t=0.05))
     for mix in ("f32", "bf16"):
-        yield Case(f"linear-{mix}", lambda b, m=mix: mf.merge(
-            None, models(sized(SHAPES, b), m)[1:], "linear", weights=[0.2, 0.5, 0.9], backend=b))  # fmt: skip
-        yield Case(f"passthrough-{mix}", lambda b, m=mix: mf.merge(
-            None, models(sized(SHAPES, b), m)[1:2], "passthrough", scale=1.3, backend=b))  # fmt: skip
+        weights = [0.2, 0.5, 0.9]
+        yield Case(f"linear-{mix}", merging("linear", mix, base=False, weights=weights))
+        call = merging("passthrough", mix, 1, base=False, scale=1.3)
+        yield Case(f"passthrough-{mix}", call)
     for word, (method, experts, options) in MEANS_OF_DIRECTIONS.items():
         rows = "nuslerp_row_wise" in options  # summed in PyTorch
         for mix, preset in (("f32", "default"), ("bf16", "mergekit"), ("mixed", "default")):

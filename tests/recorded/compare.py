@@ -1,6 +1,6 @@
 """Whether this tree makes the bytes of another commit, built on this machine.
 
-    python tests/recorded/compare.py OTHER/.venv/bin/python [--only 'ties*'] [--backends native,auto]
+    python tests/recorded/compare.py OTHER/.venv/bin/python --only 'ties*' --backends native,auto
 
 Runs the table of ``cases.py`` in both interpreters: all backends that run here (the GPUs' kernels
 on the CPU), and methods whose bits are those of BLAS and of this CPU. Says which cases differ, and
@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,8 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     with ThreadPoolExecutor(2) as pool:
         pythons = (chosen.before, sys.executable)
-        before, after = pool.map(
-            lambda python: results(python, chosen.only, chosen.backends), pythons
-        )
+        table = partial(results, only=chosen.only, backends=chosen.backends)
+        before, after = pool.map(table, pythons)
     for name, reason in sorted((before["absent"] | after["absent"]).items()):
         print(f"not run: {name}: {reason}")
     different = differences(before["found"], after["found"])

@@ -43,6 +43,24 @@ def test_the_bytes_are_the_recorded_ones(name: str) -> None:
     assert run.parts_of(case, case.recorded) == RECORDED[name]
 
 
+@needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512", "neon"))
+@pytest.mark.parametrize("threads", (1, 3))
+def test_instruction_set_and_threads_change_nothing(isa: str, threads: int, tmp_path: Path) -> None:
+    from magic_fast import _native
+
+    if isa not in _native.build_config()["supported_isas"]:
+        pytest.skip(f"instruction set {isa}: not of this CPU or build")
+    chosen = {"MAGIC_FAST_CPU_ISA": isa, "MAGIC_FAST_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, "-m", "recorded.run"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, **chosen, "PYTHONPATH": str(HERE.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == RECORDED
+
+
 def nudged(real: Any) -> Any:
     """A merge whose scale is a hair larger."""
     return lambda *args, scale=None, **options: real(
