@@ -25,6 +25,7 @@ from recorded.inputs import (
     samples,
     sized,
     task_vectors,
+    uneven,
 )
 
 #: what every backend ranks as mergekit does
@@ -115,7 +116,8 @@ CALIBRATIONS: Mapping[str, dict[str, Any]] = {
     "wsc": {},
     "tensor": {"granularity": "tensor"},
     "absolute": {"eps_mode": "absolute"},
-    "unguarded": {"eps_mode": "none", "guards": False, "clamp": None},
+    "unguarded": {"eps_mode": "absolute", "guards": False, "clamp": None},
+    "unbounded": {"eps_mode": "none", "clamp": None},
     "clamped": {"clamp": (0.9, 1.1)},
     "strength": {"strength": 0.5, "scale": 0.8},
     "grow": {"direction": "grow"},
@@ -218,8 +220,7 @@ def _calibrations() -> Iterator[Case]:
     for word, settings in CALIBRATIONS.items():
         exact = settings.get("variant") != "spectral"
         for method, mix in (("task_arithmetic", "f32"), ("ties", "bf16")):
-            options = {**METHODS[method], "calibrate": mf.WeightCalibration(**settings)}
-            call = merging(method, mix, **options)
+            call = _calibrating(method, mix, settings)
             yield Case(f"{method}-{word}-{mix}", call, ELEMENTS if exact else CHOSEN, exact)
         call = _calibrated(settings)
         yield Case(f"calibrate_weights-{word}-mixed", call, ELEMENTS if exact else CHOSEN, exact)
@@ -230,9 +231,18 @@ def _calibrations() -> Iterator[Case]:
     yield Case("iso_c-wsc-f32", merging("iso_c", "f32", calibrate="wsc"), CHOSEN, exact=False)
 
 
+def _calibrating(method: str, mix: str, settings: Mapping[str, Any]) -> Call:
+    def call(backend: str | None) -> Any:
+        base, *experts = uneven(models(sized(SHAPES, backend), mix))
+        options = {**METHODS[method], "calibrate": mf.WeightCalibration(**settings)}
+        return mf.merge(base, experts, method, backend=backend, **options)
+
+    return call
+
+
 def _calibrated(settings: Mapping[str, Any]) -> Call:
     def call(backend: str | None) -> Any:
-        base, *experts = models(sized(SHAPES, backend), "mixed")
+        base, *experts = uneven(models(sized(SHAPES, backend), "mixed"))
         merged = mf.merge(base, experts, "task_arithmetic", scale=0.4, backend="torch")
         settings_ = mf.WeightCalibration(**settings)
         return mf.calibrate_weights(

@@ -106,6 +106,19 @@ def models(shapes: Shapes = SHAPES, mix: str = "f32", experts: int = 3) -> list[
     return found
 
 
+def uneven(states: list[State]) -> list[State]:
+    """The models with rows that moved by very different amounts, the first not at all."""
+    base = states[0]
+    for k, state in enumerate(states[1:]):
+        for name, x in state.items():
+            if x.is_floating_point() and x.dim() and x.numel():
+                start = base[name].double()
+                sizes = [0.0 if r == 0 else ((r + k) % 5) ** 2 / 4 for r in range(len(x))]
+                factor = torch.tensor(sizes, dtype=torch.float64).view(-1, *[1] * (x.dim() - 1))
+                state[name] = (start + (x.double() - start) * factor).to(x.dtype)
+    return states
+
+
 def task_vectors(shapes: Shapes = SHAPES, mix: str = "f32", experts: int = 3) -> list[State]:
     dtypes = MIXES[mix]
     return [
