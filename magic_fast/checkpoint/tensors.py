@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from magic_fast.errors import InputError
+from magic_fast.errors import InputError, InternalError
 
 from .messages import is_unicode, shown
 
@@ -103,3 +103,16 @@ class TensorInfo:
     path: str
     offset: int
     nbytes: int
+
+    def stop_of(self, start: int, nbytes: int) -> int:
+        """The end of a range of bytes of this tensor, checked to lie within it.
+
+        Raises:
+            InternalError: it does not.
+        """
+        if not 0 <= start <= start + nbytes <= self.nbytes:
+            raise InternalError(
+                f"Range outside the tensor for {shown(self.name)}: expected bytes within 0 to "
+                f"{self.nbytes}, got {start} to {start + nbytes}. Please report this."
+            )
+        return start + nbytes

@@ -135,7 +135,7 @@ class OutputFolder:
         """
         info = self._info(name)
         view = as_bytes(data)
-        stop = _stop(info, start, len(view))
+        stop = info.stop_of(start, len(view))
         with (
             self._writing(self._where(info), len(view)),
             self._handles.use(self.path_of(info.path)) as fd,
@@ -150,7 +150,7 @@ class OutputFolder:
         """Fill ``buffer`` with what the partial output holds at byte ``start`` of a tensor."""
         info = self._info(name)
         view = as_bytes(buffer)
-        _stop(info, start, len(view))
+        info.stop_of(start, len(view))
         where = self._where(info)
         with reading(where), self._handles.use(self.path_of(info.path)) as fd:
             done = self._fs.read_exactly(fd, view, info.offset + start)
@@ -166,7 +166,7 @@ class OutputFolder:
     def mark_written(self, name: str, start: int = 0, nbytes: int | None = None) -> None:
         """Count bytes as written that another process or an earlier run wrote. Thread-safe."""
         info = self._info(name)
-        stop = _stop(info, start, info.nbytes - start if nbytes is None else nbytes)
+        stop = info.stop_of(start, info.nbytes - start if nbytes is None else nbytes)
         with self._done_lock:
             self._done[name].add(start, stop)
 
@@ -295,13 +295,3 @@ class OutputFolder:
                 f"plan, got {shown(name)}. Please report this."
             )
         return info
-
-
-def _stop(info: TensorInfo, start: int, nbytes: int) -> int:
-    """The end of a byte range, checked to lie within the tensor."""
-    if not 0 <= start <= start + nbytes <= info.nbytes:
-        raise InternalError(
-            f"Range outside the tensor for {shown(info.name)}: expected bytes within 0 to "
-            f"{info.nbytes}, got {start} to {start + nbytes}. Please report this."
-        )
-    return start + nbytes

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from magic_fast.config.problems import Path
+from magic_fast.config.problems import Path, listed
+from magic_fast.errors import ConfigError
 
 
 def parse_reference(value: Any) -> str:
@@ -72,6 +73,39 @@ def find_model(reference: str, folder: FilePath | None) -> tuple[FilePath, FileP
         if found[0] is not None and found[1] is not None:
             return found[0], found[1]
     return None
+
+
+def require_model(reference: str, folder: FilePath | None) -> tuple[FilePath, FilePath | None]:
+    """:func:`find_model`.
+
+    Raises:
+        ConfigError: a part of it is in neither place.
+    """
+    location = find_model(reference, folder)
+    if location is None:
+        places = listed(str(p) for p in (FilePath.cwd(), folder) if p is not None)
+        both = "both parts of model+adapter"
+        what = both if "+" in reference else "a folder or .safetensors file"
+        raise ConfigError(
+            f"missing checkpoint for {reference}: expected {what} in {places}, got nothing "
+            "there. Correct the path, or download the model first."
+        )
+    return location
+
+
+def require_file(name: str, folder: FilePath | None, *, key: str, what: str) -> FilePath:
+    """:func:`find_path` of a file that a key of the configuration names.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
+    path = find_path(name, folder)
+    if path is None:
+        raise ConfigError(
+            f"missing file for {key}: expected {what}, got {name!r}, which does not exist. "
+            "Correct the path."
+        )
+    return path
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from magic_fast.config.entries import (
 )
 from magic_fast.config.faults import translate
 from magic_fast.config.modules import REST
-from magic_fast.config.problems import Origin, Problem, listed, raise_problems
+from magic_fast.config.problems import Origin, Problem, raise_problems
 from magic_fast.config.problems import Path as YamlPath
-from magic_fast.config.references import find_model, find_path
+from magic_fast.config.references import require_file, require_model
 from magic_fast.config.semantics import Checker
 from magic_fast.config.tokens import Reference, TokenEntry, TokenizerEntry, TokenSource
 from magic_fast.errors import ConfigError
@@ -247,19 +247,7 @@ class MergeConfig(Node):
         """
         if reference in self._places:
             return self._places[reference], None
-        found = find_model(reference, self._folder)
-        if found is None:
-            places = listed(str(p) for p in (Path.cwd(), self._folder) if p is not None)
-            what = (
-                "both parts of model+adapter"
-                if "+" in reference
-                else "a folder or .safetensors file"
-            )
-            raise ConfigError(
-                f"missing checkpoint for {reference}: expected {what} in {places}, got nothing "
-                "there. Correct the path, or download the model first."
-            )
-        return found
+        return require_model(reference, self._folder)
 
     def with_places(self, places: Mapping[str, Path]) -> MergeConfig:
         """The same configuration, with the folders of models that have no path but a name."""
@@ -277,12 +265,12 @@ class MergeConfig(Node):
             return None
         arguments = self.calibrate.as_dict()
         if isinstance(self.calibrate.sensitive, SensitiveScores):
-            path = find_path(self.calibrate.sensitive.path, self._folder)
-            if path is None:
-                raise ConfigError(
-                    f"missing file for calibrate.sensitive: expected a JSON file of scores, got "
-                    f"{self.calibrate.sensitive.path!r}, which does not exist. Correct the path."
-                )
+            path = require_file(
+                self.calibrate.sensitive.path,
+                self._folder,
+                key="calibrate.sensitive",
+                what="a JSON file of scores",
+            )
             arguments["sensitive"]["path"] = str(path)
         return arguments
 
