@@ -1,4 +1,4 @@
-"""Python's collector of garbage, kept from looking where there is none."""
+"""Pauses Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Hundreds of thousands of small objects are about to come, none of them garbage: looking for
-    some again and again would take half of the time. Also a decorator."""
+    """A context, or a decorator, in which the garbage collector does not run.
+
+    Planning allocates hundreds of thousands of small objects, none of them garbage; collection
+    passes would take half the time.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:

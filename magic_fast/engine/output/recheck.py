@@ -1,5 +1,4 @@
-"""What a run does not take on trust: bytes that an earlier run wrote, and inputs that stay as they
-are."""
+"""Re-checks on resume: bytes that an earlier run wrote, and that the inputs have not changed."""
 
 from __future__ import annotations
 

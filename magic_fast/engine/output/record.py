@@ -1,4 +1,5 @@
-"""What lies beside the weights of an output: its record, and what that record is good for."""
+"""Writes the files beside the merged weights (model card, ``magic_fast.json``) and checks them when a
+run is resumed."""
 
 from __future__ import annotations
 
