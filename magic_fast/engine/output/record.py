@@ -1,5 +1,5 @@
-"""Writes the files beside the merged weights (model card, ``magic_fast.json``) and checks them when a
-run is resumed."""
+"""Writes the files beside the merged weights (model card, ``magic_fast.json``) and checks them when
+a run is resumed."""
 
 from __future__ import annotations
 
