@@ -7,6 +7,7 @@ from .hashing import InputFile, changed_inputs
 from .header import Header, parse_header, serialize_header
 from .plan import DEFAULT_SHARD_BYTES, FORMAT_METADATA, ShardPlan, plan_shards, shard_index
 from .reader import Checkpoint, open_checkpoint
+from .shard_files import ShardFiles
 from .sidecar import CONFIG_DTYPES, copy_sidecars, sidecar_files, sidecar_source, updated_config
 from .tensors import DTYPE_BITS, TensorInfo, TensorSpec, tensor_nbytes
 from .tied import find_aliases
@@ -26,6 +27,7 @@ __all__ = [
     "Header",
     "InputFile",
     "OutputFolder",
+    "ShardFiles",
     "ShardPlan",
     "TensorInfo",
     "TensorSpec",

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from magic_fast.errors import InternalError
 
-from .coverage import Coverage
-from .fs import REAL, FileSystem, HandleCache, as_bytes
-from .io_errors import disk_full, reading, writing
+from .fs import REAL, FileSystem
+from .io_errors import disk_full
 from .locate import INDEX_NAME
-from .messages import problem, shown
+from .messages import shown
 from .plan import ShardPlan, shard_index
+from .shard_files import ShardFiles
 from .small_files import SmallFiles
 from .staging import Staging
-from .tensors import TensorInfo
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Self
 
 
-_WORTH_STARTING = 1 << 20  # bytes; what is smaller waits for the end
-
-
-class OutputFolder:
+class OutputFolder(ShardFiles):
     """An output under construction in ``.OUT.partial/``, a sibling of OUT on the same file system.
 
     OUT is a folder, or one file where it ends in ``.safetensors``; then the plan has that one shard
@@ -75,17 +70,10 @@ class OutputFolder:
         fs: FileSystem = REAL,
     ) -> None:
         self._staging = Staging(os.fspath(path), resume=resume, fs=fs)
-        self.path = self._staging.path
-        self.partial = self._staging.partial
+        super().__init__(self._staging.path, self._staging.partial, fs)
         self.is_file = self._staging.is_file
         self.resumed = self._staging.resumed
         self._resumable = resumable
-        self._fs = fs
-        self._handles = HandleCache(os.O_RDWR, fs=fs)
-        self._plans: tuple[ShardPlan, ...] = ()
-        self._infos: dict[str, TensorInfo] = {}
-        self._done: dict[str, Coverage] = {}
-        self._done_lock = threading.Lock()
         self._small = SmallFiles(self.partial, self.is_file, fs)
 
     def create_shards(self, plans: Sequence[ShardPlan]) -> frozenset[str]:
@@ -100,7 +88,7 @@ class OutputFolder:
             OutputError: the disk is too small (says how much is needed and free), or an I/O error.
         """
         names = [plan.file for plan in plans]
-        if self._plans or not names or (self.is_file and names != [os.path.basename(self.path)]):
+        if self.shards or not names or (self.is_file and names != [os.path.basename(self.path)]):
             raise InternalError(
                 f"Wrong shards for {self.path}: expected one plan made for this output, got "
                 f"{names}. Please report this."
@@ -119,64 +107,8 @@ class OutputFolder:
                 with self._fs.new_file(self.path_of(plan.file)) as fd:
                     self._fs.preallocate(fd, plan.file_size)
                     self._fs.write_exactly(fd, memoryview(plan.header), 0)
-        self._plans = tuple(plans)
-        self._infos = {info.name: info for plan in plans for info in plan.tensors}
-        self._done = {name: Coverage() for name in self._infos}
+        self._expect(plans)
         return adopted
-
-    def write(self, name: str, data: Buffer, start: int = 0) -> None:
-        """Write bytes of a tensor, little-endian, from byte ``start`` of it on. Thread-safe.
-
-        Ranges may come in any order, and again.
-
-        Raises:
-            OutputError: disk full or I/O error, naming tensor and file.
-            InternalError: unknown tensor, or bytes outside it.
-        """
-        info = self._info(name)
-        view = as_bytes(data)
-        stop = info.stop_of(start, len(view))
-        with (
-            self._writing(self._where(info), len(view)),
-            self._handles.use(self.path_of(info.path)) as fd,
-        ):
-            self._fs.write_exactly(fd, view, info.offset + start)
-            if len(view) >= _WORTH_STARTING:  # little is left to do when all is forced to the disk
-                self._fs.start_writing(fd, info.offset + start, len(view))
-        with self._done_lock:
-            self._done[name].add(start, stop)
-
-    def read_into(self, name: str, buffer: Buffer, start: int = 0) -> None:
-        """Fill ``buffer`` with what the partial output holds at byte ``start`` of a tensor."""
-        info = self._info(name)
-        view = as_bytes(buffer)
-        info.stop_of(start, len(view))
-        where = self._where(info)
-        with reading(where), self._handles.use(self.path_of(info.path)) as fd:
-            done = self._fs.read_exactly(fd, view, info.offset + start)
-        if done != len(view):
-            raise problem(
-                "Shard too short",
-                where,
-                f"{len(view)} bytes at {info.offset + start}",
-                f"{done}",
-                "Start afresh, without resuming",
-            )
-
-    def mark_written(self, name: str, start: int = 0, nbytes: int | None = None) -> None:
-        """Count bytes as written that another process or an earlier run wrote. Thread-safe."""
-        info = self._info(name)
-        stop = info.stop_of(start, info.nbytes - start if nbytes is None else nbytes)
-        with self._done_lock:
-            self._done[name].add(start, stop)
-
-    def missing(self) -> dict[str, list[tuple[int, int]]]:
-        """Tensor → byte ranges [start, stop) not written yet; empty when all are."""
-        with self._done_lock:
-            gaps = {
-                name: self._done[name].missing(info.nbytes) for name, info in self._infos.items()
-            }
-        return {name: ranges for name, ranges in gaps.items() if ranges}
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file in UTF-8, replacing one of that name; a subfolder in it is made."""
@@ -190,10 +122,6 @@ class OutputFolder:
             OutputError: the copy cannot be written.
         """
         self._small.copy(os.fspath(source), name)
-
-    def path_of(self, name: str) -> str:
-        """Where a file of the output is while it is being made."""
-        return os.path.join(self.partial, name)
 
     def keep(self, name: str) -> None:
         """Let a file that the caller writes itself in `partial` be a part of the output.
@@ -215,7 +143,7 @@ class OutputFolder:
                 step failed, forcing the rename to the disk, OUT is there.
         """
         gaps = self.missing()
-        if gaps or not self._plans:
+        if gaps or not self.shards:
             name, ranges = next(iter(gaps.items()), ("any tensor", []))
             raise InternalError(
                 f"Incomplete output for {self.path}: expected every byte of {len(self._infos)} "
@@ -228,7 +156,7 @@ class OutputFolder:
         for name in sorted(declared):
             with self._writing(self.path_of(name)):
                 self._fs.fsync_path(self.path_of(name))
-        if len(self._plans) > 1:
+        if len(self.shards) > 1:
             self._write_index()
             declared.add(INDEX_NAME)
         with self._writing(self.partial):  # a journal last: until here it is of use
@@ -255,43 +183,11 @@ class OutputFolder:
         self.abort(keep=self._resumable)
 
     def _write_index(self) -> None:
-        data = (json.dumps(shard_index(self._plans), indent=2, ensure_ascii=False) + "\n").encode()
+        data = (json.dumps(shard_index(self.shards), indent=2, ensure_ascii=False) + "\n").encode()
         path = self.path_of(INDEX_NAME)
         with self._writing(path, len(data)), self._fs.new_file(path) as fd:
             self._fs.write_exactly(fd, memoryview(data), 0)
             self._fs.fsync(fd)
 
     def _declared(self) -> set[str]:
-        return self._small.names | {plan.file for plan in self._plans}
-
-    def _is_begun(self, plan: ShardPlan) -> bool:
-        """Whether an earlier run made this shard: the same size and header."""
-        path = self.path_of(plan.file)
-        if (
-            os.path.islink(path)
-            or not os.path.isfile(path)
-            or os.path.getsize(path) != plan.file_size
-        ):
-            return False
-        head = bytearray(len(plan.header))
-        with reading(path), self._handles.use(path) as fd:
-            self._fs.read_exactly(fd, memoryview(head), 0)
-        self._handles.close()
-        return bytes(head) == plan.header
-
-    @contextmanager
-    def _writing(self, where: str, needed: int = 0) -> Iterator[None]:
-        with writing(where, self.partial, self._fs, needed):
-            yield
-
-    def _where(self, info: TensorInfo) -> str:
-        return f"tensor {shown(info.name)} in {self.path_of(info.path)}"
-
-    def _info(self, name: str) -> TensorInfo:
-        info = self._infos.get(name)
-        if info is None:
-            raise InternalError(
-                f"Unplanned tensor for {self.path}: expected one of {len(self._infos)} in the "
-                f"plan, got {shown(name)}. Please report this."
-            )
-        return info
+        return self._small.names | {plan.file for plan in self.shards}
