@@ -41,6 +41,7 @@ from magic_fast.calibration.sensitivity.lists import sensitive_from_file as sens
 from magic_fast.calibration.weight import TensorFilter as TensorFilter
 from magic_fast.calibration.weight import WeightCalibration as WeightCalibration
 from magic_fast.config.schema import MergeConfig as MergeConfig
+from magic_fast.engine.execute.registry import register_executor as register_executor
 from magic_fast.engine.output.report import MergeReport as MergeReport
 from magic_fast.engine.output.report import Progress as Progress
 from magic_fast.engine.output.verify import VerifyReport as VerifyReport

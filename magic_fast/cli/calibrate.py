@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             num_blocks=arguments.num_blocks,
             device=arguments.device,
             backend=arguments.backend,
+            executor=arguments.executor,
             max_shard_size=arguments.max_shard_size,
             memory=arguments.memory,
             resume=arguments.resume,

@@ -60,6 +60,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
     from magic_fast.config.series import is_series
+    from magic_fast.engine.execute.registry import executor_for
     from magic_fast.errors import InputError
 
     instead = {"preset": arguments.preset, "out_dtype": arguments.out_dtype}
@@ -85,11 +86,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         plan = mf.plan_checkpoints(config, arguments.out, **settings)
         output.show_plan(plan, json=arguments.json)
-        plan.budget.refuse_excess()
+        executor_for(arguments.executor, [plan])
         return 0
     quiet, style = arguments.quiet, arguments.progress
     with progress(quiet=quiet, title="merge", style=style) as report:
-        merged = mf.merge_checkpoints(config, arguments.out, progress=report, **settings)
+        merged = mf.merge_checkpoints(
+            config,
+            arguments.out,
+            executor=arguments.executor,
+            progress=report,
+            **settings,
+        )
     output.show_report(merged, quiet=arguments.quiet, json=arguments.json)
     return 0
 
@@ -112,6 +119,7 @@ def run_series(
             arguments.out,
             intermediate=arguments.intermediate,
             resume=arguments.resume,
+            executor=arguments.executor,
             progress=report,
             **settings,
         )
@@ -128,6 +136,7 @@ def show_series(
 ) -> None:
     """What each merge would do; of one that uses others' results, only what can be known."""
     import magic_fast as mf
+    from magic_fast.engine.execute.registry import executor_for
 
     told = []
     for merge in merges:
@@ -143,7 +152,7 @@ def show_series(
             known["plan"] = plan.describe()
             if not arguments.json:
                 output.show_plan(plan, json=False)
-            plan.budget.refuse_excess()
+            executor_for(arguments.executor, [plan])
         told.append(known)
     if arguments.json:
         options.print_json({"merges": told})

@@ -68,9 +68,22 @@ def device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def executor(parser: argparse.ArgumentParser) -> None:
+    """What runs the plan."""
+    parser.add_argument(
+        "--executor",
+        default="auto",
+        metavar="NAME",
+        help="what runs the plan: local (this process, on the CPU), gpu (this process, on its "
+        "GPUs), or an executor that an installed package adds (default: local or gpu, by the "
+        "device); the result is the same",
+    )
+
+
 def execution(parser: argparse.ArgumentParser) -> None:
     """Where and how a merge or calibration runs."""
     device(parser)
+    executor(parser)
     parser.add_argument(
         "--resume",
         action="store_true",

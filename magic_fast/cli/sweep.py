@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
         "values; again for more names: all combinations, at most 256",
     )
     options.device(parser)
+    options.executor(parser)
     parser.add_argument(
         "--calibrate", choices=("wsc",), help="calibrate, though the configuration does not say so"
     )
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             settings,
             device=arguments.device,
             backend=arguments.backend,
+            executor=arguments.executor,
             max_shard_size=arguments.max_shard_size,
             memory=arguments.memory,
             compat=arguments.compat,

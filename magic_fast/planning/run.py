@@ -11,6 +11,7 @@ from magic_fast.engine import (
     Progress,
 )
 from magic_fast.engine import run as run_plan
+from magic_fast.engine.execute.executor import Executor
 from magic_fast.engine.output.record import verified, write_small_files
 from magic_fast.engine.run import Finish
 from magic_fast.planning.outputs import is_whole
@@ -24,12 +25,20 @@ def run_and_close(
     resume: bool,
     progress: ProgressCall | None,
     finish: Finish = write_small_files,
+    executor: str | Executor = "auto",
 ) -> MergeReport:
     """Runs a plan, or verifies its finished result; its checkpoints are closed afterwards."""
     try:
         if resume and is_whole(Path(plan.out)):
             return verified(plan, nonfinite)
-        return run_plan(plan, nonfinite=nonfinite, resume=resume, progress=progress, finish=finish)
+        return run_plan(
+            plan,
+            executor=executor,
+            nonfinite=nonfinite,
+            resume=resume,
+            progress=progress,
+            finish=finish,
+        )
     finally:
         for model in plan.models.values():
             model.close()

@@ -23,7 +23,6 @@ LONG_FILES = {
     "csrc/cuda/select.cu",
     "magic_fast/engine/execute/streamed.py",
     "magic_fast/config/schema.py",
-    "magic_fast/engine/sweep.py",
     "magic_fast/methods/catalog.py",
     "magic_fast/methods/parameters.py",
     "magic_fast/ops/native/jobs.py",

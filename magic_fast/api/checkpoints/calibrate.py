@@ -10,6 +10,8 @@ from magic_fast.api.checkpoints.calibrate_features import FeatureJob
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.calibration.feature import FeatureCalibration, as_features
 from magic_fast.engine import MergePlan, MergeReport, place
+from magic_fast.engine.execute.executor import Executor
+from magic_fast.engine.execute.registry import refuse_executor
 from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
@@ -41,6 +43,7 @@ def calibrate_checkpoints(
     num_blocks: int | None = None,
     device: str = "auto",
     backend: str | None = None,
+    executor: str | Executor = "auto",
     max_shard_size: int = 5 * 10**9,
     memory: int | None = None,
     nonfinite: str = "error",
@@ -65,6 +68,8 @@ def calibrate_checkpoints(
         alpha: of ``svc`` (None: 0.1) and of ``lines`` (None: from the norms of all models, which
             takes one more read).
         beta: of ``lines``, which needs it.
+        executor: what writes the result, as of :func:`merge_checkpoints`; FSC runs the model in
+            this process all the same.
         num_blocks: of ``lines``; None: as many blocks as the merged model has.
 
     FSC runs the merged model (an architecture of transformers, extra ``hf``) in float32 with one
@@ -73,6 +78,7 @@ def calibrate_checkpoints(
 
     >>> calibrate_checkpoints("base", ["a", "b"], "merged", "calibrated")  # doctest: +SKIP
     """
+    refuse_executor(executor)
     settings = as_calibration(calibration)
     if settings is None:
         raise InputError("calibration: expected 'wsc' or a WeightCalibration, got None.")
@@ -118,7 +124,7 @@ def calibrate_checkpoints(
             )
             if not is_whole(Path(target)):
                 check_disk(plan)
-            return run_and_close(plan, nonfinite, resume, progress)
+            return run_and_close(plan, nonfinite, resume, progress, executor=executor)
         from magic_fast.api.checkpoints.feature_model import FeatureSpace
         from magic_fast.huggingface.data import Sampling
 
@@ -128,7 +134,7 @@ def calibrate_checkpoints(
         work = FeatureSpace(models, names, data, found, sampling, device, progress)
         job = FeatureJob(
             names, target, settings if space == "dual" else None, found, sampling, data, options,
-            max_shard_size, nonfinite, resume, progress,
+            max_shard_size, nonfinite, resume, progress, executor,
         )  # fmt: skip
         return job.run(work, models)
     finally:

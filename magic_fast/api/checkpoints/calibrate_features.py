@@ -15,7 +15,9 @@ from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.checkpoint import Checkpoint, OutputFolder, open_checkpoint
 from magic_fast.engine import MergePlan, MergeReport, Written, place
+from magic_fast.engine.execute.executor import Executor
 from magic_fast.engine.output.record import finished, write_small_files
+from magic_fast.engine.run import Finish
 from magic_fast.errors import InputError
 from magic_fast.planning.outputs import check_disk, is_whole
 from magic_fast.planning.run import ProgressCall, run_and_close
@@ -41,10 +43,11 @@ class FeatureJob:
         nonfinite: str,
         resume: bool,
         progress: ProgressCall | None,
+        executor: str | Executor,
     ) -> None:
         self._names, self._out, self._options = list(names), out, dict(options)
         self._max_shard_size, self._nonfinite = max_shard_size, nonfinite
-        self._resume, self._progress = resume, progress
+        self._resume, self._progress, self._executor = resume, progress, executor
         if weights is not None and weights.sensitive is None and features.sensitive is not None:
             weights = replace(weights, sensitive=features.sensitive)
         self._weights = weights
@@ -98,7 +101,7 @@ class FeatureJob:
         )
         if not is_whole(Path(middle)):
             check_disk(plan)
-        return run_and_close(plan, self._nonfinite, self._resume, self._progress)
+        return self._execute(plan)
 
     def _second(
         self,
@@ -122,12 +125,17 @@ class FeatureJob:
         )
         check_disk(plan)
         finish = partial(_finish, layers, first)
-        report = run_and_close(plan, self._nonfinite, self._resume, self._progress, finish)
+        report = self._execute(plan, finish)
         report.bytes_read += work.bytes_read
         if first is not None:
             report.bytes_read += first.bytes_read
             report.bytes_written += first.bytes_written
         return report
+
+    def _execute(self, plan: MergePlan, finish: Finish = write_small_files) -> MergeReport:
+        return run_and_close(
+            plan, self._nonfinite, self._resume, self._progress, finish, self._executor
+        )
 
 
 def _finish(

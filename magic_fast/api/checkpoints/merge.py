@@ -13,6 +13,8 @@ from magic_fast.engine import (
     MergeReport,
     place,
 )
+from magic_fast.engine.execute.executor import Executor
+from magic_fast.engine.execute.registry import refuse_executor
 from magic_fast.engine.plan.devices import device_of
 from magic_fast.ops import refuse_backend
 from magic_fast.planning.outputs import check_disk, check_out, is_whole
@@ -104,6 +106,7 @@ def merge_checkpoints(
     *,
     device: str = "auto",
     backend: str | None = None,
+    executor: str | Executor = "auto",
     max_shard_size: int = 5 * 10**9,
     memory: int | None = None,
     seed: int | None = None,
@@ -121,6 +124,10 @@ def merge_checkpoints(
         out: folder (or ``.safetensors`` file) to make; it appears once, whole.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
         backend: ``native``, ``torch``; None chooses.
+        executor: what runs the plan: ``local`` (this process, on the CPU), ``gpu``, a name that
+            :func:`register_executor` or an installed package gave, or an executor itself, which is
+            how it takes settings; ``auto``: ``local`` on the CPU, ``gpu`` on GPUs. The bytes are
+            the same.
         max_shard_size: bytes of tensors in one file.
         seed: of the random trims, instead of the configuration's.
         compat: ``"mergekit-0.1.4"`` matches that release's faults.
@@ -145,6 +152,7 @@ def merge_checkpoints(
 
     >>> merge_checkpoints("ties.yml", "merged")  # doctest: +SKIP
     """
+    refuse_executor(executor)
     plan = plan_checkpoints(
         config,
         out,
@@ -158,4 +166,4 @@ def merge_checkpoints(
         allow_embedding_truncation=allow_embedding_truncation,
         resume=resume,
     )
-    return run_and_close(plan, nonfinite, resume, progress)
+    return run_and_close(plan, nonfinite, resume, progress, executor=executor)

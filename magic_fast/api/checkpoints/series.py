@@ -10,6 +10,7 @@ from typing import Any
 from magic_fast.api.checkpoints.merge import merge_checkpoints
 from magic_fast.config.series import Merge, read_series
 from magic_fast.engine import MergeReport
+from magic_fast.engine.execute.registry import refuse_executor
 from magic_fast.errors import ConfigError, InputError
 from magic_fast.planning.outputs import check_out, is_whole
 
@@ -33,7 +34,8 @@ def merge_series(
         intermediate: folder for the results with a name, one sub-folder each; they stay. None: a
             folder beside ``out``, removed when ``out`` is whole.
         resume: continue where an interrupted run stopped; finished results are verified.
-        settings: as of :func:`merge_checkpoints`; they hold for every merge.
+        settings: as of :func:`merge_checkpoints`, ``executor`` among them; they hold for every
+            merge.
 
     Returns:
         Name → report, in the order of the merges; the last one's name is None.
@@ -45,6 +47,7 @@ def merge_series(
 
     >>> merge_series("series.yml", "merged", intermediate="parts")  # doctest: +SKIP
     """
+    refuse_executor(settings.get("executor", "auto"))
     merges = read_file(config) if isinstance(config, str | Path) else list(config)
     target = Path(check_out(out, resume))
     beside = target.absolute().with_name(f".{target.name}.intermediate")

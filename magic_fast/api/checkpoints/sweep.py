@@ -12,10 +12,12 @@ from typing import Any
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.config import MergeConfig
 from magic_fast.engine import MergePlan, MergeReport, place
+from magic_fast.engine.execute.executor import Executor
+from magic_fast.engine.execute.registry import refuse_executor
 from magic_fast.engine.output.record import write_small_files
 from magic_fast.engine.plan.devices import device_of
 from magic_fast.engine.plan.plan import free_bytes
-from magic_fast.engine.sweep import run_sweep
+from magic_fast.engine.run import run_sweep
 from magic_fast.errors import InputError, OutputError
 from magic_fast.ops import refuse_backend
 from magic_fast.planning.combinations import Combination, check_settings, combinations, configure
@@ -57,6 +59,7 @@ def sweep_checkpoints(
     *,
     device: str = "auto",
     backend: str | None = None,
+    executor: str | Executor = "auto",
     max_shard_size: int = 5 * 10**9,
     memory: int | None = None,
     compat: str | None = None,
@@ -77,6 +80,8 @@ def sweep_checkpoints(
             and ``sweep.json``; it appears once, whole.
         settings: parameter → values: names of the configuration's ``parameters:``, ``seed``, or
             ``calibrate.NAME``.
+        executor: as of :func:`merge_checkpoints`; those of this package read the checkpoints once,
+            another one may read them once for each combination.
 
     Everything else as in :func:`merge_checkpoints`.
 
@@ -89,6 +94,7 @@ def sweep_checkpoints(
     >>> sweep_checkpoints("ties.yml", "sweep", {"density": [0.1, 0.2]})  # doctest: +SKIP
     """
     started = time.monotonic()
+    refuse_executor(executor)
     own = read_config(config)
     check_settings(own, settings)
     chosen = combinations(settings)
@@ -139,6 +145,7 @@ def sweep_checkpoints(
             plans,
             [combination.name for combination in chosen],
             target,
+            executor=executor,
             nonfinite=nonfinite,
             progress=progress,
             finish=write_small_files,

@@ -1,19 +1,17 @@
-"""One execution of a plan on this machine: read, merge, write, overlapping, within a bound of
-memory."""
+"""Runs plans in this process: read, merge, write, overlapping, within a bound of memory."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from magic_fast.checkpoint import OutputFolder
+from magic_fast.engine.execute.counts import Meter, count_unit, outcome_of, traffic
+from magic_fast.engine.execute.executor import Executor, Outcome, Work
 from magic_fast.engine.execute.pipeline import Pipeline
-from magic_fast.engine.execute.streamed import Loader, Streamed, Writer
+from magic_fast.engine.execute.streamed import BadRecord, Loader, Streamed, Writer
 from magic_fast.engine.output.journal import Journal, NoJournal, Record
-from magic_fast.engine.output.report import (
-    Progress,
-)
+from magic_fast.engine.output.recheck import drop_damaged
+from magic_fast.engine.output.report import Progress
 from magic_fast.engine.plan.directions import needs_whole
 from magic_fast.engine.plan.memory import SLOTS, Slot
 from magic_fast.engine.plan.modes import Mode
@@ -24,7 +22,36 @@ from magic_fast.recipe import Selection
 
 if TYPE_CHECKING:
     from magic_fast.engine.execute.whole import Worker
-    from magic_fast.engine.gpu.lanes import Share
+
+
+class Local(Executor):
+    """Runs plans in this process, on the CPU."""
+
+    def refuse(self, plans: Sequence[MergePlan]) -> None:
+        for plan in plans:
+            budget = plan.budget if len(plans) == 1 else plan.budget_with(staged=False)
+            budget.refuse_excess()
+
+    def run(self, work: Work) -> Outcome:
+        while True:
+            try:
+                return self.attempt(work)
+            except BadRecord:  # damaged since it was recorded
+                drop_damaged(work.output, work.journal, work.plan.steps)
+
+    def attempt(self, work: Work) -> Outcome:
+        """Runs a plan.
+
+        Raises:
+            BadRecord: a piece in the journal does not hold.
+        """
+        plan, given = work.plan, work.selections
+        return Run(plan, work.nonfinite, work.progress, given).execute(work)
+
+    def sweep(self, works: Sequence[Work]) -> list[Outcome]:
+        from magic_fast.engine.execute.sweep import Sweep
+
+        return Sweep(works).execute()
 
 
 class Run:
@@ -49,16 +76,11 @@ class Run:
         self._slot_bytes = plan.budget.slot_bytes
         self._progress = progress
         self._modes = {name: mode for name, (mode, _) in plan.budget.modes.items()}
-        self._bytes_read = 0
-        self._done = 0
-        self._telling = threading.Lock()
         self._worker: Worker | None = None
         self._given = dict(selections or {})
 
-    def execute(self, output: OutputFolder, journal: Journal) -> tuple[Writer, Pipeline]:
-        """All tensors merged and written; the output is not final yet."""
-        if self._plan.device != "cpu":
-            return self._execute_staged(output, journal)
+    def execute(self, work: Work) -> Outcome:
+        """All tensors merged and written."""
         self._compute = Streamed(self._nonfinite, self._given)
         if Mode.TORCH in self._modes.values():
             from magic_fast.engine.execute.whole import Worker
@@ -66,48 +88,19 @@ class Run:
             self._worker = Worker(self._plan, self._nonfinite, self._given)
         used = SLOTS if Mode.STREAM in self._modes.values() else 0
         slots = [Slot(self._slot_bytes) for _ in range(used)]
-        writer = Writer(output, journal, self._nonfinite)
-        self._total = self._expected_bytes()
-        with Loader(self._plan.models, output, journal) as loader:
+        writer = Writer(work.output, work.journal, self._nonfinite)
+        self._meter = self._new_meter()
+        with Loader(self._plan.models, work.output, work.journal) as loader:
             pipeline = self._pipeline = Pipeline(loader, self._run, writer, slots)
             if self._worker is not None:
                 self._worker.prepare()
-            pipeline.run(self._units(journal))
-        return writer, pipeline
-
-    def _execute_staged(self, output: OutputFolder, journal: Journal) -> tuple[Writer, Pipeline]:
-        """The same on GPUs."""
-        from magic_fast.engine.gpu import lanes as device
-        from magic_fast.engine.gpu import staged
-
-        lanes = device.lanes_of(self._plan.device)
-        slots = [Slot(self._slot_bytes) for _ in range(SLOTS)]
-        up, down = slots[: SLOTS // 2], slots[SLOTS // 2 :]
-        self._total = self._expected_bytes()
-        with (
-            staged.StagedLoader(self._plan, output, journal, lanes, up) as loader,
-            staged.StagedWriter(output, journal, self._nonfinite, lanes, down) as writer,
-        ):
-            worker = self._worker = staged.StagedWorker(
-                self._plan, self._nonfinite, lanes, loader, self._given
-            )
-            pipeline = Pipeline(loader, self._run, writer, (), len(lanes))
-            loader.check = pipeline.check
-            worker.prepare()
-            pipeline.run(self._staged_units(device.Share(lanes)))
-        return writer, pipeline
-
-    def _staged_units(self, share: Share) -> Iterator[Unit]:
-        """Whole tensors, small ones together, each to the device that was given the least."""
-        pieces = [Piece(step, 0, step.numel) for step in self._plan.steps]
-        for batch in group(pieces, self._slot_bytes):
-            lane = share.next(sum(p.nbytes for p in batch))
-            yield Unit(batch, streamed=False, torch=True, staged=True, lane=lane)
+            pipeline.run(self._units(work.journal))
+        return outcome_of(writer, self._meter, pipeline)
 
     def search_model(self) -> dict[str, Selection]:
         """Only the selections of a trim over the whole model; nothing is merged or written."""
         self._compute = Streamed(self._nonfinite)
-        self._total = self._expected_bytes()
+        self._meter = self._new_meter()
         steps = [s for s in self._plan.steps if over_model(s)]
         if any(self._modes[s.name] is Mode.TORCH for s in steps):
             from magic_fast.engine.execute.whole import Worker
@@ -121,10 +114,9 @@ class Run:
             self._pipeline.run(self._model_scope({}))
         return {s.name: self._compute.selections[s.name] for s in steps}
 
-    def _expected_bytes(self) -> int:
-        reads = sum(i.nbytes for s in self._plan.steps for i in s.inputs)
+    def _new_meter(self) -> Meter:
         again = sum(self._search_bytes(s) for s in self._plan.steps if self._needs_search(s))
-        return reads + self._plan.output_bytes + again
+        return Meter(traffic([self._plan]) + again, self._progress)
 
     def _search_bytes(self, step: Step) -> int:
         """What finding a step's selection reads, as a rule."""
@@ -163,7 +155,7 @@ class Run:
                 continue
             if self._needs_search(step) and not over_model(step):
                 if step.name in recorded:
-                    self._done += self._search_bytes(step)
+                    self._meter.skip(self._search_bytes(step))
                 else:
                     yield from self._flush(pending)
                     yield from self._search([step])
@@ -195,7 +187,7 @@ class Run:
         if any(s.name not in recorded for s in steps):
             yield from self._search(sorted(steps, key=lambda s: s.name))
         else:
-            self._done += sum(self._search_bytes(s) for s in steps)
+            self._meter.skip(sum(self._search_bytes(s) for s in steps))
 
     def _search(self, steps: Sequence[Step]) -> Iterator[Unit]:
         from magic_fast.engine.execute.search import StreamedSearch
@@ -232,12 +224,4 @@ class Run:
             self._worker(unit)
         else:
             self._compute(unit)
-        with self._telling:
-            self._bytes_read += unit.buffers["bytes_read"]
-            self._done = min(self._done + unit.input_bytes + unit.output_bytes, self._total)
-            if self._progress is not None:
-                self._progress(Progress(self._done, self._total, unit.pieces[-1].step.name))
-
-    @property
-    def bytes_read(self) -> int:
-        return self._bytes_read
+        count_unit(self._meter, unit)

@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from magic_fast import ops
-from magic_fast.checkpoint import Checkpoint, OutputFolder
+from magic_fast.checkpoint import Checkpoint, ShardFiles
 from magic_fast.engine.output.finite import nonfinite
 from magic_fast.engine.output.journal import Journal, Record
 from magic_fast.engine.output.recheck import refuse_changed_files
@@ -74,7 +74,7 @@ class Loader:
     """
 
     def __init__(
-        self, models: Mapping[str, Checkpoint], output: OutputFolder | None, journal: Journal
+        self, models: Mapping[str, Checkpoint], output: ShardFiles | None, journal: Journal
     ) -> None:
         self._helper = ThreadPoolExecutor(1, "magic-fast-read")
         self._models = models
@@ -276,7 +276,7 @@ class Writer:
     Where values that are not finite may pass, they are counted.
     """
 
-    def __init__(self, output: OutputFolder, journal: Journal, policy: str) -> None:
+    def __init__(self, output: ShardFiles, journal: Journal, policy: str) -> None:
         self._output = output
         self._journal = journal
         self.nonfinite: Counter[str] | None = Counter() if policy == "propagate" else None

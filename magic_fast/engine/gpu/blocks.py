@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.checkpoint import OutputFolder
+from magic_fast.checkpoint import ShardFiles
 from magic_fast.engine.gpu.arena import arena_of
 from magic_fast.engine.gpu.lanes import Lane, Mark
 from magic_fast.engine.plan.memory import Slot
@@ -111,7 +111,7 @@ def view_of(block: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def read_back(output: OutputFolder, piece: Piece, block: memoryview) -> Iterator[memoryview]:
+def read_back(output: ShardFiles, piece: Piece, block: memoryview) -> Iterator[memoryview]:
     """The bytes of a piece as they are in the output, as many at a time as ``block`` holds."""
     start, nbytes = piece.byte_range(piece.step.dtype)
     for place in range(start, start + nbytes, len(block)):

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.checkpoint import OutputFolder
+from magic_fast.checkpoint import ShardFiles
 from magic_fast.engine.execute.streamed import (
     BadRecord,
     Loaded,
@@ -43,7 +43,7 @@ class StagedLoader(Loader):
     def __init__(
         self,
         plan: MergePlan,
-        output: OutputFolder,
+        output: ShardFiles,
         journal: Journal,
         lanes: Sequence[Lane],
         slots: Sequence[Slot],
@@ -204,7 +204,7 @@ class StagedWriter(Writer):
 
     def __init__(
         self,
-        output: OutputFolder,
+        output: ShardFiles,
         journal: Journal,
         policy: str,
         lanes: Sequence[Lane],

@@ -12,7 +12,7 @@ import base64
 import json
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,10 +155,23 @@ class Journal:
 
 
 class NoJournal(Journal):
-    """Of what is not resumed: nothing is kept of what is done."""
+    """Keeps nothing on the disk: for what is not resumed, and for a part of a run whose pieces are
+    written down elsewhere.
 
-    def __init__(self) -> None:
-        self.records: dict[tuple[str, int, int], Record] = {}
+    Args:
+        records: pieces that an earlier run finished.
+        add: called with each piece that is finished.
+    """
+
+    def __init__(
+        self, records: Iterable[Record] = (), add: Callable[[Record], None] | None = None
+    ) -> None:
+        self.records = {(r.name, r.start, r.stop): r for r in records}
+        self._tell = add
 
     def add(self, record: Record) -> None:
+        if self._tell is not None:
+            self._tell(record)
+
+    def close(self) -> None:
         return None

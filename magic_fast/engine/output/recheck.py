@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import xxhash
 
-from magic_fast.checkpoint import Checkpoint, InputFile, OutputFolder
+from magic_fast.checkpoint import Checkpoint, InputFile, ShardFiles
 from magic_fast.engine.output.journal import Journal, Record
 from magic_fast.engine.plan.step import Step
 from magic_fast.engine.plan.units import element_size
@@ -16,7 +16,7 @@ from magic_fast.errors import CheckpointError
 _BLOCK_BYTES = 4 << 20  # read back at a time
 
 
-def drop_damaged(output: OutputFolder, journal: Journal, steps: Sequence[Step]) -> None:
+def drop_damaged(output: ShardFiles, journal: Journal, steps: Sequence[Step]) -> None:
     """Forgets every record whose bytes, read back, do not have its checksum: a crash of the system
     may have lost many."""
     by_name = {s.name: s for s in steps}
@@ -27,7 +27,7 @@ def drop_damaged(output: OutputFolder, journal: Journal, steps: Sequence[Step]) 
             del journal.records[key]
 
 
-def _is_sound(output: OutputFolder, record: Record, step: Step, block: memoryview) -> bool:
+def _is_sound(output: ShardFiles, record: Record, step: Step, block: memoryview) -> bool:
     if not 0 <= record.start <= record.stop <= step.numel:
         return False
     size = element_size(step.dtype)

@@ -3,16 +3,11 @@ every combination from memory, and written into one output folder for each."""
 
 from __future__ import annotations
 
-import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 
-from magic_fast.checkpoint import OutputFolder
-from magic_fast.checkpoint.fs import REAL
-from magic_fast.checkpoint.io_errors import writing
-from magic_fast.checkpoint.staging import Staging
+from magic_fast.engine.execute.counts import Meter, outcome_of, traffic
+from magic_fast.engine.execute.executor import Outcome, Work
 from magic_fast.engine.execute.pipeline import Pipeline
 from magic_fast.engine.execute.scales import (
     LEAST,
@@ -24,10 +19,7 @@ from magic_fast.engine.execute.scales import (
 from magic_fast.engine.execute.search import SharedSearch
 from magic_fast.engine.execute.streamed import Loaded, Loader, Writer
 from magic_fast.engine.execute.variants import Selecting, Variant, copy_of
-from magic_fast.engine.output.identity import identity_of
-from magic_fast.engine.output.journal import NoJournal
 from magic_fast.engine.output.recheck import refuse_changed
-from magic_fast.engine.output.report import MergeReport, Progress
 from magic_fast.engine.plan.memory import DEFAULT_MEMORY, SLOTS, Slot, aligned, slot_bytes
 from magic_fast.engine.plan.modes import Mode, modes
 from magic_fast.engine.plan.plan import MergePlan
@@ -42,7 +34,6 @@ from magic_fast.engine.plan.units import (
     group,
     piece_bytes,
 )
-from magic_fast.engine.run import Finish, evidence, fill_report, peak_rss
 from magic_fast.ops.job import Job, Stats, View
 from magic_fast.recipe import Recipe, Selection
 
@@ -51,25 +42,20 @@ class Sweep:
     """One execution of several plans over the same inputs.
 
     Args:
-        plans: the same tensors from the same sources, in the same order.
-        nonfinite: ``error`` or ``propagate``.
-        progress: called after each unit.
+        works: plans of the same tensors from the same sources, in the same order.
     """
 
-    def __init__(
-        self,
-        plans: Sequence[MergePlan],
-        nonfinite: str,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self._plans, self._nonfinite, self._progress = plans, nonfinite, progress
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._plans = plans = [work.plan for work in works]
+        self._nonfinite = works[0].nonfinite
+        self._meter = Meter(traffic(plans), works[0].progress)
+        self._writers = [Writer(w.output, w.journal, w.nonfinite) for w in works]
+        self._loader = Loader(plans[0].models, works[0].output, works[0].journal)
         self._slot_bytes = slot_for(plans)
         self._variants = self._distinct()
         self._selections: dict[str, dict[Recipe, Selection]] = {}
         self._free: list[Slot] = []
         self._lock = threading.Lock()
-        self._done = 0
-        self.bytes_read = 0
 
     def _distinct(self) -> dict[str, list[Variant]]:
         """Tensor → the ways to merge it that differ."""
@@ -88,8 +74,12 @@ class Sweep:
             ]
         return found
 
-    def execute(self, outputs: Sequence[OutputFolder]) -> tuple[list[Writer], Pipeline]:
-        """All tensors of all combinations merged and written; no output is final yet."""
+    def execute(self) -> list[Outcome]:
+        """All tensors of all plans merged and written.
+
+        Raises:
+            CheckpointError: an input changed meanwhile.
+        """
         every = [v for variants in self._variants.values() for v in variants]
         self._streamed = Selecting(self._nonfinite, self._selections)
         self._streamed.share(self._variants)
@@ -99,21 +89,15 @@ class Sweep:
 
             torch_plans = {v.plan for v in every if v.mode is Mode.TORCH}
             self._workers = {c: Worker(self._plans[c], self._nonfinite) for c in torch_plans}
-        journal = NoJournal()
-        self._writers = [Writer(output, journal, self._nonfinite) for output in outputs]
         used = SLOTS if any(v.mode is Mode.STREAM for v in every) else 0
-        self._total = self._expected_bytes()
         slots = [Slot(self._slot_bytes) for _ in range(used)]
-        with Loader(self._plans[0].models, outputs[0], journal) as loader:
+        with self._loader as loader:
             self._pipeline = Pipeline(loader, self._compute, self._store, slots)
             for worker in self._workers.values():
                 worker.prepare()
             self._pipeline.run(self._units())
-        return self._writers, self._pipeline
-
-    def _expected_bytes(self) -> int:
-        reads = sum(i.nbytes for s in self._plans[0].steps for i in s.inputs)
-        return reads + sum(plan.output_bytes for plan in self._plans)
+        refuse_changed(self._plans[0].models.values())
+        return [outcome_of(writer, self._meter, self._pipeline) for writer in self._writers]
 
     # ---- what to read ----
     def _units(self) -> Iterator[Unit]:
@@ -170,8 +154,8 @@ class Sweep:
     # ---- what to do with it ----
     def _compute(self, unit: Unit) -> None:
         pieces: list[Loaded] = unit.buffers["pieces"]
-        self.bytes_read += sum(n.nbytes for p in pieces for *_, n in p.inputs)
         if unit.search is not None:
+            self._meter.bytes_read += unit.buffers["bytes_read"]
             self._streamed(unit)
             return
         slot = unit.buffers["out"] = self._room(pieces)
@@ -193,13 +177,8 @@ class Sweep:
         for (key, one), stats in zip(direct, batch.buffers["stats"], strict=True):
             done[key] = one, stats
         unit.buffers["done"] = done
-        self._tell(unit)
-
-    def _tell(self, unit: Unit) -> None:
-        self._done += unit.input_bytes + unit.output_bytes * len(self._plans)
-        if self._progress is not None:
-            name = unit.pieces[-1].step.name
-            self._progress(Progress(min(self._done, self._total), self._total, name))
+        nbytes = unit.input_bytes + unit.output_bytes * len(self._plans)
+        self._meter.count(nbytes, unit.pieces[-1].step.name, read=unit.buffers["bytes_read"])
 
     def _arrays(self, one: Loaded) -> list[View]:
         """The inputs, rounded to the configuration's dtype where they are of another; once."""
@@ -283,68 +262,3 @@ def slot_for(plans: Sequence[MergePlan]) -> int:
         outputs = sum(element_size(step.dtype) for step in steps)
         most = max(most, outputs * sample / max(piece_bytes(steps[0], sample), 1))
     return slot_bytes(int((plans[0].memory or DEFAULT_MEMORY) / (1 + most)))
-
-
-def run_sweep(
-    plans: Sequence[MergePlan],
-    names: Sequence[str],
-    out: str,
-    *,
-    nonfinite: str = "error",
-    progress: Callable[[Progress], None] | None = None,
-    finish: Finish | None = None,
-    index: Callable[[Sequence[MergeReport]], str],
-) -> list[MergeReport]:
-    """Executes plans over the same inputs, from one read of them.
-
-    Args:
-        plans: the same tensors from the same sources; each ``out`` is ``out``/name.
-        names: the sub-folder of each.
-        out: the folder; it appears once, whole, with all sub-folders.
-        index: the text of ``sweep.json``, from the reports.
-
-    Raises:
-        NonFiniteError, CheckpointError, OutputError: nothing is left.
-    """
-    started = time.monotonic()
-    for plan in plans:
-        plan.budget_with(staged=False).refuse_excess()
-    staging = Staging(out, resume=False, fs=REAL)
-    try:
-        with ExitStack() as stack:
-            outputs = [
-                stack.enter_context(OutputFolder(os.path.join(staging.partial, name)))
-                for name in names
-            ]
-            for output, plan in zip(outputs, plans, strict=True):
-                output.create_shards(plan.shards)
-            job = Sweep(plans, nonfinite, progress)
-            writers, pipeline = job.execute(outputs)
-            refuse_changed(plans[0].models.values())
-            reports = []
-            for plan, output, writer in zip(plans, outputs, writers, strict=True):
-                report = MergeReport(plan.out, plan.method, "", warnings=list(plan.warnings))
-                fill_report(report, plan, writer)
-                report.bytes_read, report.bytes_written = job.bytes_read, writer.written
-                report.stages = vars(pipeline.times)
-                if finish is not None:
-                    finish(plan, report, output, evidence(writer, identity_of(plan, nonfinite)))
-                output.finalise()
-                reports.append(report)
-        for report in reports:
-            report.seconds = time.monotonic() - started
-            report.peak_memory_bytes = peak_rss()
-        _write_index(os.path.join(staging.partial, "sweep.json"), staging, index(reports))
-        staging.commit()
-    finally:
-        staging.abandon(keep=False)
-    return reports
-
-
-def _write_index(path: str, staging: Staging, text: str) -> None:
-    data = text.encode()
-    with writing(path, staging.partial, REAL, len(data)):
-        with REAL.new_file(path) as fd:
-            REAL.write_exactly(fd, memoryview(data), 0)
-            REAL.fsync(fd)
-        REAL.fsync_path(staging.partial)
