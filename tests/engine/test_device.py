@@ -34,8 +34,8 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[FakeLane]:
     """Two devices in the place of ``cuda``."""
     found = [FakeLane("cuda:0"), FakeLane("cuda:1")]
     monkeypatch.setattr(device, "lanes_of", lambda name: found)
-    for module in ("checkpoints", "calibrating_checkpoints", "sweeping_checkpoints"):
-        monkeypatch.setattr(f"magic_fast.api.{module}.device_of", lambda name: name)
+    for module in ("merge", "calibrate", "sweep"):
+        monkeypatch.setattr(f"magic_fast.api.checkpoints.{module}.device_of", lambda name: name)
     return found
 
 
