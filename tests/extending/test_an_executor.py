@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from extending import subprocess_executor
 from extending.subprocess_executor import Subprocesses
 from magic_fast.cli import main
 from magic_fast.engine.execute import registry
-from magic_fast.engine.execute.executor import Outcome
+from magic_fast.engine.execute.executor import Executor, Outcome, Work
+from magic_fast.engine.execute.shard import Shards
 
 SHARDS: dict[str, Any] = {"max_shard_size": 300_000, "memory": 4 * MIB}
 TIES = {"parameters": {"density": 0.3, "weight": 0.7}, "calibrate": "wsc"}
@@ -275,7 +277,7 @@ def test_what_cannot_run_a_plan_says_why(models: Models, tmp_path: Path) -> None
     config, out = models.config("average"), tmp_path / "out"
     with pytest.raises(mf.InputError, match="executor 'gpu': expected one that runs plans on cpu"):
         merge(config, out, executor="gpu", device="cpu")
-    with pytest.raises(mf.InputError, match="executor: expected a name or an object with"):
+    with pytest.raises(mf.InputError, match="executor: expected a name, or an object with"):
         merge(config, out, executor=3)
 
     class Picky(Subprocesses):
@@ -288,6 +290,50 @@ def test_what_cannot_run_a_plan_says_why(models: Models, tmp_path: Path) -> None
     with pytest.raises(mf.InputError, match="full moon"):
         merge(config, out, executor=Picky())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_made_is_named(
+    models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+    mf.register_executor("absent", "no_such_module_at_all:Cluster")
+    mf.register_executor("empty", object)
+    messages = {
+        "absent": "executor 'absent': expected one that can be imported, got: No module named",
+        "empty": "with the methods refuse, run, sweep, got <object",
+    }
+    for name, message in messages.items():
+        with pytest.raises(mf.InputError, match=message):
+            merge(models.config("average"), tmp_path / "out", executor=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+class OneTensorATime(Executor):
+    """Tasks cut further than a shard, in this process."""
+
+    def run(self, work: Work) -> Outcome:
+        shards = Shards(work)
+        for task in shards.tasks:
+            for step in task.steps:
+                shards.done(replace(task, steps=(step,)).fill(shards.folder, shards.add))
+        return shards.outcome
+
+
+def test_a_task_may_be_cut_further(models: Models, tmp_path: Path) -> None:
+    config = models.config("ties", **TIES)
+    for name, executor in (("cut", OneTensorATime()), ("local", "local")):
+        merge(config, tmp_path / name / "out", executor=executor, max_shard_size=10**9)
+    assert hashes(tmp_path / "cut" / "out") == hashes(tmp_path / "local" / "out")
+
+
+def test_a_worker_that_does_not_see_the_output(models: Models, tmp_path: Path) -> None:
+    class Elsewhere(OneTensorATime):
+        def run(self, work: Work) -> Outcome:
+            shards = Shards(work)
+            return shards.tasks[0].fill(str(tmp_path), shards.add)
+
+    with pytest.raises(mf.OutputError, match=r"Shard not begun for .*Run where the folder"):
+        merge(models.config("average"), tmp_path / "out", executor=Elsewhere())
 
 
 @pytest.mark.parametrize(

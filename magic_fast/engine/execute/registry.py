@@ -32,12 +32,23 @@ class ExecutorSpec:
     summary: str
 
     def load(self) -> Executor:
-        """A new executor."""
+        """A new executor.
+
+        Raises:
+            InputError: it cannot be imported, or lacks a method.
+        """
         factory: Any = self.factory
-        if isinstance(factory, str):
-            module, _, attribute = factory.partition(":")
-            factory = getattr(importlib.import_module(module), attribute)
-        executor: Executor = factory()
+        try:
+            if isinstance(factory, str):
+                module, _, attribute = factory.partition(":")
+                factory = getattr(importlib.import_module(module), attribute)
+            executor: Executor = factory()
+        except ImportError as error:
+            raise InputError(
+                f"executor {self.name!r}: expected one that can be imported, got: {error}. Install "
+                "what it needs, or choose another."
+            ) from error
+        _check_methods(executor)
         return executor
 
 
@@ -133,9 +144,16 @@ def refuse_executor(executor: str | Executor) -> None:
     if isinstance(executor, str):
         if executor != "auto":
             _named(executor)
-    elif not callable(getattr(executor, "run", None)):
+    else:
+        _check_methods(executor)
+
+
+def _check_methods(executor: object) -> None:
+    methods = ("refuse", "run", "sweep")
+    if not all(callable(getattr(executor, name, None)) for name in methods):
         raise InputError(
-            f"executor: expected a name or an object with a method 'run', got {executor!r}."
+            f"executor: expected a name, or an object with the methods {', '.join(methods)}, got "
+            f"{executor!r}."
         )
 
 
