@@ -14,16 +14,11 @@ from magic_fast.errors import BackendError, InputError
 from magic_fast.ops.job import Array, Job, Stats
 from magic_fast.ops.limits import default_rows, unsupported
 from magic_fast.ops.native import directions as native_directions
-from magic_fast.ops.native.jobs import (
-    Call,
-    RowResults,
-    code_of,
-    doubles,
-    is_contiguous,
-    missing,
-    numel_of,
-)
+from magic_fast.ops.native.arrays import code_of, doubles, is_contiguous, numel_of
+from magic_fast.ops.native.jobs import Call
 from magic_fast.ops.native.phases import Phases, of_nothing, thresholds_only
+from magic_fast.ops.native.plan import missing
+from magic_fast.ops.native.results import RowResults
 from magic_fast.ops.native.search import StreamingSelect, cut_for
 from magic_fast.recipe import (
     Align,

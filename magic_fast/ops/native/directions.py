@@ -10,7 +10,8 @@ from typing import Any
 from magic_fast.errors import InternalError
 from magic_fast.ops.directions import Directions, RowWeights
 from magic_fast.ops.job import Array, Job, Stats
-from magic_fast.ops.native.jobs import Call, numel_of
+from magic_fast.ops.native.arrays import numel_of
+from magic_fast.ops.native.jobs import Call
 from magic_fast.recipe import Recipe, Selection
 
 try:

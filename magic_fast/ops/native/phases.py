@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from magic_fast.ops.job import Job
-from magic_fast.ops.native.jobs import Call, numel_of
+from magic_fast.ops.native.arrays import numel_of
+from magic_fast.ops.native.jobs import Call
 from magic_fast.recipe import (
     Align,
     Recipe,

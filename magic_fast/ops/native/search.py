@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from magic_fast.errors import InternalError
 from magic_fast.ops.job import Array, Job, View
-from magic_fast.ops.native.jobs import Call, numel_of
+from magic_fast.ops.native.arrays import numel_of
+from magic_fast.ops.native.jobs import Call
 from magic_fast.ops.native.phases import Phases
 from magic_fast.recipe import Recipe, Selection
 

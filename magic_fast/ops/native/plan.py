@@ -1,0 +1,134 @@
+"""Recipes and calibrations as the native core takes them: plain numbers, prepared once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from magic_fast.recipe import (
+    Granularity,
+    Recipe,
+    Rescale,
+    RowCalibration,
+    TieRule,
+    Trim,
+    TrimRule,
+    Variant,
+    Weigh,
+)
+from magic_fast.recipe.codes import (
+    CONTRIBUTORS,
+    DIRECTIONS,
+    EPS_MODES,
+    REDUCES,
+    RESCALES,
+    TIE_RULES,
+    VARIANTS,
+    VOTES,
+    VOTES_ON,
+    ZERO_VOTES,
+    CpuTrim,
+    consensus_code,
+)
+
+try:
+    from magic_fast import _native
+except ImportError as error:  # remembered: the backend tells it
+    missing: str | None = str(error)
+else:
+    missing = None
+
+_WITHOUT_COUNTS = {TrimRule.THRESHOLD: CpuTrim.ABOVE, TrimRule.VARIANCE: CpuTrim.VARIANCE}
+
+
+def _trim_counts(trim: Trim, k: int, n: int | None) -> tuple[int, int, int]:
+    """(kind, count, top_count) of expert ``k`` among ``n`` elements. ``n`` None: a selection is
+    given, the counts do not matter."""
+    if not trim.active(k) or trim.rule is TrimRule.GIVEN:
+        return CpuTrim.NONE, 0, -1
+    if trim.rule is TrimRule.RANDOM:
+        return CpuTrim.RANDOM, 0, -1
+    if trim.rule is TrimRule.RANKED:
+        return CpuTrim.RANKED, 0, -1
+    if trim.rule is TrimRule.COMPETE:  # its bounds are looked for as those of a band
+        return (CpuTrim.BAND, *trim.tail_ranks(n)) if n else (CpuTrim.NONE, 0, -1)
+    if trim.rule in (TrimRule.THRESHOLD, TrimRule.VARIANCE):
+        return CpuTrim.NONE if n == 0 else _WITHOUT_COUNTS[trim.rule], 0, -1
+    if n is None:
+        return CpuTrim.BAND, 0, 0 if trim.rule is TrimRule.BAND else -1
+    if n == 0:
+        return CpuTrim.NONE, 0, -1
+    if trim.rule is TrimRule.BAND:
+        top, kept = trim.band_counts(k, n)
+        return (CpuTrim.BAND, top + kept, top) if kept else (CpuTrim.BAND, 0, 0)
+    if trim.tie_rule is TieRule.DROP_ALL:
+        dropped = math.trunc(float(n) * (1.0 - trim.density[k]))
+        return (CpuTrim.BAND, n - dropped + 1, -1) if dropped else (CpuTrim.NONE, 0, -1)
+    return CpuTrim.BAND, trim.kept_count(k, n), -1
+
+
+def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> Any:
+    """The recipe for tensors of ``total`` elements (None: thresholds are given), as the C surface
+    takes it. ``count``: keep so many of the largest, whatever the recipe's trim."""
+    trim, consensus = recipe.trim, recipe.consensus
+    experts = []
+    for k, weight in enumerate(recipe.weights):
+        kind, kept, top = CpuTrim.BAND, count, -1
+        if count is None:
+            kind, kept, top = _trim_counts(trim, k, total)
+        density = float(trim.density[k]) if trim.density else 1.0
+        drops = (
+            trim.rule not in (TrimRule.GIVEN, TrimRule.COMPETE) and trim.active(k) and total != 0
+        )
+        restored = 1.0 / density if recipe.rescale is Rescale.KEEP_PROBABILITY else 1.0
+        experts.append(
+            {
+                "weight": weight,
+                "trim": kind,
+                "count": kept,
+                "top_count": top,
+                "density": density,
+                "epsilon": float(trim.epsilon[k]) if trim.epsilon else 0.0,
+                "threshold": float(trim.epsilon[k]) if kind == CpuTrim.ABOVE else 0.0,
+                "random_bound": math.floor(density * 2.0**32) if kind == CpuTrim.RANDOM else 0,
+                "lambda": consensus.lambdas[k] if consensus and not consensus.given else 0.0,
+                "factor": restored if drops else 1.0,
+                "given_factor": restored,
+            }
+        )
+    fields = {
+        "tie_rule": TIE_RULES[trim.tie_rule],
+        "rescale": RESCALES[recipe.rescale],
+        "vote": VOTES[recipe.vote],
+        "vote_on": VOTES_ON[recipe.vote_on],
+        "zero_vote": ZERO_VOTES[recipe.zero_vote],
+        "contributors": CONTRIBUTORS[recipe.contributors],
+        "reduce": REDUCES[recipe.reduce],
+        "consensus": consensus_code(recipe),
+        "min_tasks": 0 if consensus is None else consensus.min_tasks,
+        "least": recipe.least,
+        "alone": int(recipe.alone is not None),
+        "limited": int(recipe.limit is not None),
+        "competes": int(recipe.weigh is Weigh.SCORE),
+        "limit": recipe.limit or 0.0,
+        "scale": recipe.scale,
+        "seed": trim.seed,
+    }
+    return _native.Plan(fields, experts)
+
+
+def calibration_of(c: RowCalibration) -> Any:
+    return _native.Calibration(
+        c.rows,
+        c.cols,
+        VARIANTS[c.variant],
+        c.granularity is Granularity.TENSOR,
+        2.0 if c.variant is Variant.SPECTRAL else float(c.p),
+        EPS_MODES[c.eps_mode],
+        c.guards,
+        c.clamp,
+        c.strength,
+        c.scale,
+        DIRECTIONS[c.direction],
+        c.included,
+    )
