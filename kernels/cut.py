@@ -13,11 +13,7 @@ import triton.language as tl
 from .keys import load_key
 from .load import load_base, positions, room
 from .select import EQUAL, HEAVIES, HEAVY, NEEDED, THRESHOLD, WIDTH
-
-# Tie rules.
-EXACT = tl.constexpr(0)
-KEEP_EQUAL = tl.constexpr(1)
-DROP_EQUAL = tl.constexpr(2)
+from .words import DROP_EQUAL, EXACT
 
 
 @triton.jit

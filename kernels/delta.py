@@ -13,14 +13,9 @@ from .vote import finish_delta, reduce_values
 from .words import (
     ABOVE,
     FACTOR,
-    FACTORED,
     KEEP_ALL,
-    MERGED,
-    SCORED,
-    UNWEIGHTED,
     VARIED,
     WEIGHT,
-    WEIGHTED,
 )
 
 
@@ -48,9 +43,9 @@ def trimmed_values(
                     K, KINDS[k], ALIGNED, LANES, VEC,
                 )  # fmt: skip
             x = tl.where(keep, x, 0.0)
-        if RULE[FACTORED]:
+        if RULE.factored:
             x = x * tl.load(numbers + FACTOR * K + k)
-        if RULE[WEIGHTED] and not RULE[UNWEIGHTED]:
+        if RULE.weighted and not RULE.unweighted:
             x = x * tl.load(numbers + WEIGHT * K + k)
         values = values + (x,)
         kept = kept + (keep,)
@@ -66,10 +61,10 @@ def block_delta(
     """(d, raw task vectors, keep masks) of one block.
 
     ``b``: base as stored; ``at``: int64 element offsets into the arrays; ``flat``: index of the
-    block's first element in the whole tensor. With RULE[MERGED] d is merged − base.
+    block's first element in the whole tensor. With RULE.merged d is merged − base.
     """
     taus = load_taus(experts, at, inside, b, K, HAS_BASE)
-    if RULE[MERGED]:
+    if RULE.merged:
         d = widened(tl.load(merged + at, mask=inside, other=0.0))
         if HAS_BASE:
             d = d - widened(b)
@@ -79,7 +74,7 @@ def block_delta(
             taus, masks, integers, numbers, at, inside, position, flat,
             K, KINDS, RULE, ALIGNED, LANES, VEC,
         )  # fmt: skip
-        if RULE[SCORED]:
+        if RULE.scored:
             total = competed(taus, integers, numbers, K)
         else:
             total = reduce_values(values, integers, numbers, K, RULE)

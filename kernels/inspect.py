@@ -24,17 +24,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cut, launch, merge, norms, ranked, rows, select, sums, table
+from . import cut, launch, merge, norms, ranked, rows, select, sums, table, words
 
-_SUM = (0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+def _rule(**fields: Any) -> words.Rule:
+    """RULE from words and flags."""
+    return words.Rule(**{name: getattr(x, "value", x) for name, x in fields.items()})
+
+
+_PLAIN = _rule(contributors=words.EVERYBODY)
+_MASS_MEAN = {"vote": words.MASS, "reduce": words.WEIGHTED_MEAN, "weighted": 1}
 #: Trim of every expert, and RULE. TIES, SCE: mass, weighted mean; DARE: ÷ density, mass, sum.
 _RECIPES = {
-    "sum": (0, _SUM),
-    "ties": (1, (1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0)),
-    "dare_ties": (3, (1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0)),
-    "sce": (5, (1, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0)),
-    "ramplus_tl": (1, (0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0)),
-    "pcb": (0, (0, 0, 2, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1)),
+    "sum": (words.KEEP_ALL, _PLAIN),
+    "ties": (words.ABOVE, _rule(**_MASS_MEAN, scaled=1)),
+    "dare_ties": (words.RANDOM, _rule(vote=words.MASS, factored=1, weighted=1)),
+    "sce": (words.VARIED, _rule(**_MASS_MEAN, unweighted=1)),
+    "ramplus_tl": (words.ABOVE, _rule(contributors=words.NONZERO, reduce=words.MEAN, singled=1)),
+    "pcb": (
+        words.KEEP_ALL,
+        _rule(contributors=words.EVERYBODY, reduce=words.WEIGHTED_MEAN, scaled=1, scored=1),
+    ),
 }
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 #: columns of the row that the fused kernel is compiled for
@@ -82,7 +92,7 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
     }  # fmt: skip
     plain = {"K": k, "HAS_BASE": True, "ALIGNED": True, **lanes}
     recipes = {
-        word: {"KINDS": (kind,) * k, "RULE": rule, "WORDS": (k + 1) // 2 if kind else 0}
+        word: {"KINDS": (kind.value,) * k, "RULE": rule, "WORDS": (k + 1) // 2 if kind.value else 0}
         for word, (kind, rule) in _RECIPES.items()
     }
     for word, recipe in recipes.items():
@@ -101,8 +111,9 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
         fused = {
             **plain, **depth, "LANES": of_row.lanes, "VEC": of_row.vec,
             "SUMS": (k + 1) * (k + 2) // 2,
-            "CHOSEN": tuple(range(k)), "VARIANT": 0, "EPS_MODE": 1, "GUARDS": True,
-            "CLAMPS": True, "POWER": False, "DIRECTION": 0, "KEEPS": False,
+            "CHOSEN": tuple(range(k)), "VARIANT": words.MANIFOLD.value,
+            "EPS_MODE": words.EPS_RELATIVE.value, "GUARDS": True,
+            "CLAMPS": True, "POWER": False, "DIRECTION": words.FREE.value, "KEEPS": False,
         }  # fmt: skip
         more = {
             "policy": "*fp64",
@@ -140,7 +151,7 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
     yield from _selecting(k, dtype, shape)
     yield Case(
         "norm_sums", norms.norm_sums, {**common, "partial": "*fp64"},
-        {**plain, **recipes["ties"], "RULE": _SUM, "P": 1}, shape.warps, k,
+        {**plain, **recipes["ties"], "RULE": _PLAIN, "P": 1}, shape.warps, k,
     )  # fmt: skip
     yield Case(
         "held_counts", norms.held_counts, {**common, "partial": "*i32"},
@@ -168,12 +179,13 @@ def _selecting(k: int, dtype: str, shape: launch.Shape) -> Iterator[Case]:
         "state": "*i64", "heavy": "*i32", "owners": "*i64", "bins": "*i32", "above": "*i64",
         "equals": "*i32", "counts": "*i64", "integers": "*i64",
     }  # fmt: skip
-    keyed = {"K": k, "HAS_BASE": True, "KEY": 0}
+    keyed = {"K": k, "HAS_BASE": True, "KEY": words.BY_MAGNITUDE.value}
     targets = {**keyed, "TARGETS": k, "OWNERS": tuple(range(k))}
     lanes = {"LANES": shape.lanes, "VEC": shape.vec}
-    rules = {"RULES": (0,) * k}
-    varied = {**targets, "TARGETS": 1, "OWNERS": (0,), "KEY": 1}
-    scored = {**targets, "TARGETS": 2 * k, "OWNERS": tuple(i // 2 for i in range(2 * k)), "KEY": 2}
+    rules = {"RULES": (words.EXACT.value,) * k}
+    varied = {**targets, "TARGETS": 1, "OWNERS": (0,), "KEY": words.BY_VARIANCE.value}
+    scored = {**targets, "TARGETS": 2 * k, "OWNERS": tuple(i // 2 for i in range(2 * k))}
+    scored["KEY"] = words.BY_SCORE.value
     fewer = {**lanes, "VEC": launch.vector(2 * k, _SIZES[dtype]), "LOG_BINS": 16}
     for name, kernel, constexprs, warps in (
         ("sample_keys", select.sample_keys, {**keyed, "WIDTH_OF": k, "RUNS": 64, "RUN": 16}, 4),

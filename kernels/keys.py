@@ -12,10 +12,7 @@ import triton.language as tl
 
 from .compete import score, total_of
 from .load import load_tau, load_taus, magnitude_bits
-
-MAGNITUDE = tl.constexpr(0)
-VARIANCE = tl.constexpr(1)
-SCORE = tl.constexpr(2)
+from .words import BY_MAGNITUDE, BY_VARIANCE
 
 
 @triton.jit
@@ -46,7 +43,7 @@ def keys_together(
     """What all experts of an entry say: its variance (one block), or K scores."""
     taus = load_taus(experts, at, inside, b, K, HAS_BASE)
     keys = ()
-    if KEY == VARIANCE:
+    if KEY == BY_VARIANCE:
         keys = keys + (magnitude_bits(variance(taus, K)),)
     else:
         total = total_of(taus, K)
@@ -61,7 +58,7 @@ def load_key(
     OWNER: tl.constexpr, K: tl.constexpr, HAS_BASE: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     """The key of one expert (of all: OWNER 0)."""
-    if KEY == MAGNITUDE:
+    if KEY == BY_MAGNITUDE:
         key = magnitude_bits(load_tau(experts[OWNER], at, inside, b, HAS_BASE))
     else:
         key = keys_together(experts, at, inside, b, integers, K, HAS_BASE, KEY)[OWNER]

@@ -20,9 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .keys import MAGNITUDE, keys_together, load_key
+from .keys import keys_together, load_key
 from .load import load_base, positions, room
 from .rowstats import columns
+from .words import BY_MAGNITUDE
 
 # Columns of `state`.
 BRACKET_LOW = tl.constexpr(0)
@@ -152,13 +153,13 @@ def scan(
                 at = start + position
                 inside = position < room(n, start, LANES * VEC)
                 b = load_base(base, at, inside, HAS_BASE)
-                if KEY != MAGNITUDE:
+                if KEY != BY_MAGNITUDE:
                     keys = keys_together(experts, at, inside, b, integers, K, HAS_BASE, KEY)
                 more = ()
                 for t in tl.static_range(TARGETS):
                     row = state + t * WIDTH
                     asked = inside & (tl.load(row + DONE) == 0)
-                    if KEY == MAGNITUDE:
+                    if KEY == BY_MAGNITUDE:
                         key = load_key(experts, at, asked, b, integers, OWNERS[t], K, HAS_BASE, KEY)
                     else:
                         key = keys[OWNERS[t]]

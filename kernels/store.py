@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .load import INF_BITS, any_nonfinite, magnitude_bits, note_nonfinite, widened
-from .words import MERGED
 
 
 @triton.jit
@@ -77,7 +76,7 @@ def note_inputs(
     flat = at + offset
     for k in tl.static_range(K):
         note_nonfinite(experts[k], report, k, at, flat, inside)
-    if RULE[MERGED]:
+    if RULE.merged:
         note_nonfinite(merged, report, K, at, flat, inside)
     if HAS_BASE:
         note_nonfinite(base, report, K + 1, at, flat, inside)
@@ -96,7 +95,7 @@ def note_overflow(overflowed, report, at, offset, K: tl.constexpr):
 def nonfinite_of(taus, d, K: tl.constexpr, RULE: tl.constexpr):
     """float32: not 0 (NaN) where an input is not finite."""
     z = any_nonfinite(taus, K)
-    if RULE[MERGED]:
+    if RULE.merged:
         z = tl.fma(d, 0.0, z)
     return z
 

@@ -13,14 +13,10 @@ from .words import (
     AGREEING,
     ALONE,
     BY_LAMBDA,
-    CONSENSUS,
     EVERYBODY,
-    FLOORED,
-    HOW,
     LAMBDA,
     LEAST,
     LIMIT,
-    LIMITED,
     MAJORITY,
     MASS,
     MAX,
@@ -30,15 +26,8 @@ from .words import (
     NO_VOTE,
     NONZERO,
     SCALE,
-    SCALED,
-    SINGLED,
-    UNWEIGHTED,
-    VOTE,
     WEIGHT,
-    WEIGHTED,
     WEIGHTED_MEAN,
-    WHO,
-    ZERO,
     ZERO_MAJORITY,
     ZERO_NEGATIVE,
     ZERO_POSITIVE,
@@ -50,7 +39,7 @@ def tally(values, K: tl.constexpr, RULE: tl.constexpr):
     """Σ_k v_k, or Σ_k sign(v_k): what is voted, float32."""
     s = tl.zeros(values[0].shape, tl.float32)
     for k in tl.static_range(K):
-        if RULE[VOTE] == MASS:
+        if RULE.vote == MASS:
             s = s + values[k]
         else:
             s = s + (values[k] > 0).to(tl.float32) - (values[k] < 0).to(tl.float32)
@@ -61,14 +50,14 @@ def tally(values, K: tl.constexpr, RULE: tl.constexpr):
 def _elect(values, integers, K: tl.constexpr, RULE: tl.constexpr):
     """The elected sign, float32 −1, 0 (nobody) or 1, zero votes resolved."""
     s = tally(values, K, RULE)
-    if RULE[ZERO] == ZERO_POSITIVE:
+    if RULE.zero_vote == ZERO_POSITIVE:
         tie = 1.0
-    elif RULE[ZERO] == ZERO_NEGATIVE:
+    elif RULE.zero_vote == ZERO_NEGATIVE:
         tie = -1.0
-    elif RULE[ZERO] == ZERO_MAJORITY:
+    elif RULE.zero_vote == ZERO_MAJORITY:
         majority = tl.load(integers + 6 * K + (MAJORITY - 6))
         # an undecided majority keeps the negatives, but elects no maximum
-        if RULE[HOW] == MAX:
+        if RULE.reduce == MAX:
             tie = majority.to(tl.float32)
         else:
             tie = tl.where(majority > 0, 1.0, -1.0)
@@ -80,12 +69,12 @@ def _elect(values, integers, K: tl.constexpr, RULE: tl.constexpr):
 @triton.jit
 def _divide(total, count, numbers, K: tl.constexpr, RULE: tl.constexpr):
     """total ÷ count with the rule for a count that cannot divide."""
-    if RULE[HOW] == MEAN:
+    if RULE.reduce == MEAN:
         divisor = tl.maximum(count, 1.0)
-    elif RULE[FLOORED]:
+    elif RULE.floored:
         least = tl.load(numbers + SCALE * K + (LEAST - SCALE))
         divisor = tl.where(count < least, least, count)
-    elif RULE[VOTE] == NO_VOTE:
+    elif RULE.vote == NO_VOTE:
         divisor = tl.where(tl.abs(count) < 1e-8, 1.0, count)
     else:
         divisor = tl.where(count == 0, 1.0, count)
@@ -100,40 +89,40 @@ def reduce_values(values, integers, numbers, K: tl.constexpr, RULE: tl.constexpr
     count = zeros
     best = zeros - 1.0
     own = zeros
-    if RULE[VOTE] != NO_VOTE:
+    if RULE.vote != NO_VOTE:
         elected = _elect(values, integers, K, RULE)
     for k in tl.static_range(K):
         v = values[k]
         x = v
         weight = tl.load(numbers + WEIGHT * K + k)
-        if RULE[UNWEIGHTED] and RULE[WEIGHTED]:
+        if RULE.unweighted and RULE.weighted:
             x = x * weight
-        if RULE[WHO] == AGREEING:
+        if RULE.contributors == AGREEING:
             contributes = v * elected > 0  # a product with ±1 is exact; 0 elects nobody
-        elif RULE[WHO] == NONZERO:
+        elif RULE.contributors == NONZERO:
             contributes = v != 0
         else:
             contributes = tl.full(v.shape, 1, tl.int1)
-        if RULE[HOW] == MAX:
+        if RULE.reduce == MAX:
             magnitude = tl.abs(x)
             # without a vote the later of two equal ones wins
-            wins = magnitude >= best if RULE[VOTE] == NO_VOTE else magnitude > best
+            wins = magnitude >= best if RULE.vote == NO_VOTE else magnitude > best
             wins = wins & contributes
             best = tl.where(wins, magnitude, best)
             total = tl.where(wins, x, total)
-        elif RULE[WHO] == EVERYBODY:
+        elif RULE.contributors == EVERYBODY:
             total = total + x
         else:
             total = total + tl.where(contributes, x, 0.0)
-        if RULE[SINGLED]:
+        if RULE.singled:
             own = tl.where(contributes, tl.load(numbers + ALONE * K + k), own)
-        if RULE[HOW] == MEAN:
+        if RULE.reduce == MEAN:
             count = count + tl.where(contributes, 1.0, 0.0)
-        elif RULE[HOW] == WEIGHTED_MEAN:
+        elif RULE.reduce == WEIGHTED_MEAN:
             count = count + tl.where(contributes, weight, 0.0)
-    if RULE[HOW] == MEAN or RULE[HOW] == WEIGHTED_MEAN:
+    if RULE.reduce == MEAN or RULE.reduce == WEIGHTED_MEAN:
         total = _divide(total, count, numbers, K, RULE)
-    if RULE[SINGLED]:
+    if RULE.singled:
         total = tl.where(count == 1, total * own, total)
     return total
 
@@ -143,7 +132,7 @@ def _needed(taus, delta, task_masks, numbers, at, inside, K: tl.constexpr, RULE:
     """bool: at least ``min_tasks`` experts need the coordinate, |τ_k| > λ_k·|Δ − τ_k|."""
     tasks = tl.zeros(delta.shape, tl.float32)
     for k in tl.static_range(K):
-        if RULE[CONSENSUS] == BY_LAMBDA:
+        if RULE.consensus == BY_LAMBDA:
             bar = tl.load(numbers + LAMBDA * K + k) * tl.abs(delta - taus[k])
             tasks = tasks + (tl.abs(taus[k]) > bar).to(tl.float32)
         else:
@@ -156,14 +145,14 @@ def _needed(taus, delta, task_masks, numbers, at, inside, K: tl.constexpr, RULE:
 def finish_delta(total, taus, task_masks, numbers, at, inside, K: tl.constexpr, RULE: tl.constexpr):
     """d = scale·Δ, what consensus drops set to 0, what a limit shortens shortened."""
     d = total
-    if RULE[CONSENSUS] != NO_CONSENSUS:
+    if RULE.consensus != NO_CONSENSUS:
         d = tl.where(_needed(taus, d, task_masks, numbers, at, inside, K, RULE), d, 0.0)
-    if RULE[LIMITED]:
+    if RULE.limited:
         limit = tl.load(numbers + SCALE * K + (LIMIT - SCALE))
         distance = tl.abs(d)
         # where(): as torch's clamp, a NaN stays one
         share = tl.div_rn(limit, tl.where(distance < 1e-6, 1e-6, distance))
         d = d * tl.where(share > 1, 1.0, share)
-    if RULE[SCALED]:
+    if RULE.scaled:
         d = d * tl.load(numbers + SCALE * K)
     return d

@@ -1,6 +1,9 @@
-"""The words of a recipe as the kernels take them: compile-time numbers."""
+"""The words of a recipe as the kernels take them: compile-time numbers, those of
+magic_fast/recipe/codes.py."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton.language as tl
 
@@ -12,41 +15,45 @@ RANDOM = tl.constexpr(3)  # Philox word < bound
 BYTES = tl.constexpr(4)  # keep masks in memory
 VARIED = tl.constexpr(5)  # ABOVE, by the variance over the experts
 
-# Places in RULE, the tuple that says what to do with the trimmed values.
-VOTE = tl.constexpr(0)
-ZERO = tl.constexpr(1)
-WHO = tl.constexpr(2)
-HOW = tl.constexpr(3)
-UNWEIGHTED = tl.constexpr(4)  # the vote is on values before their weights
-FACTORED = tl.constexpr(5)  # some factor is not 1
-WEIGHTED = tl.constexpr(6)  # some weight is not 1
-CONSENSUS = tl.constexpr(7)
-SCALED = tl.constexpr(8)  # the scale is not 1
-MERGED = tl.constexpr(9)  # delta = merged - base: the recipe is not run
-LIMITED = tl.constexpr(10)  # large entries of delta are shortened
-SINGLED = tl.constexpr(11)  # what one expert alone holds has a factor
-FLOORED = tl.constexpr(12)  # a sum of weights has a least value
-SCORED = tl.constexpr(13)  # scores weigh each entry (PCB)
 
-# RULE[VOTE]
+class Rule(NamedTuple):
+    """RULE: what is done with the trimmed values; words below, or 0 and 1."""
+
+    vote: int = 0
+    zero_vote: int = 0
+    contributors: int = 0
+    reduce: int = 0
+    unweighted: int = 0  # the vote is on values before their weights
+    factored: int = 0  # some factor is not 1
+    weighted: int = 0  # some weight is not 1
+    consensus: int = 0
+    scaled: int = 0  # the scale is not 1
+    merged: int = 0  # delta = merged - base: the recipe is not run
+    limited: int = 0  # large entries of delta are shortened
+    singled: int = 0  # what one expert alone holds has a factor
+    floored: int = 0  # a sum of weights has a least value
+    scored: int = 0  # scores weigh each entry (PCB)
+
+
+# RULE.vote
 NO_VOTE = tl.constexpr(0)
 MASS = tl.constexpr(1)
 COUNT = tl.constexpr(2)
-# RULE[ZERO]
+# RULE.zero_vote
 ZERO_POSITIVE = tl.constexpr(0)
 ZERO_NEGATIVE = tl.constexpr(1)
 ZERO_MAJORITY = tl.constexpr(2)
 ZERO_DROP = tl.constexpr(3)
-# RULE[WHO]
+# RULE.contributors
 AGREEING = tl.constexpr(0)
 NONZERO = tl.constexpr(1)
 EVERYBODY = tl.constexpr(2)
-# RULE[HOW]
+# RULE.reduce
 SUM = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 WEIGHTED_MEAN = tl.constexpr(2)
 MAX = tl.constexpr(3)
-# RULE[CONSENSUS]
+# RULE.consensus
 NO_CONSENSUS = tl.constexpr(0)
 BY_LAMBDA = tl.constexpr(1)
 GIVEN = tl.constexpr(2)
@@ -72,9 +79,18 @@ MIN_TASKS = tl.constexpr(7)  # at 6 K + 1
 LIMIT = tl.constexpr(8)  # at 6 K + 2
 LEAST = tl.constexpr(9)  # at 6 K + 3
 
-# Variants of the calibration that a row can finish on its own.
+# What a search compares.
+BY_MAGNITUDE = tl.constexpr(0)  # |tau| of an expert
+BY_VARIANCE = tl.constexpr(1)  # over all experts
+BY_SCORE = tl.constexpr(2)  # of an expert's entry
+# What becomes of entries equal to a threshold.
+EXACT = tl.constexpr(0)
+KEEP_EQUAL = tl.constexpr(1)
+DROP_EQUAL = tl.constexpr(2)
+
+# Variants of the calibration that a row can finish by itself.
 MANIFOLD = tl.constexpr(0)
-SPHERE = tl.constexpr(1)
+SPHERE = tl.constexpr(2)
 EPS_ABSOLUTE = tl.constexpr(0)
 EPS_RELATIVE = tl.constexpr(1)
 EPS_NONE = tl.constexpr(2)

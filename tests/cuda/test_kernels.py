@@ -11,7 +11,7 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.methods.recipes import build_recipe
-from magic_fast.ops.cuda import select as cuda_select
+from magic_fast.ops.cuda import scans as cuda_scans
 from magic_fast.ops.gpu import jobs as gpu_jobs
 from magic_fast.ops.job import Job
 from magic_fast.recipe import Granularity, Recipe, RowCalibration, Trim, TrimRule, Variant, Vote
@@ -95,7 +95,7 @@ def test_selections_that_mislead_a_sample(values: str, density: float) -> None:
 def test_one_scan_is_enough_as_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bins of a large tensor hold every bit pattern of its bracket: the second read goes."""
     one = job((1 << 9, 1 << 12), 1, ties(1), torch.float32)
-    monkeypatch.setattr(cuda_select, "scans_for", lambda *_: 1)
+    monkeypatch.setattr(cuda_scans, "scans_for", lambda *_: 1)
     assert_same_selection(one)
 
 

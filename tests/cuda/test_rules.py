@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from magic_fast.ops.cuda.calls import extension
-from magic_fast.ops.cuda.select import log_bins_of, segments_of
+from magic_fast.ops.cuda.scans import log_bins_of, segments_of
 
 pytestmark = pytest.mark.usefixtures("needs_cuda")
 

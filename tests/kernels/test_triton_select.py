@@ -18,9 +18,9 @@ from magic_fast.recipe import Recipe, TieRule, Trim, TrimRule
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A sample far smaller than the tensor, so that brackets miss and several scans are needed."""
-    from magic_fast.ops.triton import select as triton_select
+    from magic_fast.ops.gpu import jobs as gpu_jobs
 
-    monkeypatch.setattr(triton_select, "SAMPLE", 64)
+    monkeypatch.setattr(gpu_jobs, "SAMPLE", 64)
     yield
 
 

@@ -25,7 +25,6 @@ LONG_FILES = {
     "magic_fast/config/schema.py",
     "magic_fast/methods/catalog.py",
     "magic_fast/methods/parameters.py",
-    "magic_fast/ops/native/jobs.py",
     "magic_fast/reference/calibration.py",
 }
 FULL_FOLDERS = {
@@ -39,8 +38,6 @@ NAMES_A_BACKEND = {
     "magic_fast/engine/execute/search.py",
     "magic_fast/engine/execute/streamed.py",
     "magic_fast/ops/__init__.py",
-    "magic_fast/ops/cuda/rows.py",
-    "magic_fast/ops/cuda/select.py",
 }
 WING = ("magic_fast/ops/native", "magic_fast/ops/registry.py")  # where the backend lives
 

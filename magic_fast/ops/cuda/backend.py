@@ -9,27 +9,20 @@ then only where asked for by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from magic_fast.ops.cuda import rows as cuda_rows
-from magic_fast.ops.cuda import select as cuda_select
 from magic_fast.ops.cuda.calls import emulated, extension
 from magic_fast.ops.cuda.rows import Call
+from magic_fast.ops.cuda.scans import CudaScans
 from magic_fast.ops.cuda.small import groups_of
-from magic_fast.ops.gpu.backend import GpuBackend, merged_rule, on_device_of
-from magic_fast.ops.gpu.jobs import (
-    Device,
-    multiprocessors,
-    to_device,
-)
-from magic_fast.ops.gpu.numbers import VARIED
-from magic_fast.ops.gpu.results import NO_INDEX, Pending, no_rows, selection_of
-from magic_fast.ops.job import Array, Job
-from magic_fast.recipe import Granularity, RowCalibration, Selection, TrimRule
+from magic_fast.ops.gpu.backend import GpuBackend
+from magic_fast.ops.gpu.jobs import Device, multiprocessors
+from magic_fast.ops.gpu.results import Pending
+from magic_fast.ops.job import Array
+from magic_fast.recipe import Granularity, RowCalibration
 from magic_fast.reference.calibration import RowStats
 
 
@@ -37,8 +30,8 @@ class CudaBackend(GpuBackend):
     """f32, f16 and bf16 in any mix; contiguous tensors; up to 64 experts; every recipe that is not
     reference-only. ``launch`` can be captured in a CUDA graph and replayed (new values in the same
     tensors, the same recipe), but for calibrations that leave experts out or have one number for a
-    tensor, trims by variance, and several small tensors at once (``cuda_many.Group.launch``
-    can)."""
+    tensor, trims by variance, and several small tensors at once (``Group.launch`` of
+    small.py can)."""
 
     name = "cuda"
 
@@ -62,90 +55,41 @@ class CudaBackend(GpuBackend):
         where = "" if emulated() else f", {torch.cuda.get_device_name()}"
         return f"{extension().build()}{where}"
 
-    # ---- the primitives ----
-    def select(self, job: Job) -> Selection:
-        with on_device_of(job):
-            (d,) = to_device([job])
-            cuda_select.prepare(d, _report(d), _kept(d))
-            return selection_of(d, d.integers.tolist(), d.floats.tolist())
-
-    def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
-        self.check_merged(job, merged)
-        assert job.out is not None
-        factors = torch.as_tensor(coefficient, dtype=torch.float32, device=merged.device)
-        factors = factors.flatten().contiguous()
-        if merged.numel() == 0:
-            return
-        with on_device_of(job):
-            # whatever the number of experts: they are not part of it
-            d = merged_rule(replace(job, experts=[merged]))
-            call = Call(d, _report(d), _kept(d), merged, job.out)
-            cuda_rows.scaled(call, factors)
-
     # ---- steps of a merge ----
-    def launch_one(self, d: Device, merged: Array | None = None) -> Pending:
-        return _launch(d, merged)
+    def scans_of(self, d: Device, pending: Pending) -> CudaScans:
+        return CudaScans(d, pending)
+
+    def merge_one(self, d: Device, pending: Pending, merged: Array | None) -> None:
+        assert d.job.out is not None
+        call = Call(d, pending, merged, d.job.out)
+        if d.job.calibration is None:
+            cuda_rows.merged(call, 1, d.n, None)
+        else:
+            pending.rows = cuda_rows.calibrated(call)
 
     def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
-        return _launch_small(devices)
+        pending = {}
+        for group in groups_of(devices):
+            group.launch()
+            for i, d in enumerate(group.devices):
+                pending[id(d)] = Pending(group.report[i], group.kept[i])
+        return pending
+
+    def scale_one(self, d: Device, merged: Array, factors: Tensor) -> None:
+        cuda_rows.scaled(Call(d, Pending.empty(d), merged, d.job.out), factors)
 
     def sums_of(self, d: Device, merged: Array, rows: int, cols: int) -> RowStats:
-        call = Call(d, _report(d), _kept(d), merged)
+        call = Call(d, Pending.empty(d), merged)
         return cuda_rows.row_sums(call, RowCalibration(rows, cols), rows, cols)
 
     def workspace_of(self, d: Device) -> int:
-        return _workspace_bytes(d)
-
-
-# ---- one job ----
-def _report(d: Device) -> Tensor:
-    return torch.full((len(d.experts) + 3,), NO_INDEX, dtype=torch.int64, device=d.integers.device)
-
-
-def _kept(d: Device) -> Tensor:
-    return torch.zeros(len(d.experts), dtype=torch.int64, device=d.integers.device)
-
-
-def _launch(d: Device, merged: Tensor | None = None) -> Pending:
-    job = d.job
-    call = Call(d, _report(d), _kept(d), merged, job.out)
-    if merged is None:
-        cuda_select.prepare(d, call.report, call.kept)
-    assert job.out is not None
-    if d.n == 0:
-        return Pending(call.report, call.kept, no_rows(d) if job.calibration is not None else None)
-    rows = None
-    if job.calibration is None:
-        cuda_rows.merged(call, 1, d.n, None)
-    else:
-        rows = cuda_rows.calibrated(call)
-    return Pending(call.report, call.kept, rows)
-
-
-def _launch_small(devices: Sequence[Device]) -> dict[int, Pending]:
-    """Small jobs, one launch for those of one kind."""
-    pending = {}
-    for group in groups_of(devices):
-        group.launch()
-        for i, d in enumerate(group.devices):
-            pending[id(d)] = Pending(group.report[i], group.kept[i])
-    return pending
-
-
-def _workspace_bytes(d: Device) -> int:
-    job, k, n = d.job, len(d.experts), d.n
-    device = d.integers.device
-    total = 16 * k + 64
-    varied = VARIED in d.numbers.kinds
-    if d.numbers.targets or varied:
-        total += cuda_select.workspace_bytes(k, len(d.numbers.targets) or 1, n, device)
-    total += n * varied
-    if job.recipe.trim.rule is TrimRule.RANKED:
-        total += sum(d.numbers.kinds[i] == 4 for i in range(k)) * n + (64 << 20)
-    c = job.calibration
-    if c is not None:
-        by_row = c.granularity is Granularity.ROW
-        total += 8 * c.rows * (k + 3) if by_row else 4 * (k + 1) * (k + 2) * (n // 16384 + 1)
-        blocks = 2 * multiprocessors(device)
-        total += 8 * blocks * (2 * k * k + (k + 1) * (k + 2) + 4 * (k + 1))
-    return total
+        k, n, c = len(d.experts), d.n, d.job.calibration
+        device = d.integers.device
+        total = 16 * k + 64
+        total += n * d.job.recipe.needs_variance  # the mask
+        if c is not None:
+            by_row = c.granularity is Granularity.ROW
+            total += 8 * c.rows * (k + 3) if by_row else 4 * (k + 1) * (k + 2) * (n // 16384 + 1)
+            blocks = 2 * multiprocessors(device)
+            total += 8 * blocks * (2 * k * k + (k + 1) * (k + 2) + 4 * (k + 1))
+        return total

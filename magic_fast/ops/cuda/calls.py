@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from magic_fast.ops.gpu.jobs import Device
-from magic_fast.ops.gpu.numbers import BYTES, VARIED
+from magic_fast.ops.gpu.results import Pending
+from magic_fast.recipe.codes import DTYPES, GpuTrim
 
 #: Names a build of the same sources for the host, where tests run the kernels without a GPU.
 EMULATED = "MAGIC_FAST_CUDA_EMULATED"
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: Fields of codes.Rule that mf_gpu_rule has, in its order.
+RULE = (
+    "vote", "zero_vote", "contributors", "reduce", "unweighted", "consensus", "merged", "limited",
+    "singled", "scored",
+)  # fmt: skip
 
 
 def emulated() -> bool:
@@ -49,17 +54,17 @@ def stream_of_device(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-def pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def pointer(x: Tensor | None, start: int = 0) -> int:
+    """Address of element ``start``; 0 for None."""
+    return 0 if x is None else x.data_ptr() + start * x.element_size()
 
 
 def call_job(
     d: Device,
+    pending: Pending,
     *,
     merged: Tensor | None = None,
     out: Tensor | None = None,
-    report: Tensor,
-    kept: Tensor,
     start: int = 0,
 ) -> Any:
     """A job for the extension. The tensors must outlive the work on the stream.
@@ -69,31 +74,27 @@ def call_job(
         out: takes the result; None where there is none.
         start: element from which on the arrays are seen.
     """
-
-    def at(x: Tensor | None) -> int:
-        return 0 if x is None else x.data_ptr() + start * x.element_size()
-
-    k, rule = len(d.experts), d.numbers.rule
+    k = len(d.experts)
     given = d.job.task_masks is not None
     base = d.job.base
     like = d.experts[0]
     return extension().Job(
-        base=at(base),
-        base_dtype=_DTYPES[like.dtype if base is None else base.dtype],
-        merged=at(merged),
-        merged_dtype=_DTYPES[like.dtype if merged is None else merged.dtype],
-        out=at(out),
-        out_dtype=_DTYPES[like.dtype if out is None else out.dtype],
-        experts=[at(e) for e in d.experts],
-        dtypes=[_DTYPES[e.dtype] for e in d.experts],
+        base=pointer(base, start),
+        base_dtype=DTYPES[like.dtype if base is None else base.dtype],
+        merged=pointer(merged, start),
+        merged_dtype=DTYPES[like.dtype if merged is None else merged.dtype],
+        out=pointer(out, start),
+        out_dtype=DTYPES[like.dtype if out is None else out.dtype],
+        experts=[pointer(e, start) for e in d.experts],
+        dtypes=[DTYPES[e.dtype] for e in d.experts],
         # a trim by variance is a mask here, made once a merge
-        kinds=[BYTES if kind == VARIED else kind for kind in d.numbers.kinds],
-        masks=[m.data_ptr() + start for m in d.masks],
-        task_masks=[m.data_ptr() + start for m in d.task_masks] if given else [0] * k,
+        kinds=[GpuTrim.BYTES if x == GpuTrim.VARIED else x for x in d.numbers.kinds],
+        masks=[pointer(m, start) for m in d.masks],
+        task_masks=[pointer(m, start) for m in d.task_masks] if given else [0] * k,
         integers=d.integers.data_ptr(),
         numbers=d.floats.data_ptr(),
-        report=report.data_ptr(),
-        kept=kept.data_ptr(),
+        report=pending.report.data_ptr(),
+        kept=pending.kept.data_ptr(),
         offset=d.job.offset + start,
-        rule=[*rule[:5], rule[7], rule[9], rule[10], rule[11], rule[13]],
+        rule=[getattr(d.numbers.rule, field) for field in RULE],
     )

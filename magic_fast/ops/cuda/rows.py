@@ -11,13 +11,12 @@ from torch import Tensor
 
 from magic_fast.ops.cuda.calls import call_job, extension, pointer, stream_of_device
 from magic_fast.ops.gpu.jobs import Device, multiprocessors
-from magic_fast.ops.gpu.results import Rows
-from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
+from magic_fast.ops.gpu.results import Pending
+from magic_fast.ops.gpu.rows import Rows, by_sums, stats_of
+from magic_fast.recipe import Granularity, RowCalibration, Variant
+from magic_fast.recipe.codes import DIRECTIONS, EPS_MODES, VARIANTS
 from magic_fast.reference import calibration as wsc
 
-_VARIANTS = {Variant.MANIFOLD: 0, Variant.MANIFOLD_EXACT: 1, Variant.SPHERE: 2}
-_EPS_MODES = {EpsMode.ABSOLUTE: 0, EpsMode.RELATIVE: 1, EpsMode.NONE: 2}
-_DIRECTIONS = {Direction.FREE: 0, Direction.GROW: 1, Direction.SHRINK: 2}
 _SEGMENT = 16384  # elements of a tensor that are summed as one row
 
 
@@ -26,8 +25,7 @@ class Call:
     """A job on the device with what it reports into, and the model merged elsewhere, if any."""
 
     d: Device
-    report: Tensor
-    kept: Tensor
+    pending: Pending
     merged: Tensor | None = None
     out: Tensor | None = None
 
@@ -40,14 +38,8 @@ class Call:
         return stream_of_device(self.device)
 
     def job(self, start: int = 0, *, out: bool = True) -> object:
-        return call_job(
-            self.d,
-            merged=self.merged,
-            out=self.out if out else None,
-            report=self.report,
-            kept=self.kept,
-            start=start,
-        )
+        to = self.out if out else None
+        return call_job(self.d, self.pending, merged=self.merged, out=to, start=start)
 
 
 def merged(call: Call, rows: int, cols: int, factors: Tensor | None) -> None:
@@ -73,7 +65,6 @@ def _by_rows(call: Call, c: RowCalibration) -> Rows:
         torch.empty(c.rows, dtype=torch.float32, device=device),
         torch.empty(c.rows, dtype=torch.uint8, device=device),
         torch.empty((c.rows, k + 2), dtype=torch.float64, device=device),
-        torch.empty((0, k), dtype=torch.int32, device=device),
     )
     _rows(call, call.job(), c, c.rows, c.cols, found=found)
     found.repaired = found.repaired.view(torch.bool)
@@ -92,20 +83,15 @@ def _rows(
     pairs: Tensor | None = None,
     powers: Tensor | None = None,
 ) -> None:
-    # along a row the singular value is the norm
-    sphere = c.variant is Variant.SPECTRAL
-    variant, p = (2, 2.0) if sphere else (_VARIANTS[c.variant], float(c.p))
-    if c.variant is not Variant.SPHERE:
-        p = 2.0
+    variant, p = VARIANTS[c.variant], float(c.p) if c.variant is Variant.SPHERE else 2.0
     k, processors = len(call.d.experts), multiprocessors(call.device)
-    native = extension()
-    size = native.rows_work(k, variant, rows, processors)
+    size = extension().rows_work(k, variant, rows, processors)
     work = torch.empty(size, dtype=torch.float64, device=call.device)
     kept = () if found is None else (found.coefficient, found.repaired, found.norms2)
     results = [x.data_ptr() for x in kept] or [0, 0, 0]
-    native.rows(
-        job, rows, cols, variant, p, _EPS_MODES[c.eps_mode], c.guards, c.clamp, c.strength,
-        c.scale, _DIRECTIONS[c.direction], list(c.included or (True,) * k),
+    extension().rows(
+        job, rows, cols, variant, p, EPS_MODES[c.eps_mode], c.guards, c.clamp, c.strength,
+        c.scale, DIRECTIONS[c.direction], list(c.included or (True,) * k),
         *results, pointer(pairs), pointer(powers), work.data_ptr(),
         call.merged is not None, processors, call.stream,
     )  # fmt: skip
@@ -113,7 +99,7 @@ def _rows(
 
 def row_sums(call: Call, c: RowCalibration, rows: int, cols: int) -> wsc.RowStats:
     """Sums of [rows, cols], nothing merged."""
-    return _stats(call, c, *_sums(call, c, rows, cols, 0))
+    return _stats(call, *_sums(call, c, rows, cols, 0))
 
 
 def _sums(
@@ -128,16 +114,9 @@ def _sums(
     return pairs, powers
 
 
-def _stats(call: Call, c: RowCalibration, pairs: Tensor, powers: Tensor | None) -> wsc.RowStats:
-    """Upper triangles as the reference has its sums."""
+def _stats(call: Call, pairs: Tensor, powers: Tensor | None) -> wsc.RowStats:
     k = len(call.d.experts)
-    upper = torch.triu_indices(k + 1, k + 1, device=pairs.device)
-    square = pairs.new_empty((pairs.shape[0], k + 1, k + 1))
-    square[:, upper[0], upper[1]] = pairs
-    square[:, upper[1], upper[0]] = pairs
-    stats = wsc.RowStats(
-        square[:, :k, :k].contiguous(), square[:, :k, k].contiguous(), square[:, k, k].clone()
-    )
+    stats = stats_of(pairs, k)
     if powers is not None:
         stats.powers, stats.merged_powers = powers[:, :k], powers[:, k]
     return stats
@@ -151,30 +130,14 @@ def _by_tensor(call: Call, c: RowCalibration) -> Rows:
     parts = [_sums(call, c, whole, _SEGMENT, 0)] if whole else []
     if n % _SEGMENT:
         parts.append(_sums(call, c, 1, n % _SEGMENT, whole * _SEGMENT))
-    call.kept.zero_()  # counted again by the merge
+    call.pending.kept.zero_()  # counted again by the merge
     pairs = torch.cat([pairs for pairs, _ in parts]).sum(0, keepdim=True)
     powers = None
     if parts[0][1] is not None:
         every = torch.cat([powers for _, powers in parts if powers is not None])
         largest = math.isinf(c.p)
         powers = every.amax(0, keepdim=True) if largest else every.sum(0, keepdim=True)
-    stats = _stats(call, c, pairs, powers)
-    raw = wsc.coefficient(stats, c)
-    own = stats.gram.diagonal(dim1=-2, dim2=-1)
-    counted = own
-    if c.included:
-        counted = own * torch.tensor(c.included).to(own.device, non_blocking=True)
-    usable = (counted.sum(-1) > 0) & (stats.norm2 > 0) & torch.isfinite(stats.norm2)
-    factor, repaired = wsc.act(raw, c, usable=usable)
-    narrow = factor.float().contiguous()
-    merged(call, 1, n, narrow)
-    after = (stats.norm2 * narrow.double().square()).sum()
-    return Rows(
-        raw.float().expand(c.rows).contiguous(),
-        repaired.expand(c.rows).contiguous(),
-        torch.cat((own.sum(0), torch.stack((stats.norm2.sum(), after)))),
-        torch.empty((0, len(call.d.experts)), dtype=torch.int32, device=call.device),
-    )
+    return by_sums(_stats(call, pairs, powers), c, lambda factors: merged(call, 1, n, factors))
 
 
 def scaled(call: Call, factors: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from magic_fast.ops.cuda.calls import call_job, extension, stream_of_device
 from magic_fast.ops.gpu.jobs import Device, multiprocessors
-from magic_fast.ops.gpu.results import NO_INDEX
+from magic_fast.ops.gpu.results import NO_INDEX, Pending
 
 _BLOCK = 1024  # elements of a block: 128 threads, 8 each
 
@@ -57,7 +57,7 @@ class Group:
             first.job, first.numbers, self._integers, self._floats, first.masks, first.task_masks,
             first.search,
         )  # fmt: skip
-        self._job = call_job(numbers, out=first.job.out, report=self.report, kept=self.kept)
+        self._job = call_job(numbers, Pending(self.report, self.kept), out=first.job.out)
 
     def launch(self) -> None:
         """One launch on the current stream; waits for nothing."""

@@ -9,13 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from magic_fast.errors import BackendError
 from magic_fast.ops.gpu.jobs import Device, everything, to_device, unfit
-from magic_fast.ops.gpu.numbers import BYTES, MERGED_RULE, VARIED
-from magic_fast.ops.gpu.results import Pending, collect
+from magic_fast.ops.gpu.numbers import MERGED_RULE
+from magic_fast.ops.gpu.results import Pending, collect, selection_of
+from magic_fast.ops.gpu.rows import no_rows
+from magic_fast.ops.gpu.select import Scans, prepare, workspace_bytes
 from magic_fast.ops.job import Array, Job, Stats, View
 from magic_fast.ops.limits import default_rows, unsupported
+from magic_fast.recipe import Selection
+from magic_fast.recipe.codes import GpuTrim
 from magic_fast.reference.calibration import RowStats
 
 MOST_EXPERTS = 64
@@ -24,8 +29,9 @@ MOST_ELEMENTS = 1 << 18  # of a small tensor; larger ones fill the device by the
 
 class GpuBackend(ABC):
     """Merges in three steps: ``prepare`` copies numbers to the device, ``launch`` queues everything
-    and waits for nothing, ``finish`` fetches what the host has to know. A backend says how one job
-    is launched, and many small ones together."""
+    and waits for nothing, ``finish`` fetches what the host has to know. A backend says how a tensor
+    is read before its merge (:class:`~magic_fast.ops.gpu.select.Scans`), how one job is merged, and
+    many small ones together."""
 
     name: str
 
@@ -37,6 +43,12 @@ class GpuBackend(ABC):
         if len(job.experts) > MOST_EXPERTS:
             return f"it takes up to {MOST_EXPERTS} experts, not {len(job.experts)}"
         return unsupported(job)
+
+    def select(self, job: Job) -> Selection:
+        with on_device_of(job):
+            (d,) = to_device([job])
+            prepare(d, self.scans_of(d, Pending.empty(d)))
+            return selection_of(d, d.integers.tolist(), d.floats.tolist())
 
     def merge(self, job: Job) -> Stats:
         return self.merge_many([job])[0]
@@ -59,6 +71,17 @@ class GpuBackend(ABC):
             found = self.launch_small(many) if len(many) > 1 else {}
             return [found.get(id(d)) or self.launch_one(d) for d in devices]
 
+    def launch_one(self, d: Device, merged: Array | None = None) -> Pending:
+        """One job; with ``merged`` its rule is that of d = merged − base."""
+        pending = Pending.empty(d)
+        if merged is None:
+            prepare(d, self.scans_of(d, pending))
+        if d.n:
+            self.merge_one(d, pending, merged)
+        elif d.job.calibration is not None:
+            pending.rows = no_rows(d)
+        return pending
+
     def finish(self, devices: Sequence[Device], pending: Sequence[Pending]) -> list[Stats]:
         """What the host has to know of all jobs, in one copy; waits for it."""
         return collect(devices, pending)
@@ -66,7 +89,9 @@ class GpuBackend(ABC):
     def workspace_bytes(self, job: Job) -> int:
         """Bytes of device memory that a merge of ``job`` takes beside inputs and output."""
         with on_device_of(job):
-            return self.workspace_of(to_device([job])[0])
+            (d,) = to_device([job])
+            scans = self.scans_of(d, Pending.empty(d))
+            return workspace_bytes(d, scans) + self.workspace_of(d)
 
     def calibrate(self, job: Job, merged: Array) -> Stats:
         """WSC of a tensor merged elsewhere: base + factor[row]·(merged − base)."""
@@ -92,9 +117,27 @@ class GpuBackend(ABC):
             stats = self.sums_of(merged_rule(job), merged, view.rows, view.cols)
         return stats.gram, stats.dots, stats.norm2
 
+    def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
+        self.check_merged(job, merged)
+        factors = torch.as_tensor(coefficient, dtype=torch.float32, device=merged.device)
+        if merged.numel():
+            with on_device_of(job):
+                # whatever the number of experts: they are not part of it
+                d = merged_rule(replace(job, experts=[merged]))
+                self.scale_one(d, merged, factors.flatten().contiguous())
+
     @abstractmethod
-    def launch_one(self, d: Device, merged: Array | None = None) -> Pending:
-        """One job; with ``merged`` its rule is that of d = merged − base."""
+    def scans_of(self, d: Device, pending: Pending) -> Scans:
+        """The reads of a whole tensor; what they report goes to ``pending``."""
+
+    @abstractmethod
+    def merge_one(self, d: Device, pending: Pending, merged: Array | None) -> None:
+        """One job that has elements, after its reads, into its ``out``; fills ``pending``. With
+        ``merged`` its rule is that of d = merged − base."""
+
+    @abstractmethod
+    def scale_one(self, d: Device, merged: Array, factors: Tensor) -> None:
+        """out = base + factors[row]·(merged − base), whatever the factor."""
 
     @abstractmethod
     def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
@@ -106,7 +149,7 @@ class GpuBackend(ABC):
 
     @abstractmethod
     def workspace_of(self, d: Device) -> int:
-        """See ``workspace_bytes``."""
+        """See ``workspace_bytes``: that of its merge and its calibration."""
 
     def check_merged(self, job: Job, merged: Array) -> None:
         """Raises:
@@ -123,7 +166,7 @@ def merged_rule(job: Job) -> Device:
     """The job with d = merged − base instead of its recipe."""
     (d,) = to_device([replace(job, selection=everything(job), masks=None, task_masks=None)])
     d.numbers.rule = MERGED_RULE
-    d.numbers.kinds = (0,) * len(d.experts)
+    d.numbers.kinds = (GpuTrim.ALL,) * len(d.experts)
     return d
 
 
@@ -133,7 +176,7 @@ def small(d: Device) -> bool:
     return (
         0 < d.n <= MOST_ELEMENTS
         and d.job.calibration is None
-        and not {BYTES, VARIED} & set(d.numbers.kinds)
+        and not {GpuTrim.BYTES, GpuTrim.VARIED} & set(d.numbers.kinds)
         and (d.job.selection is not None or not recipe.needs_select)
         and d.job.task_masks is None
     )

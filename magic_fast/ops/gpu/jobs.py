@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.ops.gpu.numbers import Numbers, Target, integers_of, numbers_of, width_of
+from magic_fast.ops.gpu.numbers import Numbers, Target, numbers_of
 from magic_fast.ops.job import Job, View
 from magic_fast.recipe import Selection
+from magic_fast.recipe.codes import DTYPES, Floats, Integers, place_of
 
 SAMPLE = 32768  # magnitudes per expert at most, for the bracket of a threshold
 RUN = 16  # of them side by side
@@ -21,8 +22,7 @@ SORT_BYTES = 48  # an element of the sample: magnitude, sorted, its place, and t
 
 @dataclass
 class Device:
-    """One job on the device. ``search``: int64 [4 · targets], what a select works with: places of
-    each bracket in the sorted sample, then ranks."""
+    """One job on the device. ``search``: :func:`search_words` of its targets."""
 
     job: Job
     numbers: Numbers
@@ -61,17 +61,21 @@ class Device:
     @property
     def trims(self) -> bool:
         """Whether values are kept beside the task vectors: a trim, a vote or scores."""
-        return any(self.numbers.kinds) or self.numbers.rule[0] != 0 or self.scored
+        return any(self.numbers.kinds) or self.numbers.rule.vote != 0 or self.scored
 
     @property
     def scored(self) -> bool:
         """Whether scores weigh each entry (PCB)."""
-        return self.numbers.rule[-1] != 0
+        return self.numbers.rule.scored != 0
 
     @property
     def words(self) -> int:
         """Words that count kept entries, two experts each; 0 where nobody trims."""
         return (len(self.experts) + 1) // 2 if any(self.numbers.kinds) else 0
+
+    def row(self, numbers: Tensor, row: int) -> Tensor:
+        """One of the rows of K ``integers`` or ``floats`` (:mod:`magic_fast.recipe.codes`)."""
+        return numbers[row * len(self.experts) :][: len(self.experts)]
 
     def aligned(self, cols: int | None = None) -> bool:
         """Whether blocks of rows of ``cols`` elements (None: of the whole) start at multiples
@@ -101,20 +105,21 @@ def to_device(jobs: Sequence[Job]) -> list[Device]:
     ready, i, f, at = [], 0, 0, len(words)
     for job, numbers, search in zip(jobs, found, searches, strict=True):
         k = len(job.experts)
+        width, length = place_of(Integers.END, k), place_of(Floats.END, k)
         like = integers.view(torch.uint8)
         ready.append(
             Device(
                 job,
                 numbers,
-                integers[i : i + integers_of(k)],
-                floats[f : f + width_of(k)],
+                integers[i : i + width],
+                floats[f : f + length],
                 _bytes(job.masks, like, k),
                 _bytes(job.task_masks, like, k),
                 integers[at : at + len(search)],
             )
         )
         at += len(search)
-        i, f = i + integers_of(k), f + width_of(k)
+        i, f = i + width, f + length
     return ready
 
 
@@ -125,11 +130,16 @@ def sample_of(n: int) -> tuple[int, int]:
 
 
 def search_words(targets: list[Target], job: Job) -> list[int]:
+    """What a search reads of its targets: three places of each bracket in the sorted sample, then
+    ranks, then owners; an even number of words, so that those of every job of a call start at a
+    multiple of 16 bytes, which Triton compiles for."""
     n: int = job.experts[0].numel()
     if not targets or n == 0:
         return []
     runs, run = sample_of(n)
-    return [*places_of(targets, runs * run, n), *(t.count for t in targets)]
+    places = places_of(targets, runs * run, n)
+    ranks, owners = [t.count for t in targets], [t.owner for t in targets]
+    return [*places, *ranks, *owners, *[0] * (len(targets) % 2)]
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -159,12 +169,12 @@ def everything(job: Job) -> Selection:
 
 
 def unfit(job: Job) -> str | None:
-    """Why the arrays of a job are none that kernels of a GPU take; None where they are."""
+    """The reason the kernels of a GPU cannot take the arrays of a job, or None."""
     arrays = [a for a in (job.base, job.out, *job.experts) if a is not None]
     if any(isinstance(a, View) for a in arrays):
         return "it takes torch tensors only"
     for a in arrays:
-        if a.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if DTYPES[a.dtype] is None:
             return f"it takes float32, float16 and bfloat16, not {a.dtype}"
         if not a.is_contiguous():
             return "it takes contiguous tensors only"

@@ -12,30 +12,20 @@ from magic_fast.recipe import (
     Align,
     Contributors,
     Recipe,
-    Reduce,
     Rescale,
     TieRule,
     TrimRule,
-    Vote,
-    VoteOn,
     Weigh,
-    ZeroVote,
+    codes,
 )
+from magic_fast.recipe.codes import TIE_RULES, GpuTrim, Rule
 
 _INF_BITS = 0x7F800000
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
-KEEP_ALL, ABOVE, BAND, RANDOM, BYTES, VARIED = range(6)
-_VOTES = {Vote.NONE: 0, Vote.MASS: 1, Vote.COUNT: 2}
-_ZEROS = {ZeroVote.POSITIVE: 0, ZeroVote.NEGATIVE: 1, ZeroVote.MAJORITY: 2, ZeroVote.DROP: 3}
-_WHO = {Contributors.AGREEING: 0, Contributors.NONZERO: 1, Contributors.ALL: 2}
-_HOW = {Reduce.SUM: 0, Reduce.MEAN: 1, Reduce.WEIGHTED_MEAN: 2, Reduce.MAX: 3}
-_TIES = {TieRule.EXACT: 0, TieRule.KEEP_ALL: 1, TieRule.DROP_ALL: 2}
-#: RULE of d = merged − base
-MERGED_RULE = (0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0)
-#: Rows of ``numbers`` that are found on the device, K numbers each (the factors are row 0).
-WEIGHT_ROW, ALONE_ROW, CUT_ROW, TOP_ROW = 1, 3, 4, 5
+#: Of d = merged − base.
+MERGED_RULE = Rule(contributors=codes.CONTRIBUTORS[Contributors.ALL], merged=1)
 
 
 def bits_of(value: float) -> int:
@@ -45,16 +35,6 @@ def bits_of(value: float) -> int:
 
 def float_of(bits: int) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits))[0])
-
-
-def integers_of(num_experts: int) -> int:
-    """How many integers a job has."""
-    return 6 * num_experts + 2
-
-
-def width_of(num_experts: int) -> int:
-    """How many numbers a job has."""
-    return 6 * num_experts + 4
 
 
 def _signed(word: int) -> int:
@@ -76,10 +56,10 @@ class Target:
 @dataclass
 class Numbers:
     """What a recipe says of one tensor: for the compiler (``kinds``, ``rule``) and for the device
-    (``integers`` [6 K + 2], ``numbers`` [6 K + 4]; magic_fast/kernels/words.py names the rows)."""
+    (``integers`` [6 K + 2], ``numbers`` [6 K + 4]; magic_fast.recipe.codes names the rows)."""
 
     kinds: tuple[int, ...]
-    rule: tuple[int, ...]
+    rule: Rule
     integers: list[int]
     numbers: list[float]
     targets: list[Target] = field(default_factory=list)
@@ -89,18 +69,19 @@ def _kind(job: Job, k: int, n: int) -> int:
     trim = job.recipe.trim
     given = job.masks is not None and job.masks[k] is not None
     if given:
-        return BYTES
+        return GpuTrim.BYTES
     if trim.rule in (TrimRule.GIVEN, TrimRule.COMPETE) or not trim.active(k):
-        return KEEP_ALL
+        return GpuTrim.ALL
     if trim.rule is TrimRule.VARIANCE:
-        return VARIED
+        return GpuTrim.VARIED
     if n == 0:
-        return KEEP_ALL
+        return GpuTrim.ALL
     if trim.rule is TrimRule.RANDOM:
-        return RANDOM
+        return GpuTrim.RANDOM
     if trim.rule is TrimRule.RANKED:
-        return BYTES
-    return BAND if trim.rule is TrimRule.BAND else ABOVE  # a threshold that is given, too
+        return GpuTrim.BYTES
+    # a threshold that is given counts, too
+    return GpuTrim.BAND if trim.rule is TrimRule.BAND else GpuTrim.ABOVE
 
 
 def _targets(recipe: Recipe, k: int, kind: int, n: int) -> tuple[list[Target], bool]:
@@ -108,19 +89,20 @@ def _targets(recipe: Recipe, k: int, kind: int, n: int) -> tuple[list[Target], b
     trim = recipe.trim
     if trim.rule is TrimRule.COMPETE:  # bounds of the magnitudes: nothing is cut among equals
         low, high = trim.tail_ranks(n)
-        keeps, drops = _TIES[TieRule.KEEP_ALL], _TIES[TieRule.DROP_ALL]
+        keeps, drops = TIE_RULES[TieRule.KEEP_ALL], TIE_RULES[TieRule.DROP_ALL]
         return [Target(k, low, False, keeps), Target(k, high, True, drops)], False
-    if kind == BAND:
+    if kind == GpuTrim.BAND:
         top, kept = trim.band_counts(k, n)
         wanted = [(top + kept, False), (top, True)] if kept else []
-        return [Target(k, count, is_top, 0) for count, is_top in wanted if count > 0], False
+        exact = TIE_RULES[TieRule.EXACT]
+        return [Target(k, count, is_top, exact) for count, is_top in wanted if count > 0], False
     if trim.tie_rule is TieRule.DROP_ALL:
         dropped = math.trunc(float(n) * (1.0 - trim.density[k]))
         if dropped == 0:
             return [], True
-        return [Target(k, n - dropped + 1, False, 2)], False
+        return [Target(k, n - dropped + 1, False, TIE_RULES[trim.tie_rule])], False
     count = trim.kept_count(k, n)
-    return ([Target(k, count, False, _TIES[trim.tie_rule])] if count > 0 else []), False
+    return ([Target(k, count, False, TIE_RULES[trim.tie_rule])] if count > 0 else []), False
 
 
 def _factor(job: Job, k: int, n: int) -> float:
@@ -152,17 +134,17 @@ def numbers_of(job: Job) -> Numbers:
             factor = selection.factor[k]
             low[k], cut[k] = bits_of(selection.threshold[k]), selection.tie_cut[k]
             high[k], top_cut[k] = bits_of(selection.top_threshold[k]), selection.top_tie_cut[k]
-        elif recipe.trim.rule is TrimRule.THRESHOLD and kind == ABOVE:
+        elif recipe.trim.rule is TrimRule.THRESHOLD and kind == GpuTrim.ABOVE:
             low[k], cut[k] = bits_of(recipe.trim.epsilon[k]), 0
-        elif kind in (ABOVE, BAND) or (competes and total):
+        elif kind in (GpuTrim.ABOVE, GpuTrim.BAND) or (competes and total):
             found, everything = _targets(recipe, k, kind, total)
             targets += found
             if everything:
-                kind = KEEP_ALL
-        if kind not in (ABOVE, BAND, VARIED) and selection is None:
+                kind = GpuTrim.ALL
+        if kind not in (GpuTrim.ABOVE, GpuTrim.BAND, GpuTrim.VARIED) and selection is None:
             low[k], cut[k] = 0, total
-        if kind == KEEP_ALL and recipe.align is not Align.NONE and total and not competes:
-            kind = ABOVE  # 0, which keeps everything: what trims nothing has no factor
+        if kind == GpuTrim.ALL and recipe.align is not Align.NONE and total and not competes:
+            kind = GpuTrim.ABOVE  # 0, which keeps everything: what trims nothing has no factor
         kinds.append(kind)
         factors.append(factor)
     streams = [_signed(job.stream + k * _GOLDEN) for k in range(count)]
@@ -205,21 +187,19 @@ def _found(job: Job) -> tuple[float, ...]:
     return (*(alone or (1.0,) * k), *(cut or zeros), *(top or zeros))
 
 
-def _rule(recipe: Recipe, factored: bool) -> tuple[int, ...]:
-    consensus = recipe.consensus
-    return (
-        _VOTES[recipe.vote],
-        _ZEROS[recipe.zero_vote],
-        _WHO[recipe.contributors],
-        _HOW[recipe.reduce],
-        int(recipe.vote_on is VoteOn.UNWEIGHTED),
-        int(factored),
-        int(any(w != 1 for w in recipe.weights) or recipe.weigh is Weigh.ENERGY),
-        0 if consensus is None else 2 if consensus.given else 1,
-        int(recipe.scale != 1),
-        0,
-        int(recipe.limit is not None),
-        int(recipe.alone is not None),
-        int(recipe.least > 0),
-        int(recipe.weigh is Weigh.SCORE),
+def _rule(recipe: Recipe, factored: bool) -> Rule:
+    return Rule(
+        vote=codes.VOTES[recipe.vote],
+        zero_vote=codes.ZERO_VOTES[recipe.zero_vote],
+        contributors=codes.CONTRIBUTORS[recipe.contributors],
+        reduce=codes.REDUCES[recipe.reduce],
+        unweighted=codes.VOTES_ON[recipe.vote_on],
+        factored=int(factored),
+        weighted=int(any(w != 1 for w in recipe.weights) or recipe.weigh is Weigh.ENERGY),
+        consensus=codes.consensus_code(recipe),
+        scaled=int(recipe.scale != 1),
+        limited=int(recipe.limit is not None),
+        singled=int(recipe.alone is not None),
+        floored=int(recipe.least > 0),
+        scored=int(recipe.weigh is Weigh.SCORE),
     )

@@ -9,38 +9,31 @@ import torch
 from torch import Tensor
 
 from magic_fast.ops.gpu.jobs import Device
-from magic_fast.ops.gpu.numbers import (
-    ALONE_ROW,
-    CUT_ROW,
-    MERGED_RULE,
-    TOP_ROW,
-    WEIGHT_ROW,
-    float_of,
-    integers_of,
-    width_of,
-)
+from magic_fast.ops.gpu.numbers import MERGED_RULE, float_of
+from magic_fast.ops.gpu.rows import Rows
 from magic_fast.ops.job import Stats
 from magic_fast.recipe import Selection, Weigh
+from magic_fast.recipe.codes import Floats, GpuTrim, Integers, place_of
 
 NO_INDEX = (1 << 63) - 1  # nothing bad so far
 
 
 @dataclass
-class Rows:
-    """What calibration says of the rows: ``coefficient`` float32 [rows], ``repaired`` bool [rows],
-    ``norms2`` float64 [K + 2]; ``counts`` int32 [programs, K] of kept entries."""
-
-    coefficient: Tensor
-    repaired: Tensor
-    norms2: Tensor
-    counts: Tensor
-
-
 class Pending:
-    """What a launched job leaves on the device for the end of the call."""
+    """What a launched job leaves on the device for the end of the call: ``report`` int64 [K + 3],
+    first bad flat index of the experts, the merged tensor, the base and the overflow; ``kept``
+    int64 [K], entries that stayed."""
 
-    def __init__(self, report: Tensor, kept: Tensor, rows: Rows | None = None) -> None:
-        self.report, self.kept, self.rows = report, kept, rows
+    report: Tensor
+    kept: Tensor
+    rows: Rows | None = None
+
+    @classmethod
+    def empty(cls, d: Device) -> Pending:
+        """Nothing bad, nothing kept."""
+        k, device = len(d.experts), d.integers.device
+        report = torch.full((k + 3,), NO_INDEX, dtype=torch.int64, device=device)
+        return cls(report, torch.zeros(k, dtype=torch.int64, device=device))
 
 
 def collect(devices: Sequence[Device], pending: Sequence[Pending]) -> list[Stats]:
@@ -59,12 +52,14 @@ def _stats(d: Device, p: Pending, words: Iterator[int]) -> Stats:
         return [next(words) for _ in range(count)]
 
     k = len(d.experts)
-    integers, floats = take(integers_of(k)), _doubles(take(width_of(k)))
+    integers, floats = take(place_of(Integers.END, k)), _doubles(take(place_of(Floats.END, k)))
     *first, merged, base, over = (-1 if i == NO_INDEX else i for i in take(k + 3))
     kept = take(k)
     stats = Stats(
         selection=d.job.selection or selection_of(d, integers, floats),
-        kept=tuple(d.n if kind == 0 else n for kind, n in zip(d.numbers.kinds, kept, strict=True)),
+        kept=tuple(
+            d.n if kind == GpuTrim.ALL else n for kind, n in zip(d.numbers.kinds, kept, strict=True)
+        ),
         first_nonfinite=tuple(first),
         base_nonfinite=base,
         overflow=over,
@@ -91,35 +86,24 @@ def _doubles(words: list[int]) -> list[float]:
 
 def selection_of(d: Device, integers: list[int], floats: list[float]) -> Selection:
     k = len(d.experts)
-    low, cut, high, top_cut = (tuple(integers[i * k : (i + 1) * k]) for i in range(4))
     recipe = d.job.recipe
 
-    def row(i: int, wanted: bool) -> tuple[float, ...]:
-        return tuple(floats[i * k : (i + 1) * k]) if wanted else ()
+    def whole(row: int) -> tuple[int, ...]:
+        return tuple(integers[row * k : (row + 1) * k])
+
+    def row(row: int, wanted: bool = True) -> tuple[float, ...]:
+        return tuple(floats[row * k : (row + 1) * k]) if wanted else ()
 
     scored = recipe.weigh is Weigh.SCORE
     return Selection(
-        tuple(float_of(x) for x in low),
-        cut,
-        tuple(float_of(x) for x in high),
-        top_cut,
-        tuple(floats[:k]),
-        integers[6 * k + 1],
-        weights=row(WEIGHT_ROW, recipe.weigh is Weigh.ENERGY),
-        alone=row(ALONE_ROW, recipe.alone is not None),
-        score_cut=row(CUT_ROW, scored),
-        score_top=row(TOP_ROW, scored),
-    )
-
-
-def no_rows(d: Device) -> Rows:
-    """A tensor without elements: its rows have no norm, which the guards repair."""
-    c, k = d.job.calibration, len(d.experts)
-    assert c is not None
-    device = d.base.device
-    return Rows(
-        torch.full((c.rows,), float("nan"), device=device),
-        torch.full((c.rows,), c.guards, dtype=torch.bool, device=device),
-        torch.zeros(k + 2, dtype=torch.float64, device=device),
-        torch.zeros((0, k), dtype=torch.int32, device=device),
+        threshold=tuple(float_of(x) for x in whole(Integers.LOW)),
+        tie_cut=whole(Integers.CUT),
+        top_threshold=tuple(float_of(x) for x in whole(Integers.HIGH)),
+        top_tie_cut=whole(Integers.TOP_CUT),
+        factor=row(Floats.FACTOR),
+        majority=integers[place_of(Integers.MAJORITY, k)],
+        weights=row(Floats.WEIGHT, recipe.weigh is Weigh.ENERGY),
+        alone=row(Floats.ALONE, recipe.alone is not None),
+        score_cut=row(Floats.SCORE_CUT, scored),
+        score_top=row(Floats.SCORE_TOP, scored),
     )

@@ -15,21 +15,9 @@ from magic_fast.recipe import (
     TrimRule,
     Variant,
     Weigh,
+    codes,
 )
-from magic_fast.recipe.codes import (
-    CONTRIBUTORS,
-    DIRECTIONS,
-    EPS_MODES,
-    REDUCES,
-    RESCALES,
-    TIE_RULES,
-    VARIANTS,
-    VOTES,
-    VOTES_ON,
-    ZERO_VOTES,
-    CpuTrim,
-    consensus_code,
-)
+from magic_fast.recipe.codes import CpuTrim
 
 try:
     from magic_fast import _native
@@ -97,14 +85,14 @@ def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> A
             }
         )
     fields = {
-        "tie_rule": TIE_RULES[trim.tie_rule],
-        "rescale": RESCALES[recipe.rescale],
-        "vote": VOTES[recipe.vote],
-        "vote_on": VOTES_ON[recipe.vote_on],
-        "zero_vote": ZERO_VOTES[recipe.zero_vote],
-        "contributors": CONTRIBUTORS[recipe.contributors],
-        "reduce": REDUCES[recipe.reduce],
-        "consensus": consensus_code(recipe),
+        "tie_rule": codes.TIE_RULES[trim.tie_rule],
+        "rescale": codes.RESCALES[recipe.rescale],
+        "vote": codes.VOTES[recipe.vote],
+        "vote_on": codes.VOTES_ON[recipe.vote_on],
+        "zero_vote": codes.ZERO_VOTES[recipe.zero_vote],
+        "contributors": codes.CONTRIBUTORS[recipe.contributors],
+        "reduce": codes.REDUCES[recipe.reduce],
+        "consensus": codes.consensus_code(recipe),
         "min_tasks": 0 if consensus is None else consensus.min_tasks,
         "least": recipe.least,
         "alone": int(recipe.alone is not None),
@@ -121,14 +109,14 @@ def calibration_of(c: RowCalibration) -> Any:
     return _native.Calibration(
         c.rows,
         c.cols,
-        VARIANTS[c.variant],
+        codes.VARIANTS[c.variant],
         c.granularity is Granularity.TENSOR,
         2.0 if c.variant is Variant.SPECTRAL else float(c.p),
-        EPS_MODES[c.eps_mode],
+        codes.EPS_MODES[c.eps_mode],
         c.guards,
         c.clamp,
         c.strength,
         c.scale,
-        DIRECTIONS[c.direction],
+        codes.DIRECTIONS[c.direction],
         c.included,
     )

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from magic_fast.ops.gpu.backend import GpuBackend, on_device_of
-from magic_fast.ops.gpu.jobs import Device, everything, to_device
-from magic_fast.ops.gpu.results import NO_INDEX, Pending, no_rows, selection_of
-from magic_fast.ops.job import Array, Job
-from magic_fast.recipe import Selection, TrimRule
+from magic_fast.ops.gpu.backend import GpuBackend
+from magic_fast.ops.gpu.jobs import Device
+from magic_fast.ops.gpu.results import Pending
+from magic_fast.ops.gpu.select import Scans
+from magic_fast.ops.job import Array
 from magic_fast.reference.calibration import RowStats
 
 try:
@@ -30,7 +28,7 @@ try:
 
     from magic_fast.kernels import launch
     from magic_fast.ops.triton import rows as triton_rows
-    from magic_fast.ops.triton import select as triton_select
+    from magic_fast.ops.triton import scans as triton_scans
     from magic_fast.ops.triton.small import groups_of
 except ImportError as error:  # remembered: the backend tells it
     missing: str | None = str(error)
@@ -65,88 +63,46 @@ class TritonBackend(GpuBackend):
         where = "interpreted" if self.interpreted else torch.cuda.get_device_name()
         return f"Triton {triton.__version__}, {where}"
 
-    # ---- the primitives ----
-    def select(self, job: Job) -> Selection:
-        with on_device_of(job):
-            (d,) = to_device([job])
-            triton_select.prepare(d)
-            return selection_of(d, d.integers.tolist(), d.floats.tolist())
-
-    def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
-        self.check_merged(job, merged)
-        assert job.out is not None
-        factors = torch.as_tensor(coefficient, dtype=torch.float32, device=merged.device)
-        factors = factors.flatten().contiguous()
-        if merged.numel() == 0:
-            return
-        with on_device_of(job):
-            (d,) = to_device([replace(job, selection=everything(job))])
-            triton_rows.scaled(d, merged, job.out, factors.numel(), factors)
-
     # ---- steps of a merge ----
-    def launch_one(self, d: Device, merged: Array | None = None) -> Pending:
-        return _launch(d, merged)
+    def scans_of(self, d: Device, pending: Pending) -> Scans:
+        return triton_scans.TritonScans(d)
+
+    def merge_one(self, d: Device, pending: Pending, merged: Array | None) -> None:
+        assert d.job.out is not None
+        like = d.experts[0] if merged is None else merged
+        sources = triton_rows.Sources(d, like, d.job.out, pending.report, merged is not None)
+        if d.job.calibration is None:
+            counts: Tensor | None = triton_rows.merged_blocks(sources, 1, d.n, None)
+        else:
+            pending.rows = triton_rows.calibrated(sources)
+            counts = pending.rows.counts
+        if merged is None and any(d.numbers.kinds):
+            assert counts is not None
+            pending.kept = counts.sum(0, dtype=torch.int64)
 
     def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
-        return _launch_small(devices)
+        pending = {}
+        for group in groups_of(devices):
+            group.launch()
+            kept = group.kept() if any(group.devices[0].numbers.kinds) else group.report
+            for i, d in enumerate(group.devices):
+                pending[id(d)] = Pending(group.report[i], kept[i][: group.k])
+        return pending
+
+    def scale_one(self, d: Device, merged: Array, factors: Tensor) -> None:
+        assert d.job.out is not None
+        triton_rows.scaled(d, merged, d.job.out, factors)
 
     def sums_of(self, d: Device, merged: Array, rows: int, cols: int) -> RowStats:
-        sources = triton_rows.Sources(d, merged, merged, _report(d), False)
+        sources = triton_rows.Sources(d, merged, merged, Pending.empty(d).report, False)
         return triton_rows.row_sums(sources, rows, cols, p=2, wide=False)
 
     def workspace_of(self, d: Device) -> int:
-        return _workspace_bytes(d)
-
-
-# ---- one job ----
-def _report(d: Device) -> Tensor:
-    return torch.full((len(d.experts) + 3,), NO_INDEX, dtype=torch.int64, device=d.base.device)
-
-
-def _launch(d: Device, merged: Tensor | None = None) -> Pending:
-    job, k = d.job, len(d.experts)
-    report = _report(d)
-    kept = torch.zeros(k, dtype=torch.int64, device=d.base.device)
-    if merged is None:
-        triton_select.prepare(d)
-    assert job.out is not None
-    if d.n == 0:
-        return Pending(report, kept, no_rows(d) if job.calibration is not None else None)
-    like = d.experts[0] if merged is None else merged
-    sources = triton_rows.Sources(d, like, job.out, report, merged is not None)
-    rows = None
-    if job.calibration is None:
-        counts = triton_rows.merged_blocks(sources, 1, d.n, None)
-    else:
-        rows = triton_rows.calibrated(sources)
-        counts = rows.counts
-    if merged is None and any(d.numbers.kinds):
-        kept = counts.sum(0, dtype=torch.int64)
-    return Pending(report, kept, rows)
-
-
-def _launch_small(devices: Sequence[Device]) -> dict[int, Pending]:
-    """Small jobs, one launch for those of one kind."""
-    pending = {}
-    for group in groups_of(devices):
-        group.launch()
-        kept = group.kept() if any(group.devices[0].numbers.kinds) else group.report
-        for i, d in enumerate(group.devices):
-            pending[id(d)] = Pending(group.report[i], kept[i][: group.k])
-    return pending
-
-
-def _workspace_bytes(d: Device) -> int:
-    job, k, n = d.job, len(d.experts), d.n
-    shape = launch.block_shape(k, d.widest, d.trims)
-    total: int = 4 * k * -(-n // shape.block)  # counts of kept entries
-    if d.numbers.targets or job.recipe.needs_variance:
-        targets = len(d.numbers.targets) or 1
-        total += triton_select.workspace_bytes(k, targets, n, d.base.device)
-    if job.recipe.alone is not None:
-        total += 8 * k * -(-n // shape.block)
-    if job.recipe.trim.rule is TrimRule.RANKED:
-        total += sum(d.numbers.kinds[i] == 4 for i in range(k)) * n + (64 << 20)
-    if job.calibration is not None:
-        total += 8 * job.calibration.rows * (k + 1) * (k + 2)
-    return total
+        job, k, n = d.job, len(d.experts), d.n
+        blocks = -(-n // launch.block_shape(k, d.widest, d.trims).block)
+        total: int = 4 * k * blocks  # counts of kept entries
+        if job.recipe.alone is not None:
+            total += 8 * k * blocks
+        if job.calibration is not None:
+            total += 8 * job.calibration.rows * (k + 1) * (k + 2)
+        return total

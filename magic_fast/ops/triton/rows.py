@@ -18,13 +18,12 @@ from torch import Tensor
 from magic_fast.kernels import launch, merge, rows
 from magic_fast.kernels import sums as kernels
 from magic_fast.ops.gpu.jobs import Device, multiprocessors
-from magic_fast.ops.gpu.results import Rows
-from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
+from magic_fast.ops.gpu.rows import Rows, by_sums, stats_of
+from magic_fast.recipe import Granularity, RowCalibration, Variant
+from magic_fast.recipe.codes import DIRECTIONS, EPS_MODES, VARIANTS
 from magic_fast.reference import calibration as wsc
 
 _OPTIONS = {"enable_fp_fusion": False}
-_EPS_MODES = {EpsMode.ABSOLUTE: 0, EpsMode.RELATIVE: 1, EpsMode.NONE: 2}
-_DIRECTIONS = {Direction.FREE: 0, Direction.GROW: 1, Direction.SHRINK: 2}
 _SPLIT_BLOCKS = 8  # blocks that are summed in float32 before they go to float64
 
 
@@ -79,9 +78,9 @@ def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.RowShape) 
         found.norms2, found.counts, s.report, c.cols,
     )  # fmt: skip
     words = (
-        k, d.has_base, d.numbers.kinds, d.numbers.rule, chosen, int(sphere),
-        _EPS_MODES[c.eps_mode], c.guards, c.clamp is not None, c.strength != 1,
-        _DIRECTIONS[c.direction], s.keeps, d.aligned(c.cols),
+        k, d.has_base, d.numbers.kinds, d.numbers.rule, chosen, VARIANTS[c.variant],
+        EPS_MODES[c.eps_mode], c.guards, c.clamp is not None, c.strength != 1,
+        DIRECTIONS[c.direction], s.keeps, d.aligned(c.cols),
         k + 1 if sphere else (k + 1) * (k + 2) // 2, d.words,
     )  # fmt: skip
     end = (shape.lanes, shape.vec)
@@ -127,13 +126,7 @@ def row_sums(
     )  # fmt: skip
     sums = partial.sum(1)
     if gram:
-        upper = torch.triu_indices(m, m, device=device)
-        square = torch.empty((n_rows, m, m), dtype=torch.float64, device=device)
-        square[:, upper[0], upper[1]] = sums
-        square[:, upper[1], upper[0]] = sums
-        stats = wsc.RowStats(
-            square[:, :k, :k].contiguous(), square[:, :k, k].contiguous(), square[:, k, k].clone()
-        )
+        stats = stats_of(sums, k)
     else:
         tiles = _gram_in_tiles(s, n_rows, cols, wide, norms_only)
         stats = wsc.RowStats(tiles, sums[:, :k].contiguous(), sums[:, k].clone())
@@ -174,24 +167,7 @@ def _in_two_passes(s: Sources, c: RowCalibration) -> Rows:
     p = 2.0 if c.variant in (Variant.SPECTRAL, Variant.MANIFOLD) else c.p
     norms_only = c.variant in (Variant.SPHERE, Variant.SPECTRAL)
     stats = row_sums(s, n_rows, cols, p=p, wide=exact, norms_only=norms_only)
-    raw = wsc.coefficient(stats, c)
-    own = stats.gram.diagonal(dim1=-2, dim2=-1)
-    counted = own
-    if c.included:
-        flags = torch.tensor(c.included).to(own.device, non_blocking=True)
-        counted = own * flags
-    usable = (counted.sum(-1) > 0) & (stats.norm2 > 0) & torch.isfinite(stats.norm2)
-    factor, repaired = wsc.act(raw, c, usable=usable)
-    narrow = factor.float().contiguous()
-    counts = merged_blocks(s, n_rows, cols, narrow)
-    after = (stats.norm2 * narrow.double().square()).sum()
-    norms2 = torch.cat((own.sum(0), torch.stack((stats.norm2.sum(), after))))
-    return Rows(
-        raw.float().expand(c.rows).contiguous(),
-        repaired.expand(c.rows).contiguous(),
-        norms2,
-        counts,
-    )
+    return by_sums(stats, c, lambda factors: merged_blocks(s, n_rows, cols, factors))
 
 
 def merged_blocks(s: Sources, n_rows: int, cols: int, factors: Tensor | None) -> Tensor:
@@ -214,10 +190,11 @@ def merged_blocks(s: Sources, n_rows: int, cols: int, factors: Tensor | None) ->
     return run(launch.tuned(key, launch.block_shape(k, d.widest, d.trims), run))
 
 
-def scaled(d: Device, merged: Tensor, out: Tensor, n_rows: int, factors: Tensor) -> None:
-    """out = base + factors[row]·(merged − base)."""
+def scaled(d: Device, merged: Tensor, out: Tensor, factors: Tensor) -> None:
+    """out = base + factors[row]·(merged − base). ``d``: of ``merged`` as its one expert."""
+    n_rows = factors.numel()
     cols = d.n // n_rows
-    shape = launch.block_shape(1, max(d.widest, merged.element_size()))
+    shape = launch.block_shape(1, d.widest)
     blocks = -(-cols // shape.block)
     merge.scale_blocks[(n_rows * blocks,)](
         d.base, merged, out, factors, cols, blocks, d.has_base, shape.lanes, shape.vec,
