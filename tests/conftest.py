@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,21 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_checkpoints(folder, TINY, num_experts=3, seed=0)
     return folder
+
+
+@pytest.fixture
+def own_registry() -> Iterator[None]:
+    """What a test registers as a backend, or offers by entry points, is gone after it."""
+    from magic_fast.ops import registry
+    from magic_fast.plugins import entry_points_of
+
+    def forget() -> None:
+        for cached in (entry_points_of, registry.left_out, registry.specs, registry.loaded):
+            cached.cache_clear()
+        registry.measured_order.cache_clear()
+
+    before = list(registry._REGISTERED)
+    forget()
+    yield
+    registry._REGISTERED[:] = before
+    forget()

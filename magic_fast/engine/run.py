@@ -18,7 +18,7 @@ from magic_fast.checkpoint.io_errors import writing
 from magic_fast.checkpoint.staging import Staging
 from magic_fast.engine.execute.executor import Executor, Outcome, Work
 from magic_fast.engine.execute.registry import executor_for
-from magic_fast.engine.execute.streamed import magnitudes
+from magic_fast.engine.execute.writer import magnitudes
 from magic_fast.engine.output.identity import Identity, identity_of, labelled
 from magic_fast.engine.output.journal import Journal, NoJournal, Record
 from magic_fast.engine.output.report import (

@@ -4,21 +4,15 @@ implement."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from magic_fast.errors import BackendError, InputError, NonFiniteError
-from magic_fast.ops.backend import Backend
+from magic_fast.ops.backend import Backend, Capable, merge_many, offers
 from magic_fast.ops.checks import check, dtype_word
+from magic_fast.ops.choice import asked_for, automatic, choose, offering, refuse_backend, streaming
 from magic_fast.ops.job import Array, Job, Stats, View
-from magic_fast.ops.registry import (
-    BackendStatus,
-    asked_for,
-    backends,
-    best_backend,
-    choose,
-    refuse_backend,
-    why_unavailable,
-)
+from magic_fast.ops.registry import BackendStatus, backends, implementation, why_unavailable
+from magic_fast.ops.search import select_over
 from magic_fast.recipe import Recipe, Selection
 
 __all__ = [
@@ -29,18 +23,22 @@ __all__ = [
     "Stats",
     "View",
     "asked_for",
+    "automatic",
     "backends",
-    "best_backend",
     "calibrate",
+    "choose",
     "dtype_word",
+    "implementation",
     "kth_magnitude",
     "merge",
+    "offers",
     "refuse_backend",
     "row_stats",
     "run_function",
     "scale",
     "select",
     "select_model",
+    "streaming",
     "why_unavailable",
 ]
 
@@ -48,13 +46,13 @@ __all__ = [
 def select(job: Job, *, backend: str | None = None) -> Selection:
     """Thresholds, tie cuts, factors and majority sign of one tensor."""
     check(job)
-    return choose([job], backend)[0].select(job)
+    return choose([job], backend, primitive="select")[0].select(job)
 
 
 def merge(
     jobs: Sequence[Job], *, backend: str | None = None, nonfinite: str = "error"
 ) -> list[Stats]:
-    """Runs the jobs, each into its ``out``; consecutive ones of one backend go in one call.
+    """Runs the jobs, each into its ``out``; those of one backend go in one call.
 
     Args:
         nonfinite: ``"error"``: a NaN or infinity in an input, or a finite result that overflows,
@@ -67,15 +65,16 @@ def merge(
         if job.out is None:
             raise InputError(f"out for '{job.name}': expected an array, got None.")
     chosen = choose(jobs, backend)
-    stats: list[Stats] = []
-    start = 0
-    for stop in range(1, len(jobs) + 1):
-        if stop == len(jobs) or chosen[stop] is not chosen[start]:
-            part = chosen[start].merge_many(jobs[start:stop])
-            for one in part:
-                one.backend = chosen[start].name
-            stats.extend(part)
-            start = stop
+    parts: dict[int, list[int]] = {}
+    for n, one in enumerate(chosen):
+        parts.setdefault(id(one), []).append(n)
+    by_job: dict[int, Stats] = {}
+    for part in parts.values():
+        one = chosen[part[0]]
+        for n, result in zip(part, merge_many(one, [jobs[n] for n in part]), strict=True):
+            result.backend = one.name
+            by_job[n] = result
+    stats = [by_job[n] for n in range(len(jobs))]
     if nonfinite == "error":
         for job, found in zip(jobs, stats, strict=True):
             raise_nonfinite(job, found)
@@ -83,17 +82,14 @@ def merge(
 
 
 def kth_magnitude(x: Array, k: int) -> float:
-    """The k-th largest |x|, k from 1, exactly: natively where that can, else in PyTorch.
+    """The k-th largest |x|, k from 1, exactly: by a backend that offers it, else by PyTorch.
 
     Args:
         x: tensor of float64, float32, float16 or bfloat16, any shape.
     """
-    from magic_fast.ops.native.backend import NativeBackend
-
-    native = NativeBackend()
-    usable = asked_for(None) in (None, NativeBackend.name) and native.why_not() is None
-    if usable and native.supports(Job(None, [x], Recipe((1.0,)))) is None and _on_cpu(x):
-        return native.kth_magnitude(x, k)
+    backend = offering("kth_magnitude", Job(None, [x], Recipe((1.0,))))
+    if backend is not None:
+        return cast(Capable, backend).kth_magnitude(x, k)
     import torch
 
     from magic_fast.reference import trim
@@ -101,23 +97,20 @@ def kth_magnitude(x: Array, k: int) -> float:
     return trim.kth_magnitude(x if x.dtype == torch.float64 else x.float(), k)
 
 
-def _on_cpu(x: Array) -> bool:
-    return isinstance(x, View) or x.device.type == "cpu"
-
-
 def select_model(jobs: Sequence[Job], *, backend: str | None = None) -> None:
-    """Gives every job the selection of a trim over all of them at once (scope ``model``), found by
-    the backend that will merge them all, else by the reference."""
+    """Gives every job the selection of a trim over all of them at once (scope ``model``): by the
+    backend that will merge them all, if it searches pieces, else by the reference."""
     for job in jobs:
         check(job)
     ordered = sorted(jobs, key=lambda job: job.name)
     if not ordered:
         return
     recipe, chosen = ordered[0].recipe, choose(ordered, backend)
-    if {one.name for one in chosen} == {"native"} and not recipe.needs_factors:
-        from magic_fast.ops.native.search import select_over
-
-        selections = select_over(ordered)
+    first = chosen[0]
+    alone = all(one is first for one in chosen)
+    # norms are of each tensor, under a threshold over all of them
+    if alone and offers(first, "search") and not recipe.needs_factors:
+        selections = select_over(ordered, cast(Capable, first).search)
     else:
         from magic_fast.reference.scope import select_model as reference
 
@@ -160,8 +153,8 @@ def calibrate(
     _check_nonfinite_word(nonfinite)
     check(job)
     check(_with_merged(job, merged))
-    chosen = choose([job], backend)[0]
-    stats = chosen.calibrate(job, merged)
+    chosen = choose([job], backend, primitive="calibrate")[0]
+    stats = cast(Capable, chosen).calibrate(job, merged)
     stats.backend = chosen.name
     if nonfinite == "error":
         raise_nonfinite(job, stats)
@@ -172,13 +165,15 @@ def row_stats(job: Job, merged: Array, *, backend: str | None = None) -> tuple[A
     """gram f64 [rows, K, K], dots f64 [rows, K], norm2 f64 [rows]."""
     check(job)
     check(_with_merged(job, merged))
-    return choose([job], backend)[0].row_stats(job, merged)
+    chosen = choose([job], backend, primitive="row_stats")[0]
+    return cast(Capable, chosen).row_stats(job, merged)
 
 
 def scale(job: Job, merged: Array, coefficient: Array, *, backend: str | None = None) -> None:
     """out = base + coefficient[row]·(merged − base)."""
     check(_with_merged(job, merged))
-    choose([job], backend)[0].scale(job, merged, coefficient)
+    chosen = choose([job], backend, primitive="scale")[0]
+    cast(Capable, chosen).scale(job, merged, coefficient)
 
 
 def _with_merged(job: Job, merged: Array) -> Job:

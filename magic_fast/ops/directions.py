@@ -58,3 +58,19 @@ class RowWeights:
 
     values: Any
     cols: int
+
+
+def weights_of(directions: Directions, gram: Any, cols: int, *, split: bool) -> RowWeights:
+    """The coefficients as weights, rounded once to float32.
+
+    Args:
+        split: the base, a member, is also what is added to: Σ c_k·θ_k = θ_0 + Σ_k c_k·τ_k +
+            (Σ c − 1)·θ_0.
+    """
+    import torch
+
+    found = directions.rule(gram)
+    last = torch.zeros_like(found[..., :1])
+    if split:
+        last, found = found.sum(-1, keepdim=True) - 1, found[..., 1:]
+    return RowWeights(torch.cat([found, last], -1).float().contiguous(), cols)

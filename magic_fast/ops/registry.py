@@ -1,71 +1,239 @@
-"""The backends, as data, and the choice between them.
-
-An explicit choice (argument or ``MAGIC_FAST_BACKEND``) never falls back; an automatic one may, and
-says in the log what it took and why.
-"""
+"""The backends, as data: ours, those of others that are registered, and those of installed packages
+(entry points ``magic_fast.backends``, loaded when backends are first listed or chosen)."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
-from magic_fast.errors import BackendError
-from magic_fast.ops.backend import Backend
-from magic_fast.ops.job import Job
+from magic_fast.errors import BackendError, InputError
+from magic_fast.ops.backend import REQUIRED, Backend, Capable
+from magic_fast.ops.order import FASTEST, Operation
+from magic_fast.plugins import entry_points_of
 
 log = logging.getLogger("magic_fast")
+GROUP = "magic_fast.backends"
+RUNS_EVERYTHING = "torch"
 
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """One backend: where its class lives and where its arrays may live."""
+    """One backend: where it comes from and where its arrays may live.
+
+    Attributes:
+        factory: a class or function of no arguments, or where it is: ``"module:attribute"``.
+        streams: it takes borrowed memory and parts of tensors (see ``ops/backend.py``).
+        before: the backend that the automatic choice tries after this one, or None.
+    """
 
     name: str
-    module: str
-    factory: str
+    factory: str | Callable[[], Any]
     devices: tuple[str, ...]
     summary: str
+    streams: bool = False
+    before: str | None = None
 
     def load(self) -> Backend:
-        backend: Backend = getattr(importlib.import_module(self.module), self.factory)()
+        factory: Any = self.factory
+        if isinstance(factory, str):
+            module, _, attribute = factory.partition(":")
+            factory = getattr(importlib.import_module(module), attribute)
+        backend: Backend = factory()
         return backend
 
 
+#: Ours.
 SPECS: tuple[BackendSpec, ...] = (
     BackendSpec(
         "native",
-        "magic_fast.ops.native.backend",
-        "NativeBackend",
+        "magic_fast.ops.native.backend:NativeBackend",
         ("cpu",),
         "fused C++ kernels on the CPU",
+        streams=True,
     ),
     BackendSpec(
         "cuda",
-        "magic_fast.ops.cuda.backend",
-        "CudaBackend",
+        "magic_fast.ops.cuda.backend:CudaBackend",
         ("cuda",),
         "fused CUDA kernels on a GPU",
     ),
     BackendSpec(
         "triton",
-        "magic_fast.ops.triton.backend",
-        "TritonBackend",
+        "magic_fast.ops.triton.backend:TritonBackend",
         ("cuda",),
         "fused Triton kernels on a GPU",
     ),
     BackendSpec(
-        "torch", "magic_fast.ops.torch.backend", "TorchBackend", ("cpu", "cuda"), "plain PyTorch"
+        "torch", "magic_fast.ops.torch.backend:TorchBackend", ("cpu", "cuda"), "plain PyTorch"
     ),
 )
+_REGISTERED: list[BackendSpec] = []  # of others, in the order of registration
+
+
+def register_backend(
+    name: str,
+    factory: str | Callable[[], Any],
+    *,
+    devices: Sequence[str],
+    summary: str = "",
+    streams: bool = False,
+    before: str | None = None,
+) -> BackendSpec:
+    """Adds a backend: one more name for ``backend=``, ``--backend`` and ``MAGIC_FAST_BACKEND``.
+
+    What a backend must offer is in docs/contributing/add-a-backend.md. A package registers one by
+    an entry point of the group ``magic_fast.backends`` that names what this function returned.
+
+    Args:
+        name: unlike that of any other backend.
+        factory: a class or function of no arguments that makes it, or where that is:
+            ``"module:attribute"``, imported when the backend is first looked at.
+        devices: where its tensors may live: ``"cpu"``, ``"cuda"``.
+        summary: what it is, in a few words, for ``magic-fast doctor``.
+        streams: it also takes borrowed memory and parts of tensors, so that it merges checkpoints
+            in pieces.
+        before: the backend ahead of which the automatic choice tries it. None: after all others,
+            so that in general it runs only where it is asked for by name.
+
+    Returns:
+        The entry of the registry.
+
+    Raises:
+        InputError: the name is taken, or an argument is not as described.
+
+    >>> import magic_fast as mf
+    >>> mf.register_backend("torch", "somewhere:Backend", devices=("cpu",))
+    Traceback (most recent call last):
+    magic_fast.errors.InputError: name of a backend: expected one that is not taken, got 'torch'.
+    """
+    spec = BackendSpec(name, factory, tuple(devices), summary or name, streams, before)
+    rows = _in_order()
+    if spec in rows:
+        return spec
+    _check(spec, [row.name for row in rows])
+    _REGISTERED.append(spec)
+    _forget()
+    return spec
+
+
+def _check(spec: BackendSpec, names: Sequence[str]) -> None:
+    name, factory = spec.name, spec.factory
+    if not isinstance(name, str) or not name or name == "auto":
+        raise InputError(f"name of a backend: expected a word other than 'auto', got {name!r}.")
+    if name in names:
+        raise InputError(f"name of a backend: expected one that is not taken, got {name!r}.")
+    if not callable(factory) and not (isinstance(factory, str) and factory.count(":") == 1):
+        raise InputError(
+            f"factory of backend {name!r}: expected a callable or 'module:attribute', got "
+            f"{factory!r}."
+        )
+    if not spec.devices or not all(isinstance(d, str) and len(d) > 1 for d in spec.devices):
+        raise InputError(
+            f"devices of backend {name!r}: expected names such as ('cpu',), got {spec.devices!r}."
+        )
+    if spec.before not in (None, *names):
+        known = ", ".join(map(repr, names))
+        raise InputError(f"before of backend {name!r}: expected {known}, got {spec.before!r}.")
+
+
+def _in_order() -> list[BackendSpec]:
+    """Ours and those registered so far."""
+    rows = list(SPECS)
+    for spec in _REGISTERED:
+        names = [row.name for row in rows]
+        rows.insert(len(rows) if spec.before is None else names.index(spec.before), spec)
+    return rows
+
+
+def _forget() -> None:
+    """After a change of the registry."""
+    specs.cache_clear()
+    measured_order.cache_clear()
+
+
+@cache
+def specs() -> tuple[BackendSpec, ...]:
+    """Every backend, in the order in which they are listed. The first call loads what installed
+    packages offer."""
+    left_out()  # the modules of entry points register what they have
+    return tuple(_in_order())
+
+
+@cache
+def left_out() -> dict[str, str]:
+    """What installed packages offer and cannot be used: its name → the reason."""
+    offered, reasons = entry_points_of(GROUP)
+    wrong = {
+        name: f"expected what register_backend({name!r}, ...) returned, got {value!r}"
+        for name, value in offered.items()
+        if not isinstance(value, BackendSpec) or value.name != name or value not in _in_order()
+    }
+    for name, reason in wrong.items():
+        log.warning("entry point %s of %s is left out: %s", name, GROUP, reason)
+    return {**reasons, **wrong}
+
+
+@cache
+def measured_order(operation: Operation) -> tuple[BackendSpec, ...]:
+    """Every backend; those that were measured at an operation change places among themselves, so
+    that the fastest comes first."""
+    fastest = [spec for name in FASTEST[operation] for spec in specs() if spec.name == name]
+    ahead = iter(fastest)
+    return tuple(next(ahead) if spec in fastest else spec for spec in specs())
+
+
+def spec_of(name: str) -> BackendSpec:
+    """The row of a backend that is known to be there."""
+    ours = next((spec for spec in SPECS if spec.name == name), None)
+    return ours or next(spec for spec in specs() if spec.name == name)
+
+
+@cache
+def loaded(name: str) -> tuple[Backend | None, str | None]:
+    """The backend, or the reason it cannot run here; both are remembered."""
+    try:
+        backend = spec_of(name).load()
+        missing = [member for member in REQUIRED if not hasattr(backend, member)]
+        if missing:
+            return None, f"it has no {', '.join(missing)}, which every backend must have"
+        return backend, backend.why_not()
+    except ImportError as e:
+        return None, f"cannot be imported: {e}"
+    except Exception as e:  # of any kind: it may be code of others
+        return None, f"cannot be loaded: {type(e).__name__}: {e}"
+
+
+def why_unavailable(name: str) -> str | None:
+    """The reason one backend cannot run here, or None. No other is loaded."""
+    return loaded(name)[1]
+
+
+def implementation(name: str) -> Capable:
+    """A backend itself, for what is more than a merge. What is optional in it must be asked for
+    first, by :func:`~magic_fast.ops.backend.offers`.
+
+    Raises:
+        BackendError: it cannot run here.
+    """
+    backend, reason = loaded(name)
+    if backend is None or reason is not None:
+        raise BackendError(f"backend {name!r}: expected one that can run here, got: {reason}.")
+    return cast(Capable, backend)
+
+
+def devices_of(spec: BackendSpec) -> tuple[str, ...]:
+    """Where its arrays may live: what the loaded backend says, else its row of the table."""
+    devices: tuple[str, ...] = getattr(loaded(spec.name)[0], "devices", spec.devices)
+    return devices
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What ``mf.backends()`` tells of one backend. ``reason`` is None where it is available."""
+    """What ``mf.backends()`` tells of one backend. ``reason`` is None if it is available."""
 
     name: str
     available: bool
@@ -75,149 +243,21 @@ class BackendStatus:
     details: str = ""
 
 
-@cache
-def _loaded(name: str) -> tuple[Backend | None, str | None]:
-    """The backend or the reason why not; both are remembered."""
-    spec = next(s for s in SPECS if s.name == name)
-    try:
-        backend = spec.load()
-    except ImportError as e:
-        return None, f"cannot be imported: {e}"
-    return backend, backend.why_not()
-
-
-def why_unavailable(name: str) -> str | None:
-    """Why one backend cannot run here, without loading any other; None if it can."""
-    return _loaded(name)[1]
-
-
 def backends() -> list[BackendStatus]:
-    """Every backend, whether it can run here, and why not if it cannot.
+    """Every backend, whether it can run here, and the reason if it cannot. An entry point of an
+    installed package that is broken stands here too, as one that cannot run.
 
     >>> any(b.name == "torch" and b.available for b in backends())
     True
     """
-    found = []
-    for spec in SPECS:
-        backend, reason = _loaded(spec.name)
+    rows = []
+    for spec in specs():
+        backend, reason = loaded(spec.name)
         details = getattr(backend, "details", None)
         text = details() if callable(details) and reason is None else ""
-        found.append(
-            BackendStatus(spec.name, reason is None, _devices(spec), spec.summary, reason, text)
-        )
-    return found
-
-
-def implementation(name: str) -> Backend:
-    """A backend itself, for what is more than a merge (graphs, workspaces).
-
-    Raises:
-        BackendError: it cannot run here.
-    """
-    backend, reason = _loaded(name)
-    if backend is None or reason is not None:
-        raise BackendError(f"backend {name!r}: expected one that can run here, got: {reason}.")
-    return backend
-
-
-def asked_for(name: str | None) -> str | None:
-    """The backend that the caller or else MAGIC_FAST_BACKEND names; None where the choice is free.
-
-    Raises:
-        BackendError: there is none of that name.
-    """
-    wanted = name or os.environ.get("MAGIC_FAST_BACKEND") or "auto"
-    if wanted == "auto":
-        return None
-    if wanted not in [s.name for s in SPECS]:
-        names = ", ".join(repr(s.name) for s in SPECS)
-        raise BackendError(
-            f"backend {wanted!r}: expected one of {names} or 'auto', got an unknown name."
-        )
-    return wanted
-
-
-def refuse_backend(name: str | None, device: str) -> None:
-    """Before anything is read: a backend that is asked for is never replaced.
-
-    Args:
-        name: as the caller has it, or None.
-        device: ``cpu``, ``cuda`` or ``cuda:i``, where the tensors will be.
-
-    Raises:
-        BackendError: no such backend, or it cannot run here, or not on that device.
-    """
-    wanted, kind = asked_for(name), device.partition(":")[0]
-    if wanted is None:
-        return
-    spec = next(s for s in SPECS if s.name == wanted)
-    reason = _loaded(wanted)[1]
-    if reason is None and kind not in _devices(spec):
-        reason = f"the tensors are on {kind}, it runs on {', '.join(_devices(spec))}"
-    if reason is not None:
-        raise BackendError(
-            f"backend {wanted!r}: expected one that can run on {device}, got: {reason}. Leave it "
-            "out, or see `magic-fast doctor`."
-        )
-
-
-def best_backend(device: str) -> str:
-    """The first backend that can run on ``device`` (``cpu``, ``cuda``) here."""
-    return next(s.name for s in SPECS if device in s.devices and why_unavailable(s.name) is None)
-
-
-def _device_of(job: Job) -> str:
-    return str(getattr(job.experts[0], "device", "cpu")).split(":")[0]
-
-
-def _devices(spec: BackendSpec) -> tuple[str, ...]:
-    """Where its arrays may live: what the loaded backend says, else its row of the table."""
-    devices: tuple[str, ...] = getattr(_loaded(spec.name)[0], "devices", spec.devices)
-    return devices
-
-
-def _why_not(spec: BackendSpec, job: Job, *, asked_for: bool) -> str | None:
-    """``asked_for``: by name. A backend may then also run where it does not by itself (Triton's
-    interpreter on the CPU)."""
-    where = _device_of(job)
-    if not asked_for and where not in spec.devices:  # not even loaded
-        return f"the tensors are on {where}, it runs on {', '.join(spec.devices)}"
-    backend, reason = _loaded(spec.name)
-    if reason is not None:
-        return reason
-    if where not in _devices(spec):
-        return f"the tensors are on {where}, it runs on {', '.join(_devices(spec))}"
-    assert backend is not None
-    return backend.supports(job)
-
-
-@cache
-def _say_once(message: str) -> None:
-    log.info(message)
-
-
-def choose(jobs: Sequence[Job], wanted: str | None = None) -> list[Backend]:
-    """A backend for each job: the one asked for, else the first that can run it."""
-    wanted = asked_for(wanted)
-    chosen = []
-    for job in jobs:
-        refused = []
-        for spec in SPECS:
-            if wanted not in (None, spec.name):
-                continue
-            reason = _why_not(spec, job, asked_for=wanted is not None)
-            if reason is None:
-                backend = _loaded(spec.name)[0]
-                assert backend is not None
-                chosen.append(backend)
-                break
-            refused.append(f"{spec.name}: {reason}")
-        else:
-            label = f" for '{job.name}'" if job.name else ""
-            raise BackendError(
-                f"backend {wanted or 'auto'!r}{label}: expected one that can run this merge, "
-                f"got: {'; '.join(refused)}. See magic_fast.backends() or `magic-fast doctor`."
-            )
-        why = f" ({'; '.join(refused)})" if refused else ""
-        _say_once(f"backend {chosen[-1].name}{why}")
-    return chosen
+        devices = devices_of(spec)
+        rows.append(BackendStatus(spec.name, reason is None, devices, spec.summary, reason, text))
+    for name, reason in left_out().items():
+        why = f"the entry point is left out: {reason}"
+        rows.append(BackendStatus(name, False, (), "of an installed package", why))
+    return rows

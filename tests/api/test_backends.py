@@ -10,7 +10,7 @@ import torch
 import magic_fast as mf
 from magic_fast import ops
 from magic_fast.errors import BackendError
-from magic_fast.ops import registry
+from magic_fast.ops import choice, registry
 from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe
 
@@ -57,7 +57,7 @@ def test_the_automatic_choice_falls_back(
     no_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _needs_native()
-    registry._say_once.cache_clear()
+    choice._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="magic_fast"):
         assert ops.merge([_job(torch.float64)])[0].backend == "torch"
         assert ops.merge([_job(torch.float64)])[0].backend == "torch"
@@ -92,20 +92,17 @@ def test_the_argument_goes_before_the_environment(no_environment: pytest.MonkeyP
     assert ops.merge([_job()], backend="torch")[0].backend == "torch"
 
 
-def test_a_backend_that_cannot_load_is_no_crash(no_environment: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_load_is_no_crash(
+    no_environment: pytest.MonkeyPatch, own_registry: None
+) -> None:
     """Without the extension the install still works, and the reason is there to read."""
-    broken = registry.BackendSpec("broken", "magic_fast.ops.nowhere", "X", ("cpu",), "none")
-    no_environment.setattr(registry, "SPECS", (broken, *registry.SPECS))
-    registry._loaded.cache_clear()
-    try:
-        status = next(b for b in registry.backends() if b.name == "broken")
-        assert not status.available
-        assert status.reason is not None and status.reason.startswith("cannot be imported: ")
-        assert ops.merge([_job()])[0].backend != "broken"
-        with pytest.raises(BackendError, match="broken: cannot be imported"):
-            ops.merge([_job()], backend="broken")
-    finally:
-        registry._loaded.cache_clear()
+    mf.register_backend("broken", "magic_fast.ops.nowhere:X", devices=("cpu",), before="native")
+    status = next(b for b in registry.backends() if b.name == "broken")
+    assert not status.available
+    assert status.reason is not None and status.reason.startswith("cannot be imported: ")
+    assert ops.merge([_job()])[0].backend != "broken"
+    with pytest.raises(BackendError, match="broken: cannot be imported"):
+        ops.merge([_job()], backend="broken")
 
 
 def test_whole_tensor_methods_run_on_torch_alone(no_environment: pytest.MonkeyPatch) -> None:

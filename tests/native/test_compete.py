@@ -14,7 +14,9 @@ from torch import Tensor
 
 from magic_fast.methods.recipes import build_recipe
 from magic_fast.ops.job import Job
-from magic_fast.ops.native.backend import NativeBackend, StreamingSelect, cut_for
+from magic_fast.ops.native.backend import NativeBackend
+from magic_fast.ops.native.search import StreamingSelect
+from magic_fast.ops.search import cut_for
 from magic_fast.recipe import Recipe, Selection
 from magic_fast.reference import merge as reference
 from magic_fast.reference import pcb

@@ -12,9 +12,10 @@ import torch
 import magic_fast as mf
 from magic_fast import _native
 from magic_fast.ops.job import Job, View
-from magic_fast.ops.native.backend import NativeBackend, StreamingSelect, cut_for
+from magic_fast.ops.native.backend import NativeBackend
 from magic_fast.ops.native.jobs import Call
-from magic_fast.ops.native.search import select_over
+from magic_fast.ops.native.search import StreamingSelect
+from magic_fast.ops.search import cut_for, select_over
 from magic_fast.recipe import CountRule, Recipe, Selection, TieRule, Trim, TrimRule, TrimScope
 from magic_fast.reference import merge as reference
 from magic_fast.reference.scope import select_model
@@ -210,7 +211,7 @@ def test_tensors_in_memory_as_one(rule: TrimRule, tie_rule: TieRule) -> None:
         base, *experts = (torch.randint(-9, 10, shape, generator=g) / 8 for _ in range(3))
         jobs.append(Job(base, experts, recipe, name=f"t{len(jobs)}"))
     want = select_model(lambda: ((job.base, job.experts) for job in jobs), recipe)
-    for job, found, expected in zip(jobs, select_over(jobs), want, strict=True):
+    for job, found, expected in zip(jobs, select_over(jobs, StreamingSelect), want, strict=True):
         own, other = (
             reference.decide(job.base, job.experts, recipe, selection=s).keep
             for s in (found, expected)

@@ -73,9 +73,9 @@ def test_bare_tensors_share(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     own = sweeping.merge_scales
 
-    def counted(jobs: Any, known: Any) -> Any:
+    def counted(jobs: Any, *more: Any) -> Any:
         seen.append(len(jobs))
-        return own(jobs, known)
+        return own(jobs, *more)
 
     monkeypatch.setattr(sweeping, "merge_scales", counted)
     base, experts = models(torch.bfloat16)

@@ -33,8 +33,8 @@ from magic_fast.api.tensors.resolve import (
 )
 from magic_fast.errors import InputError
 from magic_fast.ops.checks import check, extent_of
+from magic_fast.ops.choice import choose
 from magic_fast.ops.job import Job
-from magic_fast.ops.registry import choose
 
 #: Of the results that cannot go straight to their place, so many bytes are held at a time (or one
 #: tensor): enough that many small ones share one call.

@@ -17,8 +17,8 @@ from magic_fast.api.tensors.resolve import Call, execute, job_of, numbers_of, re
 from magic_fast.engine.execute.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import find_method
+from magic_fast.ops.choice import choose
 from magic_fast.ops.job import Job, View
-from magic_fast.ops.registry import choose
 from magic_fast.recipe import Recipe, Selection
 
 _MOST = 256
@@ -43,7 +43,7 @@ def sweep(
     """The same experts merged in many ways: the results of as many calls of :func:`merge`, for
     less.
 
-    On the native backend uncalibrated recipes of one tensor form its task vectors once, and those
+    On the native backend, uncalibrated recipes of one tensor form its task vectors once, and those
     that differ in ``scale`` alone share thresholds, votes and Δ. The results are those of separate
     merges, bit for bit but for the sign of a zero.
 
@@ -183,11 +183,14 @@ def _shared(
     if not worth_sharing(list(usable.values())):
         return set()
     chosen = choose(list(usable.values()), calls[0].options.backend)
-    own = [n for n, backend in zip(usable, chosen, strict=True) if backend.name == "native"]
-    views = [_as_views(usable[n]) for n in own]
-    if not worth_sharing(views) or merge_scales(views, known) is None:
+    backend = next((one for one in chosen if ops.offers(one, "splits")), None)
+    if backend is None:
         return set()
-    return {(n, t) for n in own}
+    together = [n for n, one in zip(usable, chosen, strict=True) if one is backend]
+    views = [_as_views(usable[n]) for n in together]
+    if not worth_sharing(views) or merge_scales(views, known, backend.name) is None:
+        return set()
+    return {(n, t) for n in together}
 
 
 def _is_plain(job: Job) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from magic_fast.engine.execute.executor import Outcome
 from magic_fast.engine.execute.pipeline import Pipeline
-from magic_fast.engine.execute.streamed import Writer
+from magic_fast.engine.execute.writer import Writer
 from magic_fast.engine.output.report import Progress
 from magic_fast.engine.plan.plan import MergePlan
 from magic_fast.engine.plan.units import Unit

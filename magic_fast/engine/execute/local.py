@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from magic_fast.engine.execute.counts import Meter, count_unit, outcome_of, traffic
 from magic_fast.engine.execute.executor import Executor, Outcome, Work
 from magic_fast.engine.execute.pipeline import Pipeline
-from magic_fast.engine.execute.streamed import BadRecord, Loader, Streamed, Writer
+from magic_fast.engine.execute.streamed import BadRecord, Loader, Streamed
+from magic_fast.engine.execute.writer import Writer
 from magic_fast.engine.output.journal import Journal, NoJournal, Record
 from magic_fast.engine.output.recheck import drop_damaged
 from magic_fast.engine.output.report import Progress
@@ -75,13 +76,13 @@ class Run:
         self._nonfinite = nonfinite
         self._slot_bytes = plan.budget.slot_bytes
         self._progress = progress
-        self._modes = {name: mode for name, (mode, _) in plan.budget.modes.items()}
+        self._modes = {name: way.mode for name, way in plan.budget.modes.items()}
         self._worker: Worker | None = None
         self._given = dict(selections or {})
 
     def execute(self, work: Work) -> Outcome:
         """All tensors merged and written."""
-        self._compute = Streamed(self._nonfinite, self._given)
+        self._compute = Streamed(self._nonfinite, self._backend_of, self._given)
         if Mode.TORCH in self._modes.values():
             from magic_fast.engine.execute.whole import Worker
 
@@ -99,7 +100,7 @@ class Run:
 
     def search_model(self) -> dict[str, Selection]:
         """Only the selections of a trim over the whole model; nothing is merged or written."""
-        self._compute = Streamed(self._nonfinite)
+        self._compute = Streamed(self._nonfinite, self._backend_of)
         self._meter = self._new_meter()
         steps = [s for s in self._plan.steps if over_model(s)]
         if any(self._modes[s.name] is Mode.TORCH for s in steps):
@@ -113,6 +114,9 @@ class Run:
             self._pipeline = Pipeline(loader, self._run, lambda unit: None, slots)
             self._pipeline.run(self._model_scope({}))
         return {s.name: self._compute.selections[s.name] for s in steps}
+
+    def _backend_of(self, step: Step) -> str:
+        return self._plan.budget.modes[step.name].backend
 
     def _new_meter(self) -> Meter:
         again = sum(self._search_bytes(s) for s in self._plan.steps if self._needs_search(s))
@@ -192,7 +196,8 @@ class Run:
     def _search(self, steps: Sequence[Step]) -> Iterator[Unit]:
         from magic_fast.engine.execute.search import StreamedSearch
 
-        search = StreamedSearch(steps, self._slot_bytes, self._pipeline.wait)
+        backend = self._backend_of(steps[0])
+        search = StreamedSearch(steps, self._slot_bytes, self._pipeline.wait, backend)
         yield from search.units()
         if steps[0].recipe is None:
             self._compute.weights |= search.weights()

@@ -1,9 +1,9 @@
 """Merges that differ in their trim and scale alone: task vectors formed once, Δ once for each trim,
 and out = base + scale·Δ in one cheap pass for each scale.
 
-Every step is one that the merge itself takes, in its order and precision (τ, Δ and scale·Δ are
-float32 values there too), so the results are those of separate merges, bit for bit but for the
-sign of a zero.
+On a backend that ``splits``, every step is one that the merge itself takes, in its order and
+precision (τ, Δ and scale·Δ are float32 values there too), so the results are those of separate
+merges, bit for bit but for the sign of a zero.
 """
 
 from __future__ import annotations
@@ -39,19 +39,27 @@ def shares(job: Job) -> bool:
     )
 
 
+def splits(backend: str) -> bool:
+    """Whether the merges of a backend keep their bits in the steps above."""
+    return ops.offers(ops.implementation(backend), "splits")
+
+
 def worth_sharing(jobs: Sequence[Job]) -> bool:
     """Whether sharing costs less than it saves: a pass for τ, one for each trim and one for each
     output, against a merge for each output."""
     return len(jobs) >= 2 + len({unscaled(job.recipe) for job in jobs})
 
 
-def merge_scales(jobs: Sequence[Job], selections: dict[Recipe, Selection]) -> list[Stats] | None:
-    """Runs jobs over the same base and experts on the native backend.
+def merge_scales(
+    jobs: Sequence[Job], selections: dict[Recipe, Selection], backend: str
+) -> list[Stats] | None:
+    """Runs jobs over the same base and experts.
 
     Args:
         jobs: each of which :func:`shares`; their arrays are views; recipes differ as they like.
         selections: by :func:`unscaled` recipe; those that are needed and missing are found and
             added.
+        backend: name of one that ``splits``.
 
     Returns:
         What each job found; None where an input or a result is not finite: then nothing is
@@ -62,7 +70,7 @@ def merge_scales(jobs: Sequence[Job], selections: dict[Recipe, Selection]) -> li
     assert base is not None
     recipes = list(dict.fromkeys(unscaled(job.recipe) for job in jobs))
     for recipe in recipes:
-        select_once(replace(first, recipe=recipe), selections)
+        select_once(replace(first, recipe=recipe), selections, backend)
     count = base.numel
     slab = min(_SLAB, count)
     rows = len(first.experts) + len(recipes)
@@ -70,26 +78,26 @@ def merge_scales(jobs: Sequence[Job], selections: dict[Recipe, Selection]) -> li
     for start in range(0, count, slab):
         n = min(slab, count - start)
         slot.reset()
-        if not _slab(jobs, recipes, selections, slot, start, n):
+        if not _slab(jobs, recipes, selections, slot, start, n, backend):
             return None
     return [
         Stats(
             selections.get(unscaled(job.recipe))
             or Selection.keep_everything(len(job.experts), count),
-            backend="native",
+            backend=backend,
         )
         for job in jobs
     ]
 
 
-def select_once(job: Job, selections: dict[Recipe, Selection]) -> Selection | None:
+def select_once(job: Job, selections: dict[Recipe, Selection], backend: str) -> Selection | None:
     """The selection of a job (None where it needs none), found once for each recipe."""
     recipe = unscaled(job.recipe)
     if not recipe.needs_select:
         return None
     if recipe not in selections:
         whole = replace(job, recipe=recipe, out=None, calibration=None)
-        selections[recipe] = ops.select(whole, backend="native")
+        selections[recipe] = ops.select(whole, backend=backend)
     return selections[recipe]
 
 
@@ -100,6 +108,7 @@ def _slab(
     slot: Slot,
     start: int,
     n: int,
+    backend: str,
 ) -> bool:
     """Elements [start, start + n) of all jobs; whether everything in them was finite."""
     first = jobs[0]
@@ -137,7 +146,7 @@ def _slab(
         ],
     ]
     for stage in stages:
-        for stats in ops.merge(stage, backend="native", nonfinite="propagate"):
+        for stats in ops.merge(stage, backend=backend, nonfinite="propagate"):
             if stats.overflow >= 0 or any(i >= 0 for i in stats.first_nonfinite):
                 return False
     return True

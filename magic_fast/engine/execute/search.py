@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from magic_fast.engine.plan.directions import GramSearch
+from magic_fast import ops
+from magic_fast.engine.execute.gram import GramSearch
 from magic_fast.engine.plan.step import Step
 from magic_fast.engine.plan.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
 from magic_fast.ops.directions import RowWeights
 from magic_fast.ops.job import Array, View
-from magic_fast.ops.native.search import StreamingSelect, cut_for
+from magic_fast.ops.search import Search, cut_for
 from magic_fast.recipe import Selection
 
 _SAMPLES = 16
@@ -42,10 +43,15 @@ class StreamedSearch:
         steps: of one recipe; or one step of a mean of directions.
         slot_bytes: size of a unit.
         wait: blocks until an event is set (and leaves when the run has failed).
+        backend: name of the one that finds it.
     """
 
     def __init__(
-        self, steps: Sequence[Step], slot_bytes: int, wait: Callable[[threading.Event], None]
+        self,
+        steps: Sequence[Step],
+        slot_bytes: int,
+        wait: Callable[[threading.Event], None],
+        backend: str,
     ) -> None:
         self._steps = steps
         self._slot_bytes = slot_bytes
@@ -56,12 +62,14 @@ class StreamedSearch:
             self._starts[step.name] = total
             total += step.numel
         recipe = steps[0].recipe
-        name = steps[0].name if len(steps) == 1 else ""
+        self._backend = ops.implementation(backend)
+        self._select: Search | None = None
+        self._gram: GramSearch | None = None
         self._search: Wanting
         if recipe is None:
-            self._search = GramSearch(steps[0])
+            self._search = self._gram = GramSearch(steps[0], self._backend)
         else:
-            self._search = StreamingSelect(recipe, total, name=name)
+            self._search = self._select = self._backend.search(recipe, total, name=name_of(steps))
         self._total = total
         self._sampled = False
         self._by_magnitude = recipe is not None and recipe.trim.by_magnitude
@@ -133,8 +141,8 @@ class StreamedSearch:
 
     def selections(self) -> dict[str, Selection]:
         """One selection per tensor, tie cuts counted inside it."""
-        assert isinstance(self._search, StreamingSelect)
-        whole = self._search.result()
+        assert self._select is not None
+        whole = self._select.result()
         found = {}
         for step in self._steps:
             found[step.name] = cut_for(whole, self._starts[step.name], step.numel)
@@ -142,8 +150,13 @@ class StreamedSearch:
 
     def weights(self) -> dict[str, RowWeights]:
         """The weights of the one tensor."""
-        assert isinstance(self._search, GramSearch)
-        return {self._steps[0].name: self._search.weights()}
+        assert self._gram is not None
+        return {self._steps[0].name: self._gram.weights()}
+
+
+def name_of(steps: Sequence[Step]) -> str:
+    """The name that keys random masks: of a tensor alone, not of several at once."""
+    return steps[0].name if len(steps) == 1 else ""
 
 
 class SharedSearch(StreamedSearch):
@@ -158,12 +171,14 @@ class SharedSearch(StreamedSearch):
         ways: Sequence[Sequence[Step]],
         slot_bytes: int,
         wait: Callable[[threading.Event], None],
+        backend: str,
     ) -> None:
         widest = max(ways, key=lambda steps: search_grain(steps[0]))
-        super().__init__(widest, slot_bytes, wait)
-        name = widest[0].name if len(widest) == 1 else ""
-        recipes = [steps[0].recipe for steps in ways]
-        self._many = [StreamingSelect(r, self._total, name=name) for r in recipes if r is not None]
+        super().__init__(widest, slot_bytes, wait, backend)
+        recipes = [steps[0].recipe for steps in ways if steps[0].recipe is not None]
+        self._many = [
+            self._backend.search(recipe, self._total, name=name_of(widest)) for recipe in recipes
+        ]
         self._search = _Together(self._many)
 
     def all_selections(self) -> list[dict[str, Selection]]:
@@ -174,10 +189,10 @@ class SharedSearch(StreamedSearch):
         ]
 
 
-class _Together(StreamingSelect):
+class _Together:
     """Several searches that want the same data are fed together."""
 
-    def __init__(self, searches: Sequence[StreamingSelect]) -> None:
+    def __init__(self, searches: Sequence[Search]) -> None:
         self._searches = self._active = list(searches)
 
     def sample(self, base: Array | None, experts: Sequence[Array]) -> None:

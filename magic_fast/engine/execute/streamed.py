@@ -1,11 +1,8 @@
-"""The three stages of a run: fill a unit from the checkpoints, merge it, write it down."""
+"""The first two stages of a run: fill a unit from the checkpoints, and merge it in its memory."""
 
 from __future__ import annotations
 
-import math
-from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
@@ -14,7 +11,6 @@ import xxhash
 
 from magic_fast import ops
 from magic_fast.checkpoint import Checkpoint, ShardFiles
-from magic_fast.engine.output.finite import nonfinite
 from magic_fast.engine.output.journal import Journal, Record
 from magic_fast.engine.output.recheck import refuse_changed_files
 from magic_fast.engine.plan.directions import directions_of, vector_length
@@ -23,7 +19,7 @@ from magic_fast.engine.plan.step import FLOATS, Input, Step
 from magic_fast.engine.plan.units import Piece, Unit, element_size
 from magic_fast.errors import InputError
 from magic_fast.ops.directions import RowWeights
-from magic_fast.ops.job import Job, Stats, View, count_repaired
+from magic_fast.ops.job import Job, Stats, View
 from magic_fast.recipe import Recipe, Selection
 
 _WORTH_SHARING = 1 << 19  # bytes for each of two threads
@@ -170,10 +166,22 @@ def _array(
 
 
 class Streamed:
-    """Second stage, for units in slots: the native backend over borrowed memory."""
+    """Second stage, for units in slots: backends that stream, over borrowed memory.
 
-    def __init__(self, nonfinite: str, selections: Mapping[str, Selection] | None = None) -> None:
+    Args:
+        nonfinite: ``error`` or ``propagate``.
+        backend_of: name of the backend that merges a step.
+        selections: of tensors for which they were found before.
+    """
+
+    def __init__(
+        self,
+        nonfinite: str,
+        backend_of: Callable[[Step], str],
+        selections: Mapping[str, Selection] | None = None,
+    ) -> None:
         self._nonfinite = nonfinite
+        self._backend_of = backend_of
         self.selections: dict[str, Selection] = dict(selections or {})
         self.weights: dict[str, RowWeights] = {}
 
@@ -183,33 +191,38 @@ class Streamed:
             unit.search.feed([self._arrays(one) for one in loaded], [one.piece for one in loaded])
             return
         results: list[Stats | None] = [None] * len(loaded)
-        jobs: list[tuple[int, Job]] = []
+        jobs: dict[str, list[tuple[int, Job]]] = {}  # by backend
         for n, one in enumerate(loaded):
             if one.record is not None:
                 continue
+            backend = self._backend_of(one.piece.step)
             if one.piece.step.copy:
                 self._copy(one)
             elif one.piece.step.merged is not None:
                 job, merged = self._job(one)
-                results[n] = ops.calibrate(job, merged, backend="native", nonfinite=self._nonfinite)
+                results[n] = ops.calibrate(job, merged, backend=backend, nonfinite=self._nonfinite)
             else:
-                jobs.append((n, self._job(one)[0]))
-        found = ops.merge([j for _, j in jobs], backend="native", nonfinite=self._nonfinite)
-        for (n, _), stats in zip(jobs, found, strict=True):
-            results[n] = stats
+                jobs.setdefault(backend, []).append((n, self._job(one)[0]))
+        for backend, some in jobs.items():
+            found = ops.merge([j for _, j in some], backend=backend, nonfinite=self._nonfinite)
+            for (n, _), stats in zip(some, found, strict=True):
+                results[n] = stats
         unit.buffers["stats"] = results
 
     def _arrays(self, one: Loaded) -> list[View]:
         """The inputs, rounded to the configuration's dtype where they are of another."""
-        found = []
+        arrays = []
         targets = one.cast or [None] * len(one.inputs)
         for (_, view, _), target in zip(one.inputs, targets, strict=True):
-            if target is None:
-                found.append(view)
-            else:
-                convert(view, target, self._nonfinite)
-                found.append(target)
-        return found
+            if target is not None:
+                self._convert(one.piece.step, view, target)
+            arrays.append(view if target is None else target)
+        return arrays
+
+    def _convert(self, step: Step, source: View, target: View) -> None:
+        """Rounds one array to another's dtype: a merge of one task vector with weight 1."""
+        job = Job(None, [source], Recipe((1.0,)), target)
+        ops.merge([job], backend=self._backend_of(step), nonfinite=self._nonfinite)
 
     def _job(self, one: Loaded) -> tuple[Job, View | None]:
         """What is to be done, and the model merged elsewhere that is to be calibrated, if any."""
@@ -244,7 +257,7 @@ class Streamed:
         source, view, data = one.inputs[0]
         if source.info.dtype in FLOATS:
             assert one.out is not None
-            convert(view, one.out, self._nonfinite)
+            self._convert(step, view, one.out)
             return
         for other, _, more in one.inputs[1:]:
             refuse_other_integers(
@@ -262,96 +275,3 @@ def refuse_other_integers(step: Step, other: Input, same: bool) -> None:
             f"integer tensor '{step.name}' in {other.model}: expected the values of "
             f"{step.inputs[0].model}, got others. Integer tensors are not merged; they must agree."
         )
-
-
-def convert(source: View, target: View, nonfinite: str) -> None:
-    """Rounds one array to another's dtype: a merge of one task vector with weight 1."""
-    job = Job(None, [source], Recipe((1.0,)), target)
-    ops.merge([job], backend="native", nonfinite=nonfinite)
-
-
-class Writer:
-    """Third stage: bytes to the output, a checksum and a line in the journal for each piece.
-
-    Where values that are not finite may pass, they are counted.
-    """
-
-    def __init__(self, output: ShardFiles, journal: Journal, policy: str) -> None:
-        self._output = output
-        self._journal = journal
-        self.nonfinite: Counter[str] | None = Counter() if policy == "propagate" else None
-        self._hashers: dict[str, Any] = {}
-        self.checksums: dict[str, str] = {}
-        self.records: dict[str, list[Record]] = {}
-        self.written = 0
-
-    def __call__(self, unit: Unit) -> None:
-        for n, one in enumerate(unit.buffers["pieces"]):
-            piece: Piece = one.piece
-            name, dtype = piece.step.name, piece.step.dtype
-            start, nbytes = piece.byte_range(dtype)
-            record = one.record
-            if record is None:
-                checksum = self._take(one, start, write=True)
-                record = record_of(piece, unit.buffers["stats"][n], checksum)
-                self._journal.add(record)
-                self.written += nbytes
-            else:
-                if self.nonfinite is not None or not piece.whole:
-                    self._take(one, start, write=False)
-                self._output.mark_written(name, start, nbytes)
-            self.records.setdefault(name, []).append(record)
-            if piece.whole:
-                self.checksums[name] = record.checksum
-
-    def _take(self, one: Loaded, start: int, *, write: bool) -> str:
-        """Everything there is to do with the bytes of a piece; its checksum."""
-        piece = one.piece
-        name, own, tensor = piece.step.name, xxhash.xxh3_64(), None
-        if not piece.whole:  # the checksum of the whole tensor, which comes in pieces
-            tensor = self._hashers.setdefault(name, xxhash.xxh3_64())
-        for data in self._parts(one):
-            if write and len(data):
-                self._output.write(name, data, start)
-            start += len(data)
-            own.update(data)
-            if tensor is not None:
-                tensor.update(data)
-            if self.nonfinite is not None and (count := nonfinite(data, piece.step.dtype)[0]):
-                self.nonfinite[name] += count
-        if tensor is not None and piece.stop == piece.step.numel:
-            self.checksums[name] = self._hashers.pop(name).hexdigest()
-        return own.hexdigest()
-
-    def _parts(self, one: Loaded) -> Iterator[Any]:
-        """The bytes of a piece, one part behind the other."""
-        yield one.out_bytes
-
-
-def record_of(piece: Piece, stats: Stats | None, checksum: str) -> Record:
-    """What the journal keeps of a merged piece."""
-    record = Record(piece.step.name, piece.start, piece.stop, checksum)
-    if stats is None:
-        record.backend = "copy"
-        return record
-    record.backend = stats.backend
-    if stats.coefficient is not None:
-        values = stats.coefficient
-        record.coefficient = array("f", values.tolist() if hasattr(values, "tolist") else values)
-        record.repaired = count_repaired(stats)
-        record.norms2 = tuple(float(x) for x in stats.extra.get("norms2", ()))
-    return record
-
-
-def magnitudes(records: Sequence[Record]) -> tuple[float | None, float | None]:
-    """‖Δ‖_F ÷ mean_k ‖τ_k‖_F before and after calibration, over all pieces of a tensor."""
-    parts = [r.norms2 for r in records if r.norms2]
-    if not parts:
-        return None, None
-    total = [math.fsum(column) for column in zip(*parts, strict=True)]
-    *own, before, after = total
-    mean = sum(math.sqrt(x) for x in own) / len(own)
-    if not mean > 0:
-        return None, None
-    # six digits: in what pieces the sums were taken must not show
-    return float(f"{math.sqrt(before) / mean:.6g}"), float(f"{math.sqrt(after) / mean:.6g}")

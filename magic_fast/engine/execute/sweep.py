@@ -13,12 +13,14 @@ from magic_fast.engine.execute.scales import (
     LEAST,
     merge_scales,
     shares,
+    splits,
     unscaled,
     worth_sharing,
 )
 from magic_fast.engine.execute.search import SharedSearch
-from magic_fast.engine.execute.streamed import Loaded, Loader, Writer
+from magic_fast.engine.execute.streamed import Loaded, Loader
 from magic_fast.engine.execute.variants import Selecting, Variant, copy_of
+from magic_fast.engine.execute.writer import Writer
 from magic_fast.engine.output.recheck import refuse_changed
 from magic_fast.engine.plan.memory import DEFAULT_MEMORY, SLOTS, Slot, aligned, slot_bytes
 from magic_fast.engine.plan.modes import Mode, modes
@@ -63,13 +65,19 @@ class Sweep:
             modes(p.steps, self._slot_bytes, p.device, p.backend, searches=False)
             for p in self._plans
         ]
+        # several plans may merge one tensor by different backends
+        self._backends = {
+            id(step): own[step.name].backend
+            for plan, own in zip(self._plans, ways, strict=True)
+            for step in plan.steps
+        }
         found: dict[str, list[Variant]] = {}
         for n, step in enumerate(self._plans[0].steps):
             same: dict[str, list[int]] = {}
             for c, plan in enumerate(self._plans):
                 same.setdefault(repr(plan.steps[n]), []).append(c)
             found[step.name] = [
-                Variant(self._plans[c[0]].steps[n], ways[c[0]][step.name][0], c[0], tuple(c))
+                Variant(self._plans[c[0]].steps[n], ways[c[0]][step.name], c[0], tuple(c))
                 for c in same.values()
             ]
         return found
@@ -81,15 +89,15 @@ class Sweep:
             CheckpointError: an input changed meanwhile.
         """
         every = [v for variants in self._variants.values() for v in variants]
-        self._streamed = Selecting(self._nonfinite, self._selections)
+        self._streamed = Selecting(self._nonfinite, self._backend_of, self._selections)
         self._streamed.share(self._variants)
         self._workers = {}
-        if any(v.mode is Mode.TORCH for v in every):
+        if any(v.way.mode is Mode.TORCH for v in every):
             from magic_fast.engine.execute.whole import Worker
 
-            torch_plans = {v.plan for v in every if v.mode is Mode.TORCH}
+            torch_plans = {v.plan for v in every if v.way.mode is Mode.TORCH}
             self._workers = {c: Worker(self._plans[c], self._nonfinite) for c in torch_plans}
-        used = SLOTS if any(v.mode is Mode.STREAM for v in every) else 0
+        used = SLOTS if any(v.way.mode is Mode.STREAM for v in every) else 0
         slots = [Slot(self._slot_bytes) for _ in range(used)]
         with self._loader as loader:
             self._pipeline = Pipeline(loader, self._compute, self._store, slots)
@@ -99,15 +107,18 @@ class Sweep:
         refuse_changed(self._plans[0].models.values())
         return [outcome_of(writer, self._meter, self._pipeline) for writer in self._writers]
 
+    def _backend_of(self, step: Step) -> str:
+        return self._backends[id(step)]
+
     # ---- what to read ----
     def _units(self) -> Iterator[Unit]:
         yield from self._model_scope()
         pending: list[Piece] = []
         for variants in self._variants.values():
-            if any(v.mode is not Mode.STREAM for v in variants):
+            if any(v.way.mode is not Mode.STREAM for v in variants):
                 yield from self._flush(pending)
-                step = variants[0].step
-                torch = all(v.mode is Mode.TORCH for v in variants)
+                streamed = [v.step for v in variants if v.way.mode is not Mode.TORCH]
+                step, torch = next(iter(streamed), variants[0].step), not streamed
                 yield Unit((Piece(step, 0, step.numel),), streamed=False, torch=torch)
                 continue
             steps = [v.step for v in variants]
@@ -135,7 +146,7 @@ class Sweep:
             ways = modes(plan.steps, self._slot_bytes, plan.device, plan.backend)
             steps = [s for s in plan.steps if selects(s) and over_model(s)]
             steps = sorted(
-                (s for s in steps if ways[s.name][0] is not Mode.TORCH), key=lambda s: s.name
+                (s for s in steps if ways[s.name].mode is not Mode.TORCH), key=lambda s: s.name
             )
             if steps:
                 groups.setdefault(tuple(s.name for s in steps), []).append(steps)
@@ -144,12 +155,16 @@ class Sweep:
 
     def _search(self, ways: Sequence[Sequence[Step]]) -> Iterator[Unit]:
         """The selections of the same tensors in several ways, in one pass as a rule."""
-        distinct = list({_recipes(steps): steps for steps in ways}.values())
-        search = SharedSearch(distinct, self._slot_bytes, self._pipeline.wait)
-        yield from search.units()
-        for steps, found in zip(distinct, search.all_selections(), strict=True):
-            for step, recipe in zip(steps, _recipes(steps), strict=True):
-                self._selections.setdefault(step.name, {})[recipe] = found[step.name]
+        backends: dict[str, dict[tuple[Recipe, ...], Sequence[Step]]] = {}
+        for steps in ways:
+            backends.setdefault(self._backend_of(steps[0]), {})[_recipes(steps)] = steps
+        for backend, distinct in backends.items():
+            some = list(distinct.values())
+            search = SharedSearch(some, self._slot_bytes, self._pipeline.wait, backend)
+            yield from search.units()
+            for steps, found in zip(some, search.all_selections(), strict=True):
+                for step, recipe in zip(steps, _recipes(steps), strict=True):
+                    self._selections.setdefault(step.name, {})[recipe] = found[step.name]
 
     # ---- what to do with it ----
     def _compute(self, unit: Unit) -> None:
@@ -163,10 +178,12 @@ class Sweep:
         direct: list[tuple[tuple[int, int], Loaded]] = []
         for n, one in enumerate(pieces):
             variants = self._variants[one.piece.step.name]
-            arrays = self._arrays(one) if any(v.mode is not Mode.TORCH for v in variants) else []
+            arrays = (
+                self._arrays(one) if any(v.way.mode is not Mode.TORCH for v in variants) else []
+            )
             jobs = []
             for m, variant in enumerate(variants):
-                if variant.mode is Mode.TORCH:
+                if variant.way.mode is Mode.TORCH:
                     done[n, m] = self._torch(one, variant)
                 else:
                     jobs.append(((n, m), copy_of(one, variant.step, arrays, slot)))
@@ -193,9 +210,12 @@ class Sweep:
     ) -> list[tuple[tuple[int, int], Loaded]]:
         """Merges those of one piece that may share their work; returns the others."""
         sharing: list[tuple[tuple[int, int], Loaded, Job]] = []
+        backend = next((b for _, one in jobs if splits(b := self._backend_of(one.piece.step))), "")
         for key, one in jobs:
             step = one.piece.step
             if step.copy or step.merged is not None or one.piece.count < LEAST:
+                continue
+            if self._backend_of(step) != backend:
                 continue
             job = self._streamed.job(one)
             if shares(job):
@@ -203,7 +223,7 @@ class Sweep:
         if not worth_sharing([job for *_, job in sharing]):
             return list(jobs)
         known = self._selections.setdefault(sharing[0][1].piece.step.name, {})
-        found = merge_scales([job for *_, job in sharing], known)
+        found = merge_scales([job for *_, job in sharing], known, backend)
         if found is None:
             return list(jobs)
         for (key, one, _), stats in zip(sharing, found, strict=True):

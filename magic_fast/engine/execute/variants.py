@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from magic_fast.engine.execute.scales import select_once, unscaled
 from magic_fast.engine.execute.streamed import Loaded, Streamed, slab_shape
 from magic_fast.engine.plan.memory import Slot
-from magic_fast.engine.plan.modes import Mode
+from magic_fast.engine.plan.modes import Way
 from magic_fast.engine.plan.step import Step
 from magic_fast.engine.plan.units import Piece
 from magic_fast.ops.job import Job, View
@@ -20,16 +20,21 @@ class Variant:
     """One way to merge a tensor, and the combinations that ask for it."""
 
     step: Step
-    mode: Mode
+    way: Way
     plan: int
     combinations: tuple[int, ...]
 
 
 class Selecting(Streamed):
-    """The native stage with one selection for each recipe, whatever its scale."""
+    """The stage that streams, with one selection for each recipe, whatever its scale."""
 
-    def __init__(self, nonfinite: str, known: dict[str, dict[Recipe, Selection]]) -> None:
-        super().__init__(nonfinite)
+    def __init__(
+        self,
+        nonfinite: str,
+        backend_of: Callable[[Step], str],
+        known: dict[str, dict[Recipe, Selection]],
+    ) -> None:
+        super().__init__(nonfinite, backend_of)
         self._known = known
         self.arrays = self._arrays
         self._shared: set[tuple[str, Recipe]] = set()
@@ -53,7 +58,7 @@ class Selecting(Streamed):
             if recipe in known:
                 job.selection = known[recipe]
             elif (step.name, recipe) in self._shared:
-                job.selection = select_once(job, known)
+                job.selection = select_once(job, known, self._backend_of(step))
         return job, merged
 
 

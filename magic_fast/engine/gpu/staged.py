@@ -20,10 +20,10 @@ from magic_fast.engine.execute.streamed import (
     BadRecord,
     Loaded,
     Loader,
-    Writer,
     refuse_other_integers,
 )
 from magic_fast.engine.execute.whole import DTYPES, Worker
+from magic_fast.engine.execute.writer import Writer
 from magic_fast.engine.gpu.arena import Area, Arena, arena_of
 from magic_fast.engine.gpu.blocks import Blocks, Room, read_back, view_of
 from magic_fast.engine.gpu.lanes import Lane, Mark

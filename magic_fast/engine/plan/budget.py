@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from magic_fast.engine.plan.machine import available_memory
 from magic_fast.engine.plan.memory import DEFAULT_MEMORY, LEAST_SLOT, SLOTS, slot_bytes
-from magic_fast.engine.plan.modes import Mode, held_bytes, modes
+from magic_fast.engine.plan.modes import Mode, Way, held_bytes, modes
 from magic_fast.engine.plan.step import Step
 from magic_fast.errors import InputError
 
@@ -22,7 +22,7 @@ class Budget:
 
     Attributes:
         slot_bytes: size of a block.
-        modes: tensor → how it is merged, and why not in pieces ('' where it is).
+        modes: tensor → how it is merged.
         blocks: bytes of all blocks; 0 where nothing is streamed.
         held: bytes beside them, at most: of the largest tensor that must be whole.
         tensor: its name, or ''.
@@ -32,7 +32,7 @@ class Budget:
     """
 
     slot_bytes: int
-    modes: Mapping[str, tuple[Mode, str]]
+    modes: Mapping[str, Way]
     blocks: int
     held: int
     tensor: str
@@ -51,7 +51,7 @@ class Budget:
     @property
     def why(self) -> str:
         """Why the largest tensor must be whole, or ''."""
-        return self.modes[self.tensor][1] if self.tensor else ""
+        return self.modes[self.tensor].why if self.tensor else ""
 
     def refuse_excess(self) -> None:
         """Raises:
@@ -112,21 +112,21 @@ def budget_of(
     return smaller
 
 
-def _blocks(ways: Mapping[str, tuple[Mode, str]], size: int) -> int:
+def _blocks(ways: Mapping[str, Way], size: int) -> int:
     return SLOTS * size if _any_streamed(ways.values()) else 0
 
 
-def _largest(steps: Sequence[Step], ways: Mapping[str, tuple[Mode, str]]) -> tuple[int, str]:
+def _largest(steps: Sequence[Step], ways: Mapping[str, Way]) -> tuple[int, str]:
     """Bytes and name of the tensor that needs most of those that are held whole; 0 and '' where
     all of them are streamed."""
     held, tensor = 0, ""
     for step in steps:
-        mode = ways[step.name][0]
+        mode = ways[step.name].mode
         needs = 0 if mode is Mode.STREAM else held_bytes(step, mode)
         if needs > held:
             held, tensor = needs, step.name
     return held, tensor
 
 
-def _any_streamed(ways: Iterable[tuple[Mode, str]]) -> bool:
-    return any(mode is Mode.STREAM for mode, _ in ways)
+def _any_streamed(ways: Iterable[Way]) -> bool:
+    return any(way.mode is Mode.STREAM for way in ways)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from magic_fast.errors import InputError
-from magic_fast.ops import asked_for, best_backend
+from magic_fast.ops import asked_for, automatic
 
 
 def device_of(device: str) -> str:
@@ -37,9 +37,9 @@ def device_of(device: str) -> str:
 
 
 def backend_name(backend: str | None, device: str) -> str:
-    """What computes, for the identity of a run: the backend asked for, else the best that is
-    here."""
+    """What computes, for the identity of a run: the backend that is asked for, else those that the
+    automatic choice tries here."""
     wanted = asked_for(backend)
     if wanted is not None:
         return wanted
-    return best_backend(device.partition(":")[0])
+    return "+".join(automatic(device.partition(":")[0]))

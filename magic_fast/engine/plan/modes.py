@@ -1,9 +1,12 @@
-"""How each step runs: streamed through blocks of memory, held whole, or in torch; and why."""
+"""How each step runs: streamed through blocks of memory, held whole, or in torch; by which backend;
+and the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from magic_fast.engine.plan.directions import directions_of, needs_whole
 from magic_fast.engine.plan.step import FLOATS, Step, over_model
@@ -16,27 +19,37 @@ from magic_fast.engine.plan.units import (
     search_grain,
 )
 from magic_fast.methods.workspace import decomposition_bytes
-from magic_fast.ops import asked_for, why_unavailable
+from magic_fast.ops import offers, streaming
+from magic_fast.ops.backend import Backend
 from magic_fast.ops.job import Job, View
 from magic_fast.recipe import Recipe
-
-
-def native_missing() -> str | None:
-    """Why the native backend cannot run here, or None."""
-    return why_unavailable("native")
 
 
 class Mode(str, Enum):
     """Where a step's arrays are while it is merged.
 
     STREAM: in pieces, in the blocks of memory that go round. HOLD: the whole tensor in memory of
-        its
-    own, merged by the native backend. TORCH: the whole tensor and float32 copies, merged by torch.
+    its own, merged by a backend that streams. TORCH: the whole tensor as torch tensors, merged by
+    whatever backend runs it, and float32 copies.
     """
 
     STREAM = "stream"
     HOLD = "hold"
     TORCH = "torch"
+
+
+class Way(NamedTuple):
+    """How a step runs.
+
+    Attributes:
+        mode: where its arrays are.
+        why: the reason it does not run in pieces, or ''.
+        backend: name of the one that takes its arrays as they are; '' under TORCH.
+    """
+
+    mode: Mode
+    why: str = ""
+    backend: str = ""
 
 
 def modes(
@@ -46,62 +59,86 @@ def modes(
     backend: str | None,
     *,
     searches: bool = True,
-) -> dict[str, tuple[Mode, str]]:
-    """Step name → how it runs, and why not in pieces ('' where it does). ``searches``: a tensor may
-    be read once more than it is merged, for its inner products."""
-    known: _Known = {}
-    found = {s.name: mode_of(s, slot_bytes, device, backend, known) for s in steps}
+) -> dict[str, Way]:
+    """Step name → how it runs. ``searches``: a tensor may be read once more than it is merged, for
+    its inner products."""
+    known = _Known()
+    ways = {s.name: way_of(s, slot_bytes, device, backend, known) for s in steps}
     for s in steps if not searches else ():
-        if found[s.name][0] is Mode.STREAM and needs_whole(s) and not fits(s, slot_bytes):
-            found[s.name] = Mode.HOLD, "its coefficients follow from all of the tensor"
+        if ways[s.name].mode is Mode.STREAM and needs_whole(s) and not fits(s, slot_bytes):
+            ways[s.name] = Way(Mode.HOLD, _OF_ALL, ways[s.name].backend)
     scoped = [s for s in steps if over_model(s)]
-    bad = next((s for s in scoped if found[s.name][0] is Mode.TORCH), None)
+    bad = next((s for s in scoped if ways[s.name].mode is Mode.TORCH), None)
     if bad is not None:  # one threshold for all of them comes from one place
-        found |= {s.name: (Mode.TORCH, found[bad.name][1]) for s in scoped}
-    return found
+        ways |= {s.name: ways[bad.name] for s in scoped}
+    return ways
 
 
-def mode_of(
-    step: Step, slot_bytes: int, device: str, backend: str | None, known: _Known | None = None
-) -> tuple[Mode, str]:
-    """How one step runs, looked at alone; ``known`` keeps what holds for others like it."""
-    reason = _why_torch(step, device, backend, {} if known is None else known)
-    if reason is not None:
-        return Mode.TORCH, reason
-    if step.copy or fits(step, slot_bytes):
-        return Mode.STREAM, ""
+_OF_ALL = "its coefficients follow from all of the tensor"
+
+
+@dataclass
+class _Known:
+    """What holds for many steps of one plan.
+
+    Attributes:
+        able: backends that stream there, and the reason there are none.
+        kinds: what decides whether they take a step → the first that does, or the reason.
+    """
+
+    able: tuple[list[Backend], str | None] | None = None
+    kinds: dict[object, tuple[Backend | None, str]] = field(default_factory=dict)
+
+
+def way_of(step: Step, slot_bytes: int, device: str, backend: str | None, known: _Known) -> Way:
+    """How one step runs, looked at alone."""
+    by, reason = _taken_by(step, device, backend, known)
+    if by is None:
+        return Way(Mode.TORCH, reason)
+    why = "" if step.copy or fits(step, slot_bytes) else _why_whole(step, slot_bytes, by)
+    return Way(Mode.HOLD if why else Mode.STREAM, why, by.name)
+
+
+def _why_whole(step: Step, slot_bytes: int, backend: Backend) -> str:
+    """The reason a step that is larger than a block does not run in pieces, or ''."""
     if not cut(step, slot_bytes):
-        return Mode.HOLD, "a row, or a number for all rows, needs more than a block of memory"
+        return "a row, or a number for all rows, needs more than a block of memory"
     if piece_bytes(step, search_grain(step)) > slot_bytes and search_grain(step) > SUM_BLOCK:
-        return Mode.HOLD, "norms of what ranks in rows decide are summed over whole tensors"
-    return Mode.STREAM, ""
+        return "norms of what ranks in rows decide are summed over whole tensors"
+    if needs_whole(step) and not offers(backend, "gram"):
+        return _OF_ALL
+    searched = step.recipe is not None and step.recipe.needs_select and step.merged is None
+    if searched and not offers(backend, "search"):
+        return f"backend {backend.name} looks for thresholds in whole tensors"
+    return ""
 
 
-#: What decides whether the native backend takes a step → why it does not, or None.
-_Known = dict[object, "str | None"]
-
-
-def _why_torch(step: Step, device: str, backend: str | None, known: _Known) -> str | None:
+def _taken_by(
+    step: Step, device: str, backend: str | None, known: _Known
+) -> tuple[Backend | None, str]:
+    """The first backend that takes the arrays of a step as they are; or None, and the reason."""
     if device != "cpu":
-        return f"it runs on {device}"
-    if "every step" not in known:
-        asked = asked_for(backend)
-        other = asked not in (None, "native")
-        known["every step"] = f"backend {asked} was asked for" if other else native_missing()
-    if known["every step"] is not None:
-        return known["every step"]
+        return None, f"it runs on {device}"
+    if known.able is None:
+        known.able = streaming(backend, device)
+    able, reason = known.able
+    if reason is not None:
+        return None, reason
     dtypes = [i.info.dtype for i in step.inputs]
-    if "F64" in (*dtypes, step.dtype) and not (step.copy and dtypes[0] not in FLOATS):
-        return "float64 runs in torch"
-    if step.copy:
-        return None
+    if step.copy and dtypes[0] not in FLOATS:
+        return able[0], ""
+    if "F64" in (*dtypes, step.dtype):
+        able = [one for one in able if one.supports(_conversion("F64", "F64")) is None]
+        if not able:
+            return None, "float64 runs in torch"
     directions = directions_of(step)
-    if step.recipe is None and directions is None:
-        return f"method {step.method} looks at whole tensors"
-    if step.whole and step.calibration is not None:
-        return "whole weights are calibrated against a base"
+    if not step.copy and step.recipe is None and directions is None:
+        return None, f"method {step.method} looks at whole tensors"
+    if not step.copy and step.whole and step.calibration is not None:
+        return None, "whole weights are calibrated against a base"
     calibration, shape = step.calibration, step.shape
     key = (
+        step.copy,
         step.method
         if directions
         else id(step.recipe),  # the plan keeps them; tensors of the same parameters share one
@@ -113,17 +150,28 @@ def _why_torch(step: Step, device: str, backend: str | None, known: _Known) -> s
         shape if len(shape) > 2 else len(shape),
         calibration and (calibration.variant, calibration.granularity, calibration.axes),
     )
-    if key not in known:
-        known[key] = _unsupported(step)
-    return known[key]
+    if key not in known.kinds:
+        reasons = [_unsupported(step, one) for one in able]
+        taking = (one for one, why in zip(able, reasons, strict=True) if why is None)
+        known.kinds[key] = next(taking, None), reasons[0] or ""
+    return known.kinds[key]
 
 
-def _unsupported(step: Step) -> str | None:
-    from magic_fast.ops.native.backend import NativeBackend
-
+def _unsupported(step: Step, backend: Backend) -> str | None:
+    """The reason a backend does not take the arrays of a step as they are, or None."""
+    given, taken = (i.info.dtype for i in step.inputs), step.dtype if step.copy else step.cast
+    for dtype in {dtype for dtype in given if step.copy or taken not in (None, dtype)}:
+        if (reason := backend.supports(_conversion(dtype, taken or dtype))) is not None:
+            return reason
+    if step.copy:
+        return None
     recipe = step.recipe or Recipe((1.0,) * len(step.experts))
     if over_model(step) and recipe.needs_factors:
         return "norms of each tensor under a threshold of the whole model are found in torch"
+    if over_model(step) and not offers(backend, "search"):
+        return f"backend {backend.name} looks for thresholds in single tensors"
+    if step.merged is not None and not offers(backend, "calibrate"):
+        return f"backend {backend.name} does not calibrate what is merged elsewhere"
     views = [View(0, step.cast or i.info.dtype, step.shape) for i in step.inputs]
     if step.merged is not None:
         views.pop()  # checked with the others by dtype
@@ -137,7 +185,12 @@ def _unsupported(step: Step) -> str | None:
         calibration=step.calibration,
         directions=directions_of(step),
     )
-    return NativeBackend().supports(job)
+    return backend.supports(job)
+
+
+def _conversion(source: str, target: str) -> Job:
+    """The job that rounds an array to another dtype."""
+    return Job(None, [View(0, source, (1,))], Recipe((1.0,)), View(0, target, (1,)))
 
 
 def held_bytes(step: Step, mode: Mode) -> int:

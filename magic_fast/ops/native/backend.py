@@ -19,7 +19,7 @@ from magic_fast.ops.native.jobs import Call
 from magic_fast.ops.native.phases import Phases, of_nothing, thresholds_only
 from magic_fast.ops.native.plan import missing
 from magic_fast.ops.native.results import RowResults
-from magic_fast.ops.native.search import StreamingSelect, cut_for
+from magic_fast.ops.native.search import StreamingSelect
 from magic_fast.recipe import (
     Align,
     Recipe,
@@ -30,8 +30,6 @@ from magic_fast.recipe import (
 
 if missing is None:
     from magic_fast import _native
-
-__all__ = ["NativeBackend", "StreamingSelect", "cut_for"]
 
 _MOST_EXPERTS = 1024
 _MOST_COMPETING = 64
@@ -48,6 +46,7 @@ class NativeBackend:
     """
 
     name = "native"
+    splits = True
 
     def __init__(self, *, threads: int = 0, isa: str | None = None) -> None:
         self.threads = threads
@@ -173,6 +172,12 @@ class NativeBackend:
             job = replace(job, calibration=RowCalibration(len(values), cols))
         task = Call().job(job, merged=merged)
         _native.scale(task, values.buffer_info()[0], self.threads, self.isa)
+
+    def search(self, recipe: Recipe, total: int, *, name: str = "") -> StreamingSelect:
+        return StreamingSelect(recipe, total, name=name, threads=self.threads, isa=self.isa)
+
+    def gram(self, count: int, rows: int) -> native_directions.Gram:
+        return native_directions.Gram(count, rows, threads=self.threads, isa=self.isa)
 
     def row_norms(
         self, x: Array, *, base: Array | None = None, rows: int | None = None

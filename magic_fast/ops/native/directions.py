@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from magic_fast.errors import InternalError
-from magic_fast.ops.directions import Directions, RowWeights
+from magic_fast.ops.directions import RowWeights, weights_of
 from magic_fast.ops.job import Array, Job, Stats
 from magic_fast.ops.native.arrays import numel_of
 from magic_fast.ops.native.jobs import Call
@@ -72,22 +71,6 @@ class Gram:
         self._wide, self._fed = True, 0
         self.values.zero_()
         return True
-
-
-def weights_of(directions: Directions, gram: Any, cols: int, *, split: bool) -> RowWeights:
-    """The coefficients as weights, rounded once to float32.
-
-    Args:
-        split: the base, a member, is also what is added to: Σ c_k·θ_k = θ_0 + Σ_k c_k·τ_k +
-            (Σ c − 1)·θ_0.
-    """
-    import torch
-
-    found = directions.rule(gram)
-    last = torch.zeros_like(found[..., :1])
-    if split:
-        last, found = found.sum(-1, keepdim=True) - 1, found[..., 1:]
-    return RowWeights(torch.cat([found, last], -1).float().contiguous(), cols)
 
 
 def as_sum(job: Job, threads: int, isa: int) -> Job:

@@ -1,14 +1,12 @@
-"""Selection over data that arrives piece by piece: tensors larger than memory, or a whole model."""
+"""Selection over data that arrives piece by piece, on the native backend."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 
 from magic_fast.errors import InternalError
 from magic_fast.ops.job import Array, Job, View
-from magic_fast.ops.native.arrays import numel_of
 from magic_fast.ops.native.jobs import Call
 from magic_fast.ops.native.phases import Phases
 from magic_fast.recipe import Recipe, Selection
@@ -20,21 +18,14 @@ except ImportError:  # the backend tells it
 
 
 class StreamingSelect:
-    """The selection of a recipe, the same as with all data in memory.
+    """The selection of a recipe, the same as with all data in memory: a
+    :class:`~magic_fast.ops.search.Search`.
 
     The data is one tensor, or several one behind the other (``TrimScope.MODEL``: names sorted);
     flat indices run through. A magnitude trim takes one pass as a rule, more where the sample (or
     the first piece) misled; what ``Recipe.phases`` lists takes one more each. Ranked trims with
     norm factors need pieces of whole ranked rows, so 1-D tensors whole; a trim by variance needs
     the whole tensor in one piece.
-
-    Example::
-
-        search = StreamingSelect(recipe, total)
-        while ranges := search.wants():
-            for start, stop in ranges:
-                search.feed(base[start:stop], [e[start:stop] for e in experts], offset=start)
-        selection = search.result()
 
     Args:
         recipe: of all the data.
@@ -89,38 +80,3 @@ class StreamingSelect:
     def _advance(self) -> None:
         if not self._search.wants():
             self._selection = Selection(*self._search.result())
-
-
-def select_over(jobs: Sequence[Job]) -> list[Selection]:
-    """The selections of tensors in memory that are trimmed as one, one behind the other in the
-    order given. ``jobs``: of one recipe, arrays of torch."""
-    sizes = [numel_of(job.experts[0]) for job in jobs]
-    starts = [sum(sizes[:n]) for n in range(len(sizes))]
-    # task masks that are fed in have no part in it
-    search = StreamingSelect(replace(jobs[0].recipe, consensus=None), sum(sizes))
-
-    def part(array: Array | None, first: int, last: int) -> Array | None:
-        return None if array is None else array.view(-1)[first:last]
-
-    while ranges := search.wants():
-        for start, stop in ranges:
-            for job, offset, size in zip(jobs, starts, sizes, strict=True):
-                first, last = max(start - offset, 0), min(stop - offset, size)
-                if first < last:
-                    experts = [part(expert, first, last) for expert in job.experts]
-                    search.feed(part(job.base, first, last), experts, offset=offset + first)
-    whole = search.result()
-    return [cut_for(whole, start, size) for start, size in zip(starts, sizes, strict=True)]
-
-
-def cut_for(selection: Selection, start: int, numel: int) -> Selection:
-    """The part of a selection over many tensors that concerns the one at [start, start + numel)."""
-
-    def local(cuts: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(min(max(c - start, 0), numel) for c in cuts)
-
-    return replace(
-        selection,
-        tie_cut=local(selection.tie_cut),
-        top_tie_cut=local(selection.top_tie_cut),
-    )
