@@ -127,8 +127,10 @@ def most_files(folder: str) -> int:
 
 
 def names_native(source: str) -> bool:
-    """Whether code compares, passes or imports the backend ``native``: as an import, a name, or a
-    string that is its name or the path of its module. Docstrings do not count."""
+    """Whether code compares, passes or imports the backend ``native`` or its compiled core: as an
+    import, a name, a keyword, a place in the registry, or a string that is its name, the path of
+    its module, or an end of the name that is compared with. Strings are seen as they come out:
+    joined, formatted, in lower case. Docstrings do not count."""
     tree = ast.parse(source)
     prose = set()
     for node in ast.walk(tree):
@@ -137,22 +139,54 @@ def names_native(source: str) -> bool:
     return any(_names_native(node) for node in ast.walk(tree) if id(node) not in prose)
 
 
+_ENDS = {"nat", "nati", "nativ", "ative", "tive"}
+
+
 def _names_native(node: ast.AST) -> bool:
     if isinstance(node, ast.Import):
         return any(_is_wing(alias.name) for alias in node.names)
     if isinstance(node, ast.ImportFrom):
-        names = (f"{node.module}.{alias.name}" for alias in node.names)
-        return any(_is_wing(name) for name in names) or any(
-            alias.name.startswith("Native") for alias in node.names
-        )
+        names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        if node.level and any("native" in name.split(".") for name in names):
+            return True
+        return any(map(_is_wing, names)) or any(n.name.startswith("Native") for n in node.names)
     if isinstance(node, ast.Name):
         return node.id.startswith("NativeBackend") or node.id == "native"
     if isinstance(node, ast.Attribute):
         return node.attr.startswith("NativeBackend") or node.attr == "native"
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value == "native" or _is_wing(node.value)
+    if isinstance(node, ast.keyword | ast.arg):
+        return node.arg == "native"
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name | ast.Attribute):
+        registry = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+        return registry == "SPECS"
+    if isinstance(node, ast.Constant | ast.BinOp | ast.Call | ast.JoinedStr | ast.Subscript):
+        return _is_its_name(_value_of(node))
     return False
 
 
+def _value_of(node: ast.expr) -> object:
+    """What an expression without names comes to; None for any other."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if any(isinstance(part, ast.Name | ast.Await | ast.Lambda) for part in ast.walk(node)):
+        return None
+    try:
+        return eval(compile(ast.Expression(node), "", "eval"), {"__builtins__": {}})
+    except Exception:  # whatever is wrong with it, it names nothing
+        return None
+
+
+def _is_its_name(value: object) -> bool:
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    if isinstance(value, str):
+        word = value.strip().casefold()
+        return (
+            word == "native" or word in _ENDS or word.startswith("nativebackend") or _is_wing(word)
+        )
+    return isinstance(value, list | tuple | set | dict) and any(map(_is_its_name, value))
+
+
 def _is_wing(name: str) -> bool:
-    return name.startswith("magic_fast.ops.native")
+    parts = name.split(":")[0].split(".")
+    return parts[:3] == ["magic_fast", "ops", "native"] or parts[:2] == ["magic_fast", "_native"]

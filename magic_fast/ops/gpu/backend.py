@@ -19,12 +19,13 @@ from magic_fast.ops.gpu.rows import no_rows
 from magic_fast.ops.gpu.select import Scans, prepare, workspace_bytes
 from magic_fast.ops.job import Array, Job, Stats, View
 from magic_fast.ops.limits import default_rows, unsupported
+from magic_fast.ops.order import SMALL_ELEMENTS
 from magic_fast.recipe import Selection
 from magic_fast.recipe.codes import GpuTrim
 from magic_fast.reference.calibration import RowStats
 
 MOST_EXPERTS = 64
-MOST_ELEMENTS = 1 << 18  # of a small tensor; larger ones fill the device by themselves
+MOST_ELEMENTS = SMALL_ELEMENTS  # of a tensor that shares a launch
 
 
 class GpuBackend(ABC):
