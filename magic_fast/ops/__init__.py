@@ -65,20 +65,29 @@ def merge(
         if job.out is None:
             raise InputError(f"out for '{job.name}': expected an array, got None.")
     chosen = choose(jobs, backend)
-    parts: dict[int, list[int]] = {}
-    for n, one in enumerate(chosen):
-        parts.setdefault(id(one), []).append(n)
-    by_job: dict[int, Stats] = {}
-    for part in parts.values():
-        one = chosen[part[0]]
-        for n, result in zip(part, merge_many(one, [jobs[n] for n in part]), strict=True):
-            result.backend = one.name
-            by_job[n] = result
-    stats = [by_job[n] for n in range(len(jobs))]
+    if len(jobs) == 1:
+        stats = [chosen[0].merge(jobs[0])]
+        stats[0].backend = chosen[0].name
+    else:
+        stats = _by_backend(jobs, chosen)
     if nonfinite == "error":
         for job, found in zip(jobs, stats, strict=True):
             raise_nonfinite(job, found)
     return stats
+
+
+def _by_backend(jobs: Sequence[Job], chosen: Sequence[Backend]) -> list[Stats]:
+    """Runs jobs, those of one backend in one call; what each found, in their order."""
+    parts: dict[int, list[int]] = {}
+    for n, one in enumerate(chosen):
+        parts.setdefault(id(one), []).append(n)
+    stats = {}
+    for part in parts.values():
+        one = chosen[part[0]]
+        for n, result in zip(part, merge_many(one, [jobs[n] for n in part]), strict=True):
+            result.backend = one.name
+            stats[n] = result
+    return [stats[n] for n in range(len(jobs))]
 
 
 def kth_magnitude(x: Array, k: int) -> float:

@@ -124,7 +124,7 @@ def _why_not(
     if reason is not None:
         return reason
     assert backend is not None
-    if where not in (devices := devices_of(spec)):
+    if where not in (devices := getattr(backend, "devices", spec.devices)):
         return f"the tensors are on {where}, it runs on {', '.join(devices)}"
     if not spec.streams and isinstance(job.experts[0], View):
         return "it takes torch tensors only"
