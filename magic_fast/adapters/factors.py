@@ -14,7 +14,7 @@ from magic_fast.reference.calibration import (
     CalibratedRows,
     RowStats,
     calibrate_stats,
-    needs_spectrum,
+    needs_tensors,
     power_sums,
 )
 from magic_fast.spectral import low_rank_svd, stack_factors
@@ -132,7 +132,7 @@ def calibrated(
     row of B."""
     p = 2 if calibration.variant is Variant.SPECTRAL else calibration.p
     raw = None
-    if needs_spectrum(calibration):
+    if needs_tensors(calibration):
         chosen = [
             c for k, c in enumerate(changes) if not calibration.included or calibration.included[k]
         ]

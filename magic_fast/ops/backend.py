@@ -62,10 +62,13 @@ class Capable(Backend, Protocol):
         splits: a merge keeps its bits when τ, Δ and base + scale·Δ are merges of their own with
             float32 arrays between them. A sweep then forms τ and Δ once for many scales; without
             it, every merge of a sweep runs alone.
+        takes_functions: it runs calibrations that are plain functions by itself. Without it they
+            never reach it: their ξ is applied around its merge (:mod:`magic_fast.ops.functions`).
     """
 
     devices: tuple[str, ...]
     splits: bool
+    takes_functions: bool
 
     def details(self) -> str:
         """Version and device in words, for ``mf.backends()``."""

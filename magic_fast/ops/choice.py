@@ -13,6 +13,7 @@ from functools import cache
 
 from magic_fast.errors import BackendError
 from magic_fast.ops.backend import Backend, offers
+from magic_fast.ops.functions import as_run, why_unsupported
 from magic_fast.ops.job import Job, View
 from magic_fast.ops.order import operation_of
 from magic_fast.ops.registry import (
@@ -130,7 +131,7 @@ def _why_not(
         return "it takes torch tensors only"
     if not offers(backend, primitive):
         return f"it has no {primitive}"
-    return backend.supports(job)
+    return why_unsupported(backend, job)
 
 
 def _tried(job: Job, where: str, wanted: str | None, primitive: str) -> Sequence[BackendSpec]:
@@ -176,7 +177,7 @@ def choose(
             if reason is None:
                 backend = loaded(spec.name)[0]
                 assert backend is not None
-                chosen.append(backend)
+                chosen.append(as_run(backend, job))
                 break
             refused.append(f"{spec.name}: {reason}")
         else:

@@ -16,7 +16,7 @@ def default_rows(x: Array) -> RowCalibration:
 
 def unsupported(job: Job) -> str | None:
     """Why no fused kernel runs the job, in words; None where they do."""
-    return job.recipe.reference_only or _rows_unsupported(job) or _slab_unsupported(job)
+    return job.recipe.reference_only or _rows_unsupported(job) or slab_unsupported(job)
 
 
 def _rows_unsupported(job: Job) -> str | None:
@@ -35,7 +35,8 @@ def _rows_unsupported(job: Job) -> str | None:
     return None
 
 
-def _slab_unsupported(job: Job) -> str | None:
+def slab_unsupported(job: Job) -> str | None:
+    """The reason a part of a tensor cannot be merged by itself, or None."""
     shape = job.experts[0].shape
     if job.total is None or job.total == math.prod(shape):
         return None

@@ -13,7 +13,9 @@ from magic_fast.recipe.checks import (
     per_expert,
 )
 from magic_fast.recipe.found import (
+    CLAMP,
     RowCalibration,
+    RowFunction,
     Selection,
     stream_of,
 )
@@ -45,6 +47,7 @@ from magic_fast.recipe.words import (
 )
 
 __all__ = [
+    "CLAMP",
     "Align",
     "Alone",
     "Consensus",
@@ -57,6 +60,7 @@ __all__ = [
     "Reduce",
     "Rescale",
     "RowCalibration",
+    "RowFunction",
     "Selection",
     "TieRule",
     "Trim",

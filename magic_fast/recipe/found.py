@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from magic_fast.recipe.words import (
     Direction,
@@ -52,6 +54,41 @@ class Selection:
         return Selection((0.0,) * k, (numel,) * k, (math.inf,) * k, (0,) * k, (1.0,) * k, 0)
 
 
+#: (least, largest) coefficient ξ of every calibration that names no bounds.
+CLAMP = (0.1, 10.0)
+
+
+@dataclass(frozen=True)
+class RowFunction:
+    """A variant of WSC that is a plain function on torch tensors (``mf.register_calibration``).
+
+    Attributes:
+        name: as the user asks for it.
+        function: ``(gram, dots, norm2) -> ξ``, the sums of rows in float64; with ``whole``
+            ``(task_vectors, change) -> ξ``; with ``changes`` that returns the calibrated change.
+        whole: it looks at whole tensors, not at sums of rows.
+        changes: it returns a change, not coefficients.
+        named: it takes the name of the tensor too, as the keyword ``name``.
+        source: a hash of its text, so that a run is not continued by another function.
+        tensor: name of the tensor that it calibrates.
+    """
+
+    name: str
+    function: Callable[..., Any] = field(repr=False)
+    whole: bool = False
+    changes: bool = False
+    named: bool = False
+    source: str = ""
+    tensor: str = field(default="", compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, *tensors: Any) -> Any:
+        more = {"name": self.tensor} if self.named else {}
+        return self.function(*tensors, **more)
+
+
 @dataclass(frozen=True)
 class RowCalibration:
     """WSC resolved for one tensor: what the kernels need (docs/methods.md).
@@ -65,12 +102,12 @@ class RowCalibration:
     rows: int
     cols: int
     axes: tuple[int, ...] = (0,)
-    variant: Variant = Variant.MANIFOLD
+    variant: Variant | RowFunction = Variant.MANIFOLD
     granularity: Granularity = Granularity.ROW
     p: float = 2
     eps_mode: EpsMode = EpsMode.RELATIVE
     guards: bool = True
-    clamp: tuple[float, float] | None = (0.1, 10.0)
+    clamp: tuple[float, float] | None = CLAMP
     strength: float = 1.0
     scale: float = 1.0
     direction: Direction = Direction.FREE

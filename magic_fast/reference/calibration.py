@@ -14,90 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
+from magic_fast.recipe import (
+    Direction,
+    EpsMode,
+    Granularity,
+    RowCalibration,
+    RowFunction,
+    Variant,
+)
+from magic_fast.reference import functions
+from magic_fast.reference.row_sums import RowStats as RowStats
+from magic_fast.reference.row_sums import power_sums as power_sums
+from magic_fast.reference.row_sums import row_stats as row_stats
+from magic_fast.reference.row_sums import row_view as row_view
+from magic_fast.reference.row_sums import whole_tensor
 
 _EPS = 1e-8
 _WELL_CONDITIONED = 1e6
-_BLOCK_ELEMENTS = 1 << 22  # rows are taken in blocks of about this many elements
-
-
-@dataclass
-class RowStats:
-    """Sums of every row. ``gram`` [rows, K, K], ``dots`` [rows, K], ``norm2`` [rows], all float64.
-
-    ``norms`` [rows, K] and ``merged_norm`` [rows] hold p-norms where ``p`` is not 2 (``None``
-    otherwise); for finite p they are sums of |x|^p, so that tensors add up.
-    """
-
-    gram: Tensor
-    dots: Tensor
-    norm2: Tensor
-    powers: Tensor | None = None
-    merged_powers: Tensor | None = None
-
-
-def row_view(x: Tensor, axes: Sequence[int] = (0,)) -> Tensor:
-    """[rows, cols] view: ``axes`` first and flattened, the rest behind; a 1-D tensor is [n, 1].
-
-    >>> row_view(torch.zeros(4, 3, 2)).shape
-    torch.Size([4, 6])
-    """
-    front = [a % x.dim() for a in axes]
-    back = [a for a in range(x.dim()) if a not in front]
-    rows = math.prod(x.shape[a] for a in front)
-    return x.permute(*front, *back).reshape(rows, -1) if x.numel() else x.reshape(rows, 0)
-
-
-def power_sums(x: Tensor, p: float) -> Tensor:
-    """Σ|x|^p over the last axis; max |x| where p is infinite."""
-    magnitude = x.abs()
-    if p == math.inf:
-        return magnitude.amax(-1) if x.shape[-1] else magnitude.sum(-1)
-    return magnitude.pow(p).sum(-1)
-
-
-def row_stats(taus: Sequence[Tensor], delta: Tensor, p: float = 2) -> RowStats:
-    """Sums of the rows of K task vectors and of ``delta``, all [rows, cols], accumulated in
-    float64."""
-    rows, cols = delta.shape
-    k = len(taus)
-    double = torch.float64
-    gram = torch.empty(rows, k, k, dtype=double, device=delta.device)
-    dots = torch.empty(rows, k, dtype=double, device=delta.device)
-    norm2 = torch.empty(rows, dtype=double, device=delta.device)
-    powers = merged_powers = None
-    if p != 2:
-        powers, merged_powers = torch.empty_like(dots), torch.empty_like(norm2)
-    step = max(1, _BLOCK_ELEMENTS // max(1, cols * (k + 1)))
-    for r in range(0, rows, step):
-        block = slice(r, min(rows, r + step))
-        t = torch.stack([x[block] for x in taus], dim=1).to(double)  # [rows, K, cols]
-        d = delta[block].to(double)
-        torch.matmul(t, t.transpose(1, 2), out=gram[block])
-        dots[block] = torch.matmul(t, d.unsqueeze(-1)).squeeze(-1)
-        norm2[block] = d.square().sum(-1)
-        if powers is not None and merged_powers is not None:
-            powers[block], merged_powers[block] = power_sums(t, p), power_sums(d, p)
-    return RowStats(gram, dots, norm2, powers, merged_powers)
-
-
-def _whole_tensor(stats: RowStats, p: float) -> RowStats:
-    """The same sums with the whole tensor as one row."""
-
-    def add(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        if p == math.inf:
-            return x.amax(0, keepdim=True) if x.shape[0] else x.sum(0, keepdim=True)
-        return x.sum(0, keepdim=True)
-
-    return RowStats(
-        stats.gram.sum(0, keepdim=True),
-        stats.dots.sum(0, keepdim=True),
-        stats.norm2.sum(0, keepdim=True),
-        add(stats.powers),
-        add(stats.merged_powers),
-    )
 
 
 def _projection(stats: RowStats, a: Tensor) -> Tensor:
@@ -142,8 +75,8 @@ def _exact(stats: RowStats, norms: Tensor, mode: EpsMode, p: float) -> Tensor:
 
 
 def coefficient(stats: RowStats, calibration: RowCalibration) -> Tensor:
-    """The raw ξ, float64 [rows] ([1] under granularity ``tensor``). ``spectral`` needs the tensors
-    themselves."""
+    """The raw ξ, float64 [rows] ([1] under granularity ``tensor``). Not of what needs the tensors
+    themselves (:func:`needs_tensors`)."""
     if calibration.included and not all(calibration.included):
         chosen = [k for k, yes in enumerate(calibration.included) if yes]
         stats = RowStats(
@@ -154,7 +87,10 @@ def coefficient(stats: RowStats, calibration: RowCalibration) -> Tensor:
             stats.merged_powers,
         )
     if calibration.granularity is Granularity.TENSOR:
-        stats = _whole_tensor(stats, calibration.p)
+        stats = whole_tensor(stats, calibration.p)
+    if isinstance(calibration.variant, RowFunction):
+        sums = stats.gram, stats.dots, stats.norm2
+        return functions.coefficients(calibration.variant, sums, stats.norm2.shape[0])
     mode = calibration.eps_mode
     norms = stats.gram.diagonal(dim1=-2, dim2=-1).sqrt()
     if calibration.variant is Variant.MANIFOLD_EXACT:
@@ -241,14 +177,48 @@ def calibrate_rows(
     view = [row_view(t, calibration.axes) for t in taus]
     d = row_view(delta, calibration.axes)
     stats = row_stats(view, d, calibration.p if calibration.variant is not Variant.SPECTRAL else 2)
-    if not needs_spectrum(calibration):
+    if not needs_tensors(calibration):
         return calibrate_stats(stats, calibration)
-    chosen = [t for k, t in enumerate(view) if not calibration.included or calibration.included[k]]
-    return calibrate_stats(stats, calibration, spectral_coefficient(chosen, d))
+    variant = calibration.variant
+    if not isinstance(variant, RowFunction):
+        raw = spectral_coefficient(counting(view, calibration), d)
+    elif variant.changes:
+        raw = torch.ones_like(stats.norm2)
+    else:
+        count = 1 if calibration.granularity is Granularity.TENSOR else d.shape[0]
+        chosen = torch.stack(counting(taus, calibration))
+        raw = functions.coefficients(variant, (chosen, delta), count)
+    return calibrate_stats(stats, calibration, raw)
 
 
-def needs_spectrum(calibration: RowCalibration) -> bool:
-    """Whether ξ comes of singular values, which no sums of rows have."""
+def calibrated_change(
+    taus: Sequence[Tensor], delta: Tensor, calibration: RowCalibration, factor: Tensor
+) -> Tensor:
+    """d after the calibration, in the dtype of ``delta``; ``factor`` is that of its rows."""
+    variant = calibration.variant
+    if isinstance(variant, RowFunction) and not by_factors(calibration):
+        return functions.calibrated_change(
+            variant, torch.stack(counting(taus, calibration)), delta
+        )
+    return delta if bool((factor == 1).all()) else apply_rows(delta, factor, calibration.axes)
+
+
+def by_factors(calibration: RowCalibration) -> bool:
+    """Whether it multiplies rows; else a function returns the calibrated change."""
+    variant = calibration.variant
+    return not (isinstance(variant, RowFunction) and variant.changes)
+
+
+def counting(taus: Sequence[Tensor], calibration: RowCalibration) -> list[Tensor]:
+    """Those of the experts that count."""
+    return [t for k, t in enumerate(taus) if not calibration.included or calibration.included[k]]
+
+
+def needs_tensors(calibration: RowCalibration) -> bool:
+    """Whether ξ comes from the tensors themselves: from their singular values, or by a function
+    that looks at whole tensors."""
+    if isinstance(calibration.variant, RowFunction):
+        return calibration.variant.whole
     per_tensor = calibration.granularity is Granularity.TENSOR
     return per_tensor and calibration.variant is Variant.SPECTRAL
 
@@ -259,7 +229,7 @@ def calibrate_stats(
     """Raw ξ and the factor of every row from sums of rows.
 
     Args:
-        raw: ξ where it is known already (:func:`needs_spectrum`), float64 [1].
+        raw: ξ where it is known already (:func:`needs_tensors`), float64 [1] or [rows].
     """
     raw = coefficient(stats, calibration) if raw is None else raw
     norms2 = stats.gram.diagonal(dim1=-2, dim2=-1)
@@ -269,17 +239,22 @@ def calibrate_stats(
     if calibration.granularity is Granularity.TENSOR:
         lengths, length = lengths.sum().reshape(1), length.sum().reshape(1)
     usable = (lengths > 0) & (length > 0) & torch.isfinite(length)
+    if isinstance(calibration.variant, RowFunction):
+        functions.refuse_nan(calibration.variant, raw, usable & torch.isfinite(lengths))
     factor, repaired = act(raw, calibration, usable=usable)
     rows = stats.norm2.shape[0]
     return CalibratedRows(raw.expand(rows), factor.expand(rows), repaired.expand(rows), stats)
 
 
-def norms2(rows: CalibratedRows) -> Tensor:
+def norms2(rows: CalibratedRows, calibrated: Tensor | None = None) -> Tensor:
     """float64 [K + 2]: ‖τ_k‖² of each expert, ‖d‖² before and after the factors, over the whole
-    tensor."""
+    tensor. ``calibrated``: d afterwards, where no factors make it."""
     own = rows.stats.gram.diagonal(dim1=-2, dim2=-1).sum(0)
     before = rows.stats.norm2.sum()
-    after = (rows.stats.norm2 * rows.factor.square()).sum()
+    if calibrated is None:
+        after = (rows.stats.norm2 * rows.factor.square()).sum()
+    else:
+        after = calibrated.double().square().sum()
     return torch.cat((own, torch.stack((before, after))))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.ops.job import Job, Stats
-from magic_fast.ops.torch.backend import first_nonfinite
+from magic_fast.ops.slabs import first_nonfinite
 from magic_fast.recipe import Reduce, Rescale, Selection
 
 

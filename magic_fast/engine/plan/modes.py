@@ -21,6 +21,7 @@ from magic_fast.engine.plan.units import (
 from magic_fast.methods.workspace import decomposition_bytes
 from magic_fast.ops import offers, streaming
 from magic_fast.ops.backend import Backend
+from magic_fast.ops.functions import why_unsupported
 from magic_fast.ops.job import Job, View
 from magic_fast.recipe import Recipe
 
@@ -185,7 +186,7 @@ def _unsupported(step: Step, backend: Backend) -> str | None:
         calibration=step.calibration,
         directions=directions_of(step),
     )
-    return backend.supports(job)
+    return why_unsupported(backend, job)
 
 
 def _conversion(source: str, target: str) -> Job:

@@ -83,7 +83,7 @@ def _rows(
     pairs: Tensor | None = None,
     powers: Tensor | None = None,
 ) -> None:
-    variant, p = VARIANTS[c.variant], float(c.p) if c.variant is Variant.SPHERE else 2.0
+    variant, p = VARIANTS[Variant(c.variant)], float(c.p) if c.variant is Variant.SPHERE else 2.0
     k, processors = len(call.d.experts), multiprocessors(call.device)
     size = extension().rows_work(k, variant, rows, processors)
     work = torch.empty(size, dtype=torch.float64, device=call.device)

@@ -109,7 +109,7 @@ def calibration_of(c: RowCalibration) -> Any:
     return _native.Calibration(
         c.rows,
         c.cols,
-        codes.VARIANTS[c.variant],
+        codes.VARIANTS[Variant(c.variant)],
         c.granularity is Granularity.TENSOR,
         2.0 if c.variant is Variant.SPECTRAL else float(c.p),
         codes.EPS_MODES[c.eps_mode],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from magic_fast.ops.directions import Directions
 from magic_fast.ops.job import Array, Job, Stats
+from magic_fast.ops.slabs import first_nonfinite, join_slabs, slabs_of
 from magic_fast.recipe import Granularity, Selection, TrimRule
 from magic_fast.reference import calibration as wsc
 from magic_fast.reference import merge as reference
@@ -19,76 +19,11 @@ from magic_fast.reference.gram import Vectors
 _SLAB_ELEMENTS = 1 << 23  # a slab of float32 is 32 MiB: small against any tensor that needs slabs
 
 
-def first_nonfinite(x: Tensor) -> int:
-    """Flat index of the first NaN or infinity, −1 if there is none."""
-    finite = torch.isfinite(x)
-    if bool(finite.all()):
-        return -1
-    return int((~finite).flatten().nonzero()[0])
-
-
-def slabs_of(job: Job, slabs: Sequence[slice], selection: Selection) -> list[Job]:
-    """The job cut along its first axis, the thresholds of the whole tensor given."""
-    total = job.experts[0].numel() if job.total is None else job.total
-    inner = job.experts[0].numel() // job.experts[0].shape[0]
-
-    def cut(arrays: Sequence[Any] | None, rows: slice) -> list[Any] | None:
-        return None if arrays is None else [None if a is None else a[rows] for a in arrays]
-
-    jobs = []
-    for rows in slabs:
-        calibration = job.calibration
-        if calibration is not None:
-            share = calibration.rows // job.experts[0].shape[0]
-            calibration = replace(calibration, rows=(rows.stop - rows.start) * share)
-        jobs.append(
-            replace(
-                job,
-                base=None if job.base is None else job.base[rows],
-                experts=cut(job.experts, rows) or (),
-                out=None if job.out is None else job.out[rows],
-                masks=cut(job.masks, rows),
-                task_masks=cut(job.task_masks, rows),
-                calibration=calibration,
-                selection=selection,
-                offset=job.offset + rows.start * inner,
-                total=total,
-            )
-        )
-    return jobs
-
-
-def join_slabs(parts: Sequence[tuple[Job, Stats]]) -> Stats:
-    """Statistics of a whole tensor from those of its slabs, in order."""
-    start = parts[0][0].offset
-
-    def first(indices: Sequence[int]) -> int:
-        for (slab, _), index in zip(parts, indices, strict=True):
-            if index >= 0:
-                return slab.offset - start + index
-        return -1
-
-    stats = [s for _, s in parts]
-    experts = range(len(parts[0][0].experts))
-    joined = Stats(
-        selection=stats[0].selection,
-        kept=tuple(sum(s.kept[k] for s in stats) for k in experts),
-        first_nonfinite=tuple(first([s.first_nonfinite[k] for s in stats]) for k in experts),
-        base_nonfinite=first([s.base_nonfinite for s in stats]),
-        overflow=first([s.overflow for s in stats]),
-    )
-    if parts[0][0].calibration is not None:
-        joined.coefficient = torch.cat([s.coefficient for s in stats])
-        joined.extra["repaired"] = torch.cat([s.extra["repaired"] for s in stats])
-        norms = sum(s.extra["norms2"] for s in stats)
-        joined.extra |= wsc.magnitude_of(norms)
-    return joined
-
-
 class TorchBackend:
     """Every recipe, every dtype, every stride; holds about (K + 2) float32 copies of the tensor."""
 
     name = "torch"
+    takes_functions = True
 
     def why_not(self) -> str | None:
         return None
@@ -128,6 +63,8 @@ class TorchBackend:
             return whole
         c = job.calibration
         if c is not None and (c.axes[0] != 0 or c.granularity is not Granularity.ROW):
+            return whole
+        if c is not None and wsc.needs_tensors(c):
             return whole
         if len(shape) == 1 and job.recipe.trim.rule is TrimRule.RANKED:
             return whole
@@ -178,10 +115,9 @@ class TorchBackend:
         if job.calibration is not None:
             taus = reference.task_vectors(job.base, job.experts, delta.dtype)
             rows = wsc.calibrate_rows(taus, delta, job.calibration)
-            if not bool((rows.factor == 1).all()):
-                delta = wsc.apply_rows(delta, rows.factor, job.calibration.axes)
+            delta = wsc.calibrated_change(taus, delta, job.calibration, rows.factor)
             coefficient = rows.raw.float()
-            norms2 = wsc.norms2(rows)
+            norms2 = wsc.norms2(rows, None if wsc.by_factors(job.calibration) else delta)
             extra = {"repaired": rows.repaired, "norms2": norms2, **wsc.magnitude_of(norms2)}
         assert job.out is not None
         return Stats(
@@ -217,8 +153,11 @@ class TorchBackend:
         assert job.calibration is not None and job.out is not None
         dtype = reference.decision_dtype(job.base, [*job.experts, merged])
         *taus, delta = reference.task_vectors(job.base, [*job.experts, merged], dtype)
-        rows = wsc.calibrate_rows(taus, delta, job.calibration)
-        if bool((rows.factor == 1).all()):
+        rows, changed = wsc.calibrate_rows(taus, delta, job.calibration), None
+        if not wsc.by_factors(job.calibration):
+            changed = wsc.calibrated_change(taus, delta, job.calibration, rows.factor)
+            overflow = self._store(job.base, changed, job.out)
+        elif bool((rows.factor == 1).all()):
             job.out.copy_(
                 merged
             )  # nothing acts: the merged weights as they are, not base + (merged − base)
@@ -232,7 +171,7 @@ class TorchBackend:
             first_nonfinite=(*(first_nonfinite(e) for e in job.experts), first_nonfinite(merged)),
             base_nonfinite=-1 if job.base is None else first_nonfinite(job.base),
             overflow=overflow,
-            extra={"repaired": rows.repaired, **wsc.magnitude_of(wsc.norms2(rows))},
+            extra={"repaired": rows.repaired, **wsc.magnitude_of(wsc.norms2(rows, changed))},
         )
 
     def _scaled(self, job: Job, merged: Tensor, delta: Tensor, factor: Tensor) -> int:

@@ -78,7 +78,7 @@ def _fused(s: Sources, c: RowCalibration, sphere: bool, shape: launch.RowShape) 
         found.norms2, found.counts, s.report, c.cols,
     )  # fmt: skip
     words = (
-        k, d.has_base, d.numbers.kinds, d.numbers.rule, chosen, VARIANTS[c.variant],
+        k, d.has_base, d.numbers.kinds, d.numbers.rule, chosen, VARIANTS[Variant(c.variant)],
         EPS_MODES[c.eps_mode], c.guards, c.clamp is not None, c.strength != 1,
         DIRECTIONS[c.direction], s.keeps, d.aligned(c.cols),
         k + 1 if sphere else (k + 1) * (k + 2) // 2, d.words,
