@@ -36,9 +36,10 @@ from magic_fast.api.tensors.stats import task_vector_stats as task_vector_stats
 from magic_fast.api.tensors.sweep import sweep as sweep
 from magic_fast.api.tensors.trim import trim as trim
 from magic_fast.calibration.feature import FeatureCalibration as FeatureCalibration
+from magic_fast.calibration.registry import register_calibration as register_calibration
 from magic_fast.calibration.sensitivity.lists import SensitivityReport as SensitivityReport
 from magic_fast.calibration.sensitivity.lists import sensitive_from_file as sensitive_from_file
-from magic_fast.calibration.weight import TensorFilter as TensorFilter
+from magic_fast.calibration.tensors import TensorFilter as TensorFilter
 from magic_fast.calibration.weight import WeightCalibration as WeightCalibration
 from magic_fast.config.schema import MergeConfig as MergeConfig
 from magic_fast.engine.execute.registry import register_executor as register_executor

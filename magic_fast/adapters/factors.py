@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from magic_fast.recipe import RowCalibration, Variant
+from magic_fast.errors import InputError
+from magic_fast.recipe import RowCalibration, RowFunction, Variant
 from magic_fast.reference.calibration import (
     CalibratedRows,
     RowStats,
@@ -132,6 +133,12 @@ def calibrated(
     row of B."""
     p = 2 if calibration.variant is Variant.SPECTRAL else calibration.p
     raw = None
+    if isinstance(calibration.variant, RowFunction) and calibration.variant.whole:
+        raise InputError(
+            f"calibrate for '{label}': expected a variant that adapters have the sums of rows for, "
+            f"got '{calibration.variant}', which looks at whole tensors. Choose another variant, "
+            "or merge the full models."
+        )
     if needs_tensors(calibration):
         chosen = [
             c for k, c in enumerate(changes) if not calibration.included or calibration.included[k]

@@ -4,13 +4,16 @@ needs and costs, and its settings. ``magic-fast methods`` shows them beside the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from magic_fast.calibration.builtin import CALIBRATIONS, Calibration
 from magic_fast.calibration.feature import FeatureCalibration
-from magic_fast.calibration.weight import WeightCalibration
-from magic_fast.recipe import Variant
+from magic_fast.calibration.registry import calibrations, find
+from magic_fast.calibration.spectrum import SVC_ALPHA
+from magic_fast.calibration.values import accepts, default_of, settings_of
+from magic_fast.calibration.weight import WeightCalibration, idle_settings
 
 
 @dataclass(frozen=True)
@@ -51,45 +54,26 @@ class Calibrator:
         return f"{self.paper}, arXiv {self.arxiv}" if self.arxiv else self.paper
 
 
-_NORM = "a whole number >= 1, or inf"
-_BOUNDS = "[low, high] of a coefficient, or none"
-#: Setting of WSC → its values.
-_WEIGHTS = {
-    "granularity": "row or tensor",
-    "p": _NORM,
-    "eps_mode": "relative, absolute or none",
-    "guards": "true or false",
-    "clamp": _BOUNDS,
-    "strength": "an exponent >= 0; 0 does nothing",
-    "scale": "a factor after the coefficient",
-    "tensors": "general, magic, or include and exclude patterns",
-    "direction": "auto, free, grow or shrink",
-    "sensitive": "names of tensors or modules that may only shrink, or their file",
-    "row_axis": "axis or axes of output units",
-}
-_FEATURES = {
-    "reduction": "ratio_of_sums, mean or median",
-    "p": _NORM,
-    "granularity": "layer or channel",
-    "sequential": "true or false",
-    "clamp": _BOUNDS,
-    "strength": "an exponent >= 0; 0 does nothing",
-    "scale": "a factor after the coefficient",
-    "min_denominator": "a share in [0, 1)",
-    "sensitive": "names of tensors or modules that may only shrink, or their file",
-}
 _OF_MODEL = {"row_axis": "of the model's layout", "granularity": "row"}  # None in the settings
-_ALPHA = Setting("alpha", "a finite number > 0; the authors' is 1/K, after tsv_m 1", "0.1")
-_BETA = Setting("beta", "a finite number", "required")
-_FIRST = Setting("alpha", "a finite number", "from the norms of all models")
-_COUNT = Setting("num_blocks", "a whole number >= 1", "of checkpoints, as many as they have")
+_OF_SPECTRUM = {
+    "svc": (
+        Setting(
+            "alpha", "a finite number > 0; the authors' is 1/K, after tsv_m 1", f"{SVC_ALPHA:g}"
+        ),
+    ),
+    "lines": (
+        Setting("beta", "a finite number", "required"),
+        Setting("alpha", "a finite number", "from the norms of all models"),
+        Setting("num_blocks", "a whole number >= 1", "of checkpoints, as many as they have"),
+    ),
+}
 
 
-def _settings(kind: type, words: Mapping[str, str], **other: str) -> tuple[Setting, ...]:
-    defaults = {f.name: f.default for f in fields(kind)}
+def _settings(kind: type, without: Collection[str] = (), **other: str) -> tuple[Setting, ...]:
     return tuple(
-        Setting(name, accepts, other.get(name) or _word(name, defaults[name]))
-        for name, accepts in words.items()
+        Setting(f.name, accepts(kind, f.name), other.get(f.name) or _word(f.name, f.default))
+        for f in settings_of(kind)
+        if f.name not in {"variant", *without}
     )
 
 
@@ -101,101 +85,80 @@ def _word(name: str, value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-_MAGIC = ("MAGIC", "2512.19320")
 _STREAMED = "blocks of memory (128 MiB, --memory); with granularity tensor one tensor"
 
 
-def _variant(variant: Variant, summary: str, use_when: str, paper: tuple[str, str]) -> Calibrator:
+def _weights(c: Calibration) -> Calibrator:
     """A variant of WSC."""
-    whole = variant is Variant.SPECTRAL
-    words = {n: a for n, a in _WEIGHTS.items() if n != "p" or variant is Variant.SPHERE}
+    whole = c.needs == "tensors"
+    without = idle_settings(c) if c.function else {"p"} - {"p" if c.name == "sphere" else ""}
     return Calibrator(
-        variant.value, summary, use_when, *paper,
-        (f"YAML: calibrate: {{variant: {variant.value}}} (or calibrate: {variant.value})",
-         f"magic-fast calibrate --variant {variant.value}",
-         f'mf.merge(…, calibrate="{variant.value}"), mf.calibrate_weights'),
+        c.name, c.summary, c.use_when, c.paper, c.arxiv,
+        (f"YAML: calibrate: {{variant: {c.name}}} (or calibrate: {c.name})",
+         f"magic-fast calibrate --variant {c.name}",
+         f'mf.merge(…, calibrate="{c.name}"), mf.calibrate_weights'),
         "0 in a merge, 1 on a model merged elsewhere",
         "one tensor at a time, float32: K task vectors and Δ" if whole else _STREAMED,
         "none",
-        _settings(WeightCalibration, words, **({"granularity": "tensor"} if whole else {})),
+        _settings(WeightCalibration, without, granularity=str(c.granularity)),
     )  # fmt: skip
 
 
-def _features(name: str, space: str, summary: str, use_when: str) -> Calibrator:
+def _features(c: Calibration) -> Calibrator:
+    dual = c.space == "dual"
     return Calibrator(
-        name, summary, use_when, *_MAGIC,
-        (f"magic-fast calibrate --space {space} --data TASK=PATH …",
-         "mf.calibrate_features(…, data)" + (', space="dual"' if space == "dual" else ""),
-         f'mf.calibrate_checkpoints(…, space="{space}", data=…)'),
-        "1 more, layer by layer" + (", after that of WSC" if space == "dual" else ""),
+        c.name, c.summary, c.use_when, c.paper, c.arxiv,
+        (f"magic-fast calibrate --space {c.space} --data TASK=PATH …",
+         "mf.calibrate_features(…, data)" + (', space="dual"' if dual else ""),
+         f'mf.calibrate_checkpoints(…, space="{c.space}", data=…)'),
+        "1 more, layer by layer" + (", after that of WSC" if dual else ""),
         "one layer of base, merged and one expert, float32, and the samples' hidden states",
         "a few unlabelled samples of each task",
-        _settings(FeatureCalibration, _FEATURES),
+        _settings(FeatureCalibration),
     )  # fmt: skip
 
 
-def _entries() -> Iterator[Calibrator]:
-    yield _variant(
-        Variant.MANIFOLD,
-        "WSC: each row scaled to the surface that the experts' rows span",
-        "the paper's calibration is wanted; rows of different experts are nearly orthogonal",
-        _MAGIC,
-    )
-    yield _variant(
-        Variant.MANIFOLD_EXACT,
-        "WSC manifold without the assumption that the experts' rows are orthogonal",
-        "few experts whose changes overlap",
-        ("a least-squares form of MAGIC's manifold", ""),
-    )
-    yield _variant(
-        Variant.SPHERE,
-        "norm restoration: each row, or each tensor, of the change gets the experts' mean norm",
-        "the first to try; after a mean it never shrinks",
-        _MAGIC,
-    )
-    yield _variant(
-        Variant.SPECTRAL,
-        "spectral norm restoration: the largest singular value gets the experts' mean",
-        "few directions carry the change",
-        _MAGIC,
-    )
-    yield _features(
-        "fsc", "feature",
-        "FSC: each layer's change scaled until its features are as large as the experts'",
-        "samples are at hand, and the merge's scale is off or untuned",
-    )  # fmt: skip
-    yield _features(
-        "dsc", "dual", "DSC: WSC, then FSC on its result", "both are wanted in one pass"
-    )
-    yield Calibrator(
-        "svc",
-        "singular values divided by how far the experts over-agree along them",
-        "experts share directions, which a sum counts several times",
-        "singular value calibration", "",
+def _spectrum(c: Calibration) -> Calibrator:
+    return Calibrator(
+        c.name, c.summary, c.use_when, c.paper, c.arxiv,
         ("magic-fast calibrate --space svc", "mf.svc",
          'mf.calibrate_checkpoints(…, space="svc")'),
         "1",
         "one tensor at a time: K task vectors in float32, about eight float64 copies of one",
         "none",
-        (_ALPHA,),
+        _OF_SPECTRUM[c.name],
     )  # fmt: skip
-    yield Calibrator(
-        "lines",
-        "the change scaled by depth: alpha in the first block, alpha + beta in the last",
-        "early layers hold what all tasks share",
-        "LiNeS", "2410.17146",
+
+
+def _depth(c: Calibration) -> Calibrator:
+    return Calibrator(
+        c.name, c.summary, c.use_when, c.paper, c.arxiv,
         ("magic-fast calibrate --space lines --beta B", "mf.lines",
          'mf.calibrate_checkpoints(…, space="lines", beta=…)'),
         "0; 1 without alpha",
         "blocks of memory (128 MiB, --memory)",
         "none",
-        (_BETA, _FIRST, _COUNT),
+        _OF_SPECTRUM[c.name],
     )  # fmt: skip
 
 
-#: All calibrations, by name; ``wsc`` stands for the default variant.
-CALIBRATORS: Mapping[str, Calibrator] = {entry.name: entry for entry in _entries()}
-ALIASES: Mapping[str, str] = {"wsc": WeightCalibration().variant.value}
+_BY_NEEDS = {
+    "rows": _weights,
+    "tensors": _weights,
+    "data": _features,
+    "spectrum": _spectrum,
+    "depth": _depth,
+}
+
+
+def calibrators() -> dict[str, Calibrator]:
+    """All calibrations by name, those that are registered after ours."""
+    return {name: _BY_NEEDS[c.needs](c) for name, c in calibrations().items()}
+
+
+#: Ours, by name; ``wsc`` stands for the default variant.
+CALIBRATORS: Mapping[str, Calibrator] = {n: _BY_NEEDS[c.needs](c) for n, c in CALIBRATIONS.items()}
+ALIASES: Mapping[str, str] = {"wsc": default_of(WeightCalibration, "variant")}
 
 
 def find_calibrator(name: str) -> Calibrator | None:
@@ -204,7 +167,8 @@ def find_calibrator(name: str) -> Calibrator | None:
     >>> find_calibrator("sphere").summary.split(":")[0]
     'norm restoration'
     """
-    return CALIBRATORS.get(ALIASES.get(name, name))
+    found = find(ALIASES.get(name, name))
+    return None if found is None else _BY_NEEDS[found.needs](found)
 
 
 def text(found: Calibrator) -> Iterator[str]:

@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from magic_fast.calibration.sensitivity.lists import names_of, unknown_names
-from magic_fast.calibration.weight import (
-    bounds_of,
-    check_finite,
-    known_settings,
-    norm_of,
-    word,
-)
+from magic_fast.calibration.sensitivity.lists import unknown_names
+from magic_fast.calibration.values import check_settings, known_settings, setting
 from magic_fast.errors import InputError
+from magic_fast.recipe import CLAMP
 
 
 class Reduction(str, Enum):
@@ -70,28 +65,23 @@ class FeatureCalibration:
     <Reduction.RATIO_OF_SUMS: 'ratio_of_sums'>
     """
 
-    reduction: Reduction = Reduction.RATIO_OF_SUMS
-    p: float = 1
-    granularity: FeatureGranularity = FeatureGranularity.LAYER
-    sequential: bool = False
-    clamp: tuple[float, float] | None = (0.1, 10.0)
-    strength: float = 1.0
-    scale: float = 1.0
-    min_denominator: float = 0.0
-    sensitive: tuple[str, ...] | None = None
+    reduction: Reduction = setting(
+        Reduction.RATIO_OF_SUMS, Reduction,
+        "how positions become one coefficient (default: {default})",
+    )  # fmt: skip
+    p: float = setting(1, "norm", "1, 2, …, inf: of a feature ({default})")
+    granularity: FeatureGranularity = setting(FeatureGranularity.LAYER, FeatureGranularity)
+    sequential: bool = setting(
+        False, "flag", "each layer on what the calibrated ones before it give"
+    )
+    clamp: tuple[float, float] | None = setting(CLAMP, "bounds")
+    strength: float = setting(1.0, "exponent")
+    scale: float = setting(1.0, "factor")
+    min_denominator: float = setting(0.0, "share")
+    sensitive: tuple[str, ...] | None = setting(None, "names")
 
     def __post_init__(self) -> None:
-        for name, kind in (("reduction", Reduction), ("granularity", FeatureGranularity)):
-            object.__setattr__(self, name, word(kind, getattr(self, name), name))
-        object.__setattr__(self, "p", norm_of(self.p))
-        object.__setattr__(self, "clamp", bounds_of(self.clamp))
-        check_finite(self, ("strength", "scale", "min_denominator"))
-        if not 0 <= self.min_denominator < 1:
-            raise InputError(
-                "calibration min_denominator: expected a share in [0, 1), got "
-                f"{self.min_denominator!r}."
-            )
-        object.__setattr__(self, "sensitive", names_of(self.sensitive, "names"))
+        check_settings(self)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Refuses sensitive names that are neither a module nor a tensor of the model."""

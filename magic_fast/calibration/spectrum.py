@@ -6,6 +6,8 @@ import math
 
 from magic_fast.errors import InputError
 
+SVC_ALPHA = 0.1  # least share of an expert that counts
+
 
 def check_svc(alpha: object) -> None:
     if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):

@@ -4,75 +4,28 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-from magic_fast.calibration.sensitivity.lists import is_sensitive, names_of, unknown_names
-from magic_fast.errors import InputError
-from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
-
-# Embeddings and heads: their rows are tokens or classes, not units of a hidden layer.
-_EMBEDDING_OR_HEAD = re.compile(
-    r"(^|\.)([a-z0-9_]*embed[a-z0-9_]*|wte|wpe|shared|lm_head|classifier|score)(\.|$)",
-    re.IGNORECASE,
+from magic_fast.calibration.builtin import CALIBRATIONS, ON_MERGED_MODELS, Calibration
+from magic_fast.calibration.registry import (
+    find,
+    is_variant,
+    left_out,
+    resolved,
+    variant_of,
+    variants,
 )
-# Architectures whose projections are stored [in, out] (transformers' Conv1D).
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
-_EXPERT_STACK = re.compile(r"(^|\.)experts(\.|$)")
-
-
-def is_calibratable_magic(name: str, shape: Sequence[int]) -> bool:
-    """The authors' rule: any name with "conv", else 2-D with "weight" and without the substring
-    "ln"."""
-    if "conv" in name:
-        return len(shape) >= 1
-    return "weight" in name and "ln" not in name and len(shape) == 2
-
-
-def is_calibratable_general(name: str, shape: Sequence[int]) -> bool:
-    """Every weight of two or more dimensions except embeddings and heads; a bare tensor ('') of
-    two or more.
-
-    >>> is_calibratable_general("model.layers.0.mlp.up_proj.weight", (8, 4))
-    True
-    >>> is_calibratable_general("model.embed_tokens.weight", (8, 4))
-    False
-    """
-    return len(shape) >= 2 and _EMBEDDING_OR_HEAD.search(name) is None
-
-
-@dataclass(frozen=True)
-class TensorFilter:
-    """Tensor selection by regular expressions (``re.search``) on top of the general rule.
-
-    A name that matches any of ``exclude`` is out; else one that matches any of ``include`` is in,
-    whatever the general rule says of embeddings and heads; with no ``include`` the general rule
-    decides.
-    """
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for pattern in (*self.include, *self.exclude):
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise InputError(
-                    f"pattern {pattern!r} of calibration tensors: expected a regular "
-                    "expression, got an "
-                    f"error: {e}. Escape special characters with a backslash."
-                ) from None
-
-    def __call__(self, name: str, shape: Sequence[int]) -> bool:
-        if any(re.search(p, name) for p in self.exclude):
-            return False
-        if self.include:
-            return len(shape) >= 1 and any(re.search(p, name) for p in self.include)
-        return is_calibratable_general(name, shape)
+from magic_fast.calibration.sensitivity.lists import is_sensitive, unknown_names
+from magic_fast.calibration.tensors import (
+    TensorFilter,
+    is_calibratable_general,
+    is_calibratable_magic,
+    row_axes,
+)
+from magic_fast.calibration.values import check_settings, default_of, known_settings, setting
+from magic_fast.errors import InputError
+from magic_fast.recipe import CLAMP, Direction, EpsMode, Granularity, RowCalibration, Variant
 
 
 @dataclass(frozen=True)
@@ -81,7 +34,7 @@ class WeightCalibration:
 
     Attributes:
         variant: ``manifold`` (the paper's), ``manifold_exact``, ``sphere``, ``spectral`` (per
-            tensor).
+            tensor), or one that is registered.
         granularity: ``row`` or ``tensor``. ``spectral`` per row is ``sphere`` with p = 2.
         p: norm of ``sphere``: an integer ≥ 1 or infinity.
         eps_mode: ``relative`` (scale-free), ``absolute`` (the authors' 1e-8s), ``none``.
@@ -99,39 +52,68 @@ class WeightCalibration:
     <Variant.SPHERE: 'sphere'>
     """
 
-    variant: Variant = Variant.MANIFOLD
-    granularity: Granularity | None = None
-    p: float = 2
-    eps_mode: EpsMode = EpsMode.RELATIVE
-    guards: bool = True
-    clamp: tuple[float, float] | None = (0.1, 10.0)
-    strength: float = 1.0
-    scale: float = 1.0
-    tensors: str | TensorFilter = "general"
-    direction: Direction = Direction.AUTO
-    sensitive: tuple[str, ...] | None = None
-    row_axis: int | tuple[int, ...] | None = None
+    variant: Variant | str = setting(
+        Variant.MANIFOLD, "variant", "how the coefficient of a row is computed (default: {default})"
+    )
+    granularity: Granularity | None = setting(
+        None, Granularity, "what shares a coefficient (default: row; of spectral: tensor)"
+    )
+    p: float = setting(2, "norm")
+    eps_mode: EpsMode = setting(
+        EpsMode.RELATIVE, EpsMode,
+        "relative is scale-free (default); absolute is what the authors' code has",
+    )  # fmt: skip
+    guards: bool = setting(True, "flag")
+    clamp: tuple[float, float] | None = setting(
+        CLAMP, "bounds", "bounds of a coefficient, or none (default: {default})"
+    )
+    strength: float = setting(
+        1.0, "exponent", "exponent of a coefficient; 0 does nothing (default: {default})"
+    )
+    scale: float = setting(1.0, "factor")
+    tensors: str | TensorFilter = setting("general", "tensors")
+    direction: Direction = setting(Direction.AUTO, Direction)
+    sensitive: tuple[str, ...] | None = setting(
+        None, "tensor names",
+        "JSON list of tensor names, or object of name: score (the ten lowest count), that may "
+        "only shrink; all others may only grow",
+    )  # fmt: skip
+    row_axis: int | tuple[int, ...] | None = setting(None, "axes")
     _sensitive_set: frozenset[str] = field(
         init=False, repr=False, compare=False, default=frozenset()
     )
 
     def __post_init__(self) -> None:
-        for name, kind in (("variant", Variant), ("eps_mode", EpsMode), ("direction", Direction)):
-            object.__setattr__(self, name, word(kind, getattr(self, name), name))
+        object.__setattr__(self, "variant", variant_of(self.variant))
+        default = granularity_of(self.variant)
         if self.granularity is None:
-            default = Granularity.TENSOR if self.variant is Variant.SPECTRAL else Granularity.ROW
             object.__setattr__(self, "granularity", default)
-        object.__setattr__(self, "granularity", word(Granularity, self.granularity, "granularity"))
-        object.__setattr__(self, "p", norm_of(self.p))
-        object.__setattr__(self, "clamp", bounds_of(self.clamp))
-        check_finite(self, ("strength", "scale"))
+        check_settings(self)
         if isinstance(self.tensors, str) and self.tensors not in ("general", "magic"):
             raise InputError(
                 "calibration tensors: expected 'general', 'magic' or a TensorFilter, got "
                 f"{self.tensors!r}."
             )
-        object.__setattr__(self, "sensitive", names_of(self.sensitive, "tensor names"))
         object.__setattr__(self, "_sensitive_set", frozenset(self.sensitive or ()))
+        self._refuse_idle(default)
+
+    def _refuse_idle(self, granularity: Granularity) -> None:
+        """Refuses settings that a registered variant does not know."""
+        found = find(self.variant)
+        if found is None or found.function is None:
+            return
+        for name in sorted(idle_settings(found)):
+            value, default = getattr(self, name), default_of(WeightCalibration, name)
+            if value != default:
+                raise InputError(
+                    f"calibration {name}: expected {default!r} with variant {found.name!r}, to "
+                    f"which it means nothing, got {value!r}. Leave it out."
+                )
+        if found.function.whole and self.granularity is not granularity:
+            raise InputError(
+                f"calibration granularity: expected '{granularity}' with variant {found.name!r}, "
+                f"got '{self.granularity}'. Leave it out."
+            )
 
     def selects(self, name: str, shape: Sequence[int]) -> bool:
         """Whether the tensor is calibrated at all."""
@@ -181,7 +163,7 @@ class WeightCalibration:
             rows=rows,
             cols=math.prod(shape) // rows,
             axes=axes,
-            variant=self.variant,
+            variant=resolved(self.variant, name),
             granularity=self.granularity,
             p=self.p,
             eps_mode=self.eps_mode,
@@ -202,67 +184,36 @@ class WeightCalibration:
     ) -> tuple[int, ...]:
         chosen = row_axis if row_axis is not None else self.row_axis
         dims = len(shape)
-        if chosen is not None:
-            axes = (chosen,) if isinstance(chosen, int) else tuple(chosen)
-            for a in axes:
-                if not -dims <= a < dims:
-                    raise InputError(
-                        f"row_axis for {name or 'the tensor'}: expected an axis of a "
-                        f"{dims}-dimensional "
-                        f"tensor, got {a}."
-                    )
-            return tuple(a % dims for a in axes)
-        if model_type in _CONV1D_MODELS and dims == 2 and _CONV1D_NAMES.search(name):
-            return (1,)
-        if dims == 3 and _EXPERT_STACK.search(name):
-            return (0, 1)
-        return (0,)
+        if chosen is None:
+            return row_axes(name, dims, model_type)
+        axes = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+        for a in axes:
+            if not -dims <= a < dims:
+                raise InputError(
+                    f"row_axis for {name or 'the tensor'}: expected an axis of a "
+                    f"{dims}-dimensional tensor, got {a}."
+                )
+        return tuple(a % dims for a in axes)
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def idle_settings(calibration: Calibration) -> set[str]:
+    """The settings that mean nothing to a registered variant."""
+    assert calibration.function is not None
+    idle = {"p", "eps_mode"}
+    if calibration.function.changes:
+        idle |= {"guards", "clamp", "strength", "scale", "direction", "sensitive"}
+    return idle
 
 
-def norm_of(value: object) -> float:
-    """The p of a norm: an integer >= 1 or infinity."""
-    p = math.inf if value in ("inf", math.inf) else value
-    if not is_number(p) or (p != math.inf and (p != p // 1 or p < 1)):  # type: ignore[operator]
-        raise InputError(f"calibration p: expected an integer >= 1 or 'inf', got {value!r}.")
-    return p
+def granularity_of(variant: Variant | str) -> Granularity:
+    """What shares a coefficient of a variant where the settings do not say."""
+    found = find(variant)
+    assert found is not None
+    return found.granularity
 
 
-def bounds_of(value: object) -> tuple[float, float] | None:
-    """The (low, high) of a clamp, or None."""
-    if value is None:
-        return None
-    low = high = math.nan  # no bound holds of them
-    if isinstance(value, Sequence) and len(value) == 2 and all(map(is_number, value)):
-        low, high = float(value[0]), float(value[1])
-    if not 0 <= low <= high:
-        raise InputError(
-            f"calibration clamp: expected (low, high) with 0 <= low <= high, got {value!r}."
-        )
-    return low, high
-
-
-def check_finite(settings: object, names: Iterable[str]) -> None:
-    """Refuses settings that are not finite numbers."""
-    for name in names:
-        value = getattr(settings, name)
-        if not is_number(value) or not math.isfinite(value):
-            raise InputError(f"calibration {name}: expected a finite number, got {value!r}.")
-
-
-def word(kind: type, value: object, what: str) -> object:
-    try:
-        return kind(value)
-    except ValueError:
-        allowed = ", ".join(repr(str(v)) for v in kind)  # type: ignore[attr-defined]
-        raise InputError(f"calibration {what}: expected one of {allowed}, got {value!r}.") from None
-
-
-#: What one word may ask for: the default, or a variant of WSC.
-CALIBRATE_WORDS = ("wsc", *(variant.value for variant in Variant))
+#: What one word may ask for: the default, or a variant of WSC. Registered ones come on top.
+CALIBRATE_WORDS = ("wsc", *(name for name, c in CALIBRATIONS.items() if c.space == "weight"))
 
 
 def as_calibration(
@@ -275,21 +226,11 @@ def as_calibration(
         return WeightCalibration(**known_settings(WeightCalibration, value))
     if value == "wsc":
         return WeightCalibration()
-    if value in set(Variant):
-        return WeightCalibration(variant=Variant(value))
+    if is_variant(value):
+        return WeightCalibration(variant=value)
+    words, beside = ", ".join(map(repr, ("wsc", *variants()))), list(ON_MERGED_MODELS)
     raise InputError(
-        f"calibrate: expected None, {', '.join(map(repr, CALIBRATE_WORDS))} or a "
-        f"WeightCalibration, got {value!r}. "
-        "fsc, dsc, svc and lines run on a merged model: `magic-fast methods NAME` says how."
+        f"calibrate: expected None, {words} or a WeightCalibration, got {value!r}"
+        f"{left_out(value)}. {', '.join(beside[:-1])} and {beside[-1]} run on a merged model: "
+        "`magic-fast methods NAME` says how."
     )
-
-
-def known_settings(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping, refused where it has a name that ``kind`` lacks."""
-    known = [f.name for f in fields(kind) if f.init]
-    for name in value:
-        if name not in known:
-            raise InputError(
-                f"calibration {name!r}: expected one of {', '.join(known)}, got an unknown one."
-            )
-    return dict(value)

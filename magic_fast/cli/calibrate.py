@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from magic_fast.cli import options, output
+from magic_fast.cli import calibration_options, options, output
 from magic_fast.cli.progress import progress
 from magic_fast.errors import InputError
 
@@ -28,12 +28,13 @@ def add_parser(commands: Any) -> None:
     options.models(parser)
     parser.add_argument("--merged", required=True, metavar="MODEL", help="what was merged of them")
     parser.add_argument("out", metavar="OUT", help="folder to make; it must be missing or empty")
-    options.weight_calibration(parser)
-    options.feature_calibration(parser)
-    options.spectrum_and_depth(parser)
+    calibration_options.weight_calibration(parser)
+    calibration_options.feature_calibration(parser)
+    calibration_options.spectrum_and_depth(parser)
     options.execution(parser)
     options.common(parser)
-    parser.set_defaults(run=run)
+    idle = {name: parser.get_default(name) for name in _SPACES_OF}
+    parser.set_defaults(run=run, idle=idle)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,15 +71,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def weight_calibration(arguments: argparse.Namespace) -> WeightCalibration:
-    """The options of :func:`options.weight_calibration` as the object that the api takes."""
+    """The options of WSC as the object that the api takes."""
     from magic_fast.calibration import WeightCalibration, sensitive_from_file
-    from magic_fast.recipe import EpsMode, Granularity, Variant
+    from magic_fast.recipe import EpsMode, Granularity
 
     sensitive = arguments.sensitive
     return WeightCalibration(
-        variant=Variant(arguments.variant),
+        variant=arguments.variant,
         granularity=arguments.granularity and Granularity(arguments.granularity),
-        p=norm(arguments, 2) if arguments.space == "weight" else 2,
+        p=norm(arguments, WeightCalibration)
+        if arguments.space == "weight"
+        else WeightCalibration.p,
         eps_mode=EpsMode(arguments.eps_mode),
         clamp=arguments.clamp,
         strength=arguments.strength,
@@ -87,14 +90,14 @@ def weight_calibration(arguments: argparse.Namespace) -> WeightCalibration:
 
 
 def feature_calibration(arguments: argparse.Namespace) -> FeatureCalibration:
-    """The options of :func:`options.feature_calibration`, and those it shares with WSC."""
+    """The options of FSC, and those it shares with WSC, as the object that the api takes."""
     from magic_fast.calibration import sensitive_from_file
     from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity, Reduction
 
     per_channel = arguments.per_channel
     return FeatureCalibration(
         reduction=Reduction(arguments.reduction),
-        p=norm(arguments, 1),
+        p=norm(arguments, FeatureCalibration),
         granularity=FeatureGranularity.CHANNEL if per_channel else FeatureGranularity.LAYER,
         sequential=arguments.sequential,
         clamp=arguments.clamp,
@@ -103,9 +106,9 @@ def feature_calibration(arguments: argparse.Namespace) -> FeatureCalibration:
     )
 
 
-def norm(arguments: argparse.Namespace, default: int) -> Any:
-    """The p of ``--norm``; the settings refuse what is none."""
-    given = default if arguments.norm is None else arguments.norm
+def norm(arguments: argparse.Namespace, settings: Any) -> Any:
+    """The p of ``--norm``, else of the settings; these refuse what is none."""
+    given = settings.p if arguments.norm is None else arguments.norm
     return int(given) if str(given).isdecimal() else given
 
 
@@ -121,31 +124,32 @@ def data(arguments: argparse.Namespace) -> dict[str, str]:
 
 _WEIGHTS, _FEATURES, _SPECTRUM = ("weight", "dual"), ("feature", "dual"), ("svc", "lines")
 _MAGNITUDES = ("weight", "feature", "dual")
-#: Options that mean something in some spaces only: those, and the option's default.
-_OF_SPACES: dict[str, tuple[tuple[str, ...], object]] = {
-    "variant": (_WEIGHTS, "manifold"),
-    "granularity": (_WEIGHTS, None),
-    "eps_mode": (_WEIGHTS, "relative"),
-    "clamp": (_MAGNITUDES, (0.1, 10.0)),
-    "strength": (_MAGNITUDES, 1.0),
-    "sensitive": (_MAGNITUDES, None),
-    "norm": (_MAGNITUDES, None),
-    "samples": (_FEATURES, 64),
-    "batch_size": (_FEATURES, 8),
-    "max_length": (_FEATURES, 512),
-    "reduction": (_FEATURES, "ratio_of_sums"),
-    "per_channel": (_FEATURES, False),
-    "sequential": (_FEATURES, False),
-    "alpha": (_SPECTRUM, None),
-    "beta": (("lines",), None),
-    "num_blocks": (("lines",), None),
+#: Options that mean something in some spaces only.
+_SPACES_OF: dict[str, tuple[str, ...]] = {
+    "variant": _WEIGHTS,
+    "granularity": _WEIGHTS,
+    "eps_mode": _WEIGHTS,
+    "clamp": _MAGNITUDES,
+    "strength": _MAGNITUDES,
+    "sensitive": _MAGNITUDES,
+    "norm": _MAGNITUDES,
+    "samples": _FEATURES,
+    "batch_size": _FEATURES,
+    "max_length": _FEATURES,
+    "reduction": _FEATURES,
+    "per_channel": _FEATURES,
+    "sequential": _FEATURES,
+    "alpha": _SPECTRUM,
+    "beta": ("lines",),
+    "num_blocks": ("lines",),
 }
 
 
 def refuse_idle(arguments: argparse.Namespace) -> None:
-    """Refuses options that would do nothing in the chosen space."""
-    for name, (spaces, default) in _OF_SPACES.items():
-        if arguments.space not in spaces and getattr(arguments, name) != default:
+    """Refuses options that would do nothing in the chosen space. ``arguments.idle`` has their
+    defaults."""
+    for name, spaces in _SPACES_OF.items():
+        if arguments.space not in spaces and getattr(arguments, name) != arguments.idle[name]:
             words = [f"'{space}'" for space in spaces]
             where = " or ".join([", ".join(words[:-1]), words[-1]]) if words[1:] else words[0]
             raise InputError(

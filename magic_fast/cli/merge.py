@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magic_fast.cli import options, output
+from magic_fast.cli import calibration_options, options, output
 from magic_fast.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--preset", help="whose defaults and rules hold, instead of the configuration's"
     )
-    options.calibrate(parser, "calibrate, though the configuration does not say so")
+    calibration_options.calibrate(parser, "calibrate, though the configuration does not say so")
     parser.add_argument("--seed", type=int, help="of the random trims")
     parser.add_argument(
         "--compat", metavar="SYSTEM", help="repeat a known fault of a system: mergekit-0.1.4"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from magic_fast.cli import options
+from magic_fast.cli import calibration_options, options
 from magic_fast.cli.progress import progress
 from magic_fast.errors import InputError
 
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
         help="a parameter of the method, such as density=0.3, weights=[1,0.5] or scale=0.7; "
         "calibrate.NAME for one of the calibration; again for more",
     )
-    options.calibrate(parser, "restore the magnitudes of rows")
+    calibration_options.calibrate(parser, "restore the magnitudes of rows")
     parser.add_argument(
         "--rank",
         type=options.positive,

@@ -35,14 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
         if found is not None:
             fields, lines = found.as_dict(), calibrations.text(found)
         else:
-            entry = catalog.entry(arguments.name, beside=list(calibrations.CALIBRATORS))
+            entry = catalog.entry(arguments.name, beside=list(calibrations.calibrators()))
             fields, lines = entry.as_dict(), catalog.text(entry)
         if arguments.json:
             options.print_json(fields)
         else:
             print("\n".join(lines))
         return 0
-    entries, calibrators = catalog.entries(), list(calibrations.CALIBRATORS.values())
+    entries, calibrators = catalog.entries(), list(calibrations.calibrators().values())
     if arguments.json:
         options.print_json(
             {

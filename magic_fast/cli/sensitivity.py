@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from magic_fast.cli import options
+from magic_fast.cli import calibration_options, options
 from magic_fast.cli.progress import evaluations
 from magic_fast.errors import InputError
 
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="JSON file to make")
     group = parser.add_argument_group("samples")
-    options.samples(group, "again for more tasks")
+    calibration_options.samples(group, "again for more tasks")
     group = parser.add_argument_group("measure")
     group.add_argument(
         "--by",

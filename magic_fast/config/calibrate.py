@@ -15,9 +15,15 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    field_validator,
+    create_model,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
+
+from magic_fast.calibration.builtin import ON_MERGED_MODELS
+from magic_fast.calibration.registry import is_variant, variants
+from magic_fast.calibration.values import default_of, settings_of, words_of
+from magic_fast.calibration.weight import WeightCalibration
 
 
 class Strict(BaseModel):
@@ -85,56 +91,65 @@ def _axis(value: Any) -> Any:
 Number = Annotated[float, Field(strict=True)]
 
 
-_ON_MERGED_MODELS = ("fsc", "dsc", "svc", "lines")
+def _ordered(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    if value is not None and not 0 <= value[0] <= value[1]:
+        raise ValueError(f"expected [low, high] with 0 <= low <= high, got {list(value)}")
+    return value
 
 
-class CalibrateConfig(Strict):
+def _variant(value: Any) -> str:
+    if not is_variant(value):
+        *first, last = map(repr, variants())
+        expected = f"{', '.join(first)} or {last}"
+        raise PydanticKnownError("literal_error", {"expected": expected})
+    return str(value)
+
+
+#: Kind of setting → its type in YAML. That of an enum is its words.
+_TYPES: dict[str, Any] = {
+    "variant": Annotated[str, BeforeValidator(_variant)],
+    "norm": Annotated[int | Literal["inf"], BeforeValidator(_power)],
+    "flag": Annotated[bool, Field(strict=True)],
+    "bounds": Annotated[tuple[Number, Number] | None, AfterValidator(_ordered)],
+    "exponent": Annotated[float, Field(strict=True, ge=0.0)],
+    "factor": Number,
+    "tensors": Annotated[
+        Annotated[Literal["general", "magic"], Tag("<name>")]
+        | Annotated[TensorPatterns, Tag("<patterns>")],
+        Discriminator(_tag("<name>", "<patterns>", "<name>")),
+    ],
+    "tensor names": Annotated[
+        Annotated[tuple[str, ...], Tag("<names>")] | Annotated[SensitiveScores, Tag("<scores>")],
+        Discriminator(_tag("<names>", "<scores>", "<names>")),
+    ]
+    | None,
+    "axes": Annotated[int | tuple[int, ...] | None, BeforeValidator(_axis)],
+}
+
+
+def _type_of(name: str, kind: Any) -> Any:
+    if not isinstance(kind, type):
+        return _TYPES[kind]
+    words = Literal[words_of(WeightCalibration, name)]  # type: ignore[valid-type]
+    return words if default_of(WeightCalibration, name) is not None else words | None
+
+
+#: The settings of ``mf.WeightCalibration``, each with its default there.
+_FIELDS: dict[str, Any] = {
+    f.name: (_type_of(f.name, f.metadata["kind"]), default_of(WeightCalibration, f.name))
+    for f in settings_of(WeightCalibration)
+}
+_Settings: Any = create_model("_Settings", __base__=Strict, **_FIELDS)
+
+
+class CalibrateConfig(_Settings):  # type: ignore[misc]
     """Weight-space calibration (WSC) as the YAML spells it; ``calibrate: wsc`` is all defaults,
-    ``calibrate: sphere`` another variant's.
-
-    Attributes:
-        variant: which coefficient; ``manifold`` is the paper's.
-        granularity: one coefficient per row or per tensor; None: per tensor for ``spectral``, else
-            per row.
-        p: norm of variant ``sphere``, a whole number >= 1 or ``"inf"``.
-        eps_mode: how zero norms are kept out of denominators.
-        guards: coefficients of zero or non-finite rows become 1.
-        clamp: least and largest coefficient, or None for none.
-        strength: exponent of the coefficient; 0 leaves everything as merged.
-        scale: factor after calibration (calibration cancels any factor before it).
-        tensors: which tensors: the general rule, the authors' rule, or patterns.
-        direction: ``grow`` applies only coefficients > 1, ``shrink`` only < 1, ``free`` all;
-            ``auto`` lets ``sensitive`` decide (with a list those shrink and all others grow).
-        sensitive: names, or a JSON file of scores.
-        row_axis: axis, or axes, of output units; None takes them from the model's layout.
+    ``calibrate: sphere`` another variant's. The keys are the settings of ``mf.WeightCalibration``;
+    ``sensitive`` is a list of names, or a JSON file of scores.
 
     >>> CalibrateConfig(variant="sphere").as_dict()["p"]
     2
     """
-
-    variant: Literal["manifold", "manifold_exact", "sphere", "spectral"] = "manifold"
-    granularity: Literal["row", "tensor"] | None = None
-    p: Annotated[int | Literal["inf"], BeforeValidator(_power)] = 2
-    eps_mode: Literal["relative", "absolute", "none"] = "relative"
-    guards: bool = Field(default=True, strict=True)
-    clamp: tuple[Number, Number] | None = (0.1, 10.0)
-    strength: Number = Field(default=1.0, ge=0.0)
-    scale: Number = 1.0
-    tensors: Annotated[
-        Annotated[Literal["general", "magic"], Tag("<name>")]
-        | Annotated[TensorPatterns, Tag("<patterns>")],
-        Discriminator(_tag("<name>", "<patterns>", "<name>")),
-    ] = "general"
-    direction: Literal["auto", "free", "grow", "shrink"] = "auto"
-    sensitive: (
-        Annotated[
-            Annotated[tuple[str, ...], Tag("<names>")]
-            | Annotated[SensitiveScores, Tag("<scores>")],
-            Discriminator(_tag("<names>", "<scores>", "<names>")),
-        ]
-        | None
-    ) = None
-    row_axis: Annotated[int | tuple[int, ...] | None, BeforeValidator(_axis)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +157,7 @@ class CalibrateConfig(Strict):
         """``wsc`` for the defaults, a variant's name for it; ``sensitive: file.json`` with
         ``top: N`` beside it."""
         if isinstance(value, str):
-            if value in _ON_MERGED_MODELS:
+            if value in ON_MERGED_MODELS:
                 raise ValueError(
                     f"expected wsc or a variant of it, got {value!r}, which runs on a merged "
                     f"model: `magic-fast methods {value}` says how"
@@ -158,17 +173,11 @@ class CalibrateConfig(Strict):
             fields.pop("top", None)
         return fields
 
-    @field_validator("clamp")
-    @classmethod
-    def _clamp_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 0 <= value[0] <= value[1]:
-            raise ValueError(f"expected [low, high] with 0 <= low <= high, got {list(value)}")
-        return value
-
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, named as ``mf.WeightCalibration`` names its arguments.
 
         ``tensors`` is a word or ``{"include", "exclude"}``; ``sensitive`` is None, a tuple of
         names, or ``{"path", "top"}``, a file that the calibration reads.
         """
-        return self.model_dump(mode="python")
+        values: dict[str, Any] = self.model_dump(mode="python")
+        return values

@@ -5,32 +5,17 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from magic_fast.calibration.samples import Sampling
 from magic_fast.errors import CheckpointError, InputError
 from magic_fast.huggingface.models import library
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How much of the data is used.
-
-    Attributes:
-        samples: of each task, the first ones.
-        batch_size: samples that pass through a layer together.
-        max_length: tokens of a sample; the rest is cut off.
-    """
-
-    samples: int = 64
-    batch_size: int = 8
-    max_length: int = 512
 
 
 def read_batches(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from magic_fast.calibration.spectrum import check_lines, check_svc
+from magic_fast.calibration.spectrum import SVC_ALPHA, check_lines, check_svc
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.config.blocks import find_blocks
 from magic_fast.engine import Input, Step, common_shape
@@ -29,9 +29,9 @@ def svc_steps(
 
     Args:
         names: merged, base, experts.
-        alpha: None: 0.1.
+        alpha: None: the default of ``svc``.
     """
-    chosen = {"alpha": 0.1 if alpha is None else alpha}
+    chosen = {"alpha": SVC_ALPHA if alpha is None else alpha}
     check_svc(chosen["alpha"])
     steps = []
     for plain, row in _rows(models, names):

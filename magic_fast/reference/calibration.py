@@ -197,9 +197,7 @@ def calibrated_change(
     """d after the calibration, in the dtype of ``delta``; ``factor`` is that of its rows."""
     variant = calibration.variant
     if isinstance(variant, RowFunction) and not by_factors(calibration):
-        return functions.calibrated_change(
-            variant, torch.stack(counting(taus, calibration)), delta
-        )
+        return functions.calibrated_change(variant, torch.stack(counting(taus, calibration)), delta)
     return delta if bool((factor == 1).all()) else apply_rows(delta, factor, calibration.axes)
 
 

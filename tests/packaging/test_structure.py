@@ -24,7 +24,6 @@ LONG_FILES = {
     "magic_fast/config/schema.py",
     "magic_fast/methods/catalog.py",
     "magic_fast/methods/parameters.py",
-    "magic_fast/reference/calibration.py",
 }
 FULL_FOLDERS = {
     "csrc/cpu",

@@ -91,7 +91,13 @@ def _vectors(asked: Asked, name: str, own: Mapping[int, AdapterModule]) -> Found
 
 
 def refuse_calibration_of_vectors(calibration: WeightCalibration) -> None:
-    """Refuses what needs the lengths of rows: an IA3 adapter has the factors of them only."""
+    """Refuses what needs the lengths of rows, as functions of others may: an IA3 adapter has the
+    factors of them only."""
+    if not isinstance(calibration.variant, Variant):
+        raise InputError(
+            "calibrate for IA3: expected a variant whose ξ no scaling of a row changes, got "
+            f"'{calibration.variant}', of which that is not known. Choose 'manifold' or 'sphere'."
+        )
     if calibration.granularity is Granularity.TENSOR or calibration.variant is Variant.SPECTRAL:
         raise InputError(
             "calibrate for IA3: expected a variant by rows, got one by tensors, which needs the "

@@ -9,6 +9,7 @@ from typing import Any
 from magic_fast.api.checkpoints.calibrate_features import FeatureJob
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.calibration.feature import FeatureCalibration, as_features
+from magic_fast.calibration.samples import Sampling
 from magic_fast.engine import MergePlan, MergeReport, place
 from magic_fast.engine.execute.executor import Executor
 from magic_fast.engine.execute.registry import refuse_executor
@@ -35,9 +36,9 @@ def calibrate_checkpoints(
     calibration: str | WeightCalibration | Mapping[str, Any] = "wsc",
     data: Mapping[str, Any] | None = None,
     features: FeatureCalibration | Mapping[str, Any] | None = None,
-    samples: int = 64,
-    batch_size: int = 8,
-    max_length: int = 512,
+    samples: int = Sampling.samples,
+    batch_size: int = Sampling.batch_size,
+    max_length: int = Sampling.max_length,
     alpha: float | None = None,
     beta: float | None = None,
     num_blocks: int | None = None,
@@ -126,7 +127,6 @@ def calibrate_checkpoints(
                 check_disk(plan)
             return run_and_close(plan, nonfinite, resume, progress, executor=executor)
         from magic_fast.api.checkpoints.feature_model import FeatureSpace
-        from magic_fast.huggingface.data import Sampling
 
         found = as_features(features)
         assert data is not None

@@ -16,6 +16,7 @@ from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.batches import batches_of, experts_by_task
 from magic_fast.calibration.features.run import FeatureRun
 from magic_fast.calibration.features.streamed import AbsentError, StreamedWeights, Take
+from magic_fast.calibration.samples import Sampling
 from magic_fast.calibration.sensitivity.lists import is_sensitive, unknown_names
 from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.engine import Progress, Step, common_shape
@@ -23,7 +24,7 @@ from magic_fast.engine.execute.whole import as_bytes, tensor_of
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.huggingface import models as hf_models
-from magic_fast.huggingface.data import Sampling, read_batches
+from magic_fast.huggingface.data import read_batches
 from magic_fast.planning.steps import input_of
 from magic_fast.recipe import Recipe
 

@@ -13,6 +13,7 @@ from magic_fast.api.tensors.merge import merge
 from magic_fast.api.tensors.sensitive_layers import Probe, probe_module, sensitive_layers
 from magic_fast.calibration import SensitivityReport, TensorFilter
 from magic_fast.calibration.features.batches import batches_of
+from magic_fast.calibration.samples import Sampling
 from magic_fast.calibration.sensitivity.lists import TOP
 from magic_fast.calibration.sensitivity.measure import Progress
 from magic_fast.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from magic_fast.engine import common_shape
 from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.huggingface import models as hf_models
-from magic_fast.huggingface.data import Sampling, read_batches
+from magic_fast.huggingface.data import read_batches
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.steps import input_of, read_tensor
 from magic_fast.reference.sensitivity import enlarged
@@ -40,9 +41,9 @@ def sensitive_layers_of_checkpoints(
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
-    samples: int = 64,
-    batch_size: int = 8,
-    max_length: int = 512,
+    samples: int = Sampling.samples,
+    batch_size: int = Sampling.batch_size,
+    max_length: int = Sampling.max_length,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> SensitivityReport:

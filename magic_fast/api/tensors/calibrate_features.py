@@ -15,7 +15,7 @@ from magic_fast.calibration.feature import Deploy, FeatureCalibration
 from magic_fast.calibration.features.batches import experts_by_task
 from magic_fast.calibration.features.magic import calibrate_like_magic
 from magic_fast.calibration.features.run import FeatureRun
-from magic_fast.calibration.weight import word
+from magic_fast.calibration.values import word
 from magic_fast.errors import InputError
 
 
@@ -32,7 +32,7 @@ def calibrate_features(
     p: float = 1,
     granularity: str = "layer",
     sequential: bool = False,
-    clamp: tuple[float, float] | None = (0.1, 10.0),
+    clamp: tuple[float, float] | None = FeatureCalibration.clamp,
     strength: float = 1.0,
     scale: float = 1.0,
     min_denominator: float = 0.0,

@@ -26,7 +26,7 @@ from magic_fast.calibration.sensitivity.measure import (
     report_of,
     units_of,
 )
-from magic_fast.calibration.weight import is_number
+from magic_fast.calibration.values import is_number
 from magic_fast.errors import InputError
 from magic_fast.reference.sensitivity import enlarged
 

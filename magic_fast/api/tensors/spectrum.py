@@ -10,7 +10,7 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.api.tensors.models import Named, models_of, state_dict_of
-from magic_fast.calibration.spectrum import check_lines, check_svc
+from magic_fast.calibration.spectrum import SVC_ALPHA, check_lines, check_svc
 from magic_fast.errors import InputError
 from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe
@@ -26,7 +26,7 @@ def svc(
     experts: Any,
     merged: Any,
     *,
-    alpha: float = 0.1,
+    alpha: float = SVC_ALPHA,
     out: Any = None,
     nonfinite: str = "error",
     name: str = "",

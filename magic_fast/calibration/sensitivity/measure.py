@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from magic_fast.calibration.sensitivity.lists import SensitivityReport, lowest
-from magic_fast.calibration.weight import TensorFilter, WeightCalibration
+from magic_fast.calibration.tensors import TensorFilter
+from magic_fast.calibration.weight import WeightCalibration
 from magic_fast.errors import InputError
 from magic_fast.reference.sensitivity import differences_from_median
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from magic_fast.api.tensors.merge import merge
 from magic_fast.calibration import WeightCalibration
-from magic_fast.calibration.weight import CALIBRATE_WORDS
+from magic_fast.calibration.registry import is_variant
 from magic_fast.config.calibrate import CalibrateConfig
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import python_name
@@ -170,7 +170,7 @@ def _calibration(text: Any) -> WeightCalibration | None:
         given = yaml.safe_load(text) if isinstance(text, str) else text
         if given in ("none", None):
             return None
-        if isinstance(given, dict) or given in CALIBRATE_WORDS:
+        if isinstance(given, dict) or given == "wsc" or is_variant(given):
             return calibration_from(CalibrateConfig.model_validate(given).as_dict())
     except ValidationError as error:
         first = error.errors()[0]
