@@ -10,7 +10,7 @@ from typing import Any
 from magic_fast.calibration.sensitivity.lists import unknown_names
 from magic_fast.calibration.values import check_settings, known_settings, setting
 from magic_fast.errors import InputError
-from magic_fast.recipe import CLAMP
+from magic_fast.recipe import RowCalibration
 
 
 class Reduction(str, Enum):
@@ -74,9 +74,9 @@ class FeatureCalibration:
     sequential: bool = setting(
         False, "flag", "each layer on what the calibrated ones before it give"
     )
-    clamp: tuple[float, float] | None = setting(CLAMP, "bounds")
-    strength: float = setting(1.0, "exponent")
-    scale: float = setting(1.0, "factor")
+    clamp: tuple[float, float] | None = setting(RowCalibration.clamp, "bounds")
+    strength: float = setting(RowCalibration.strength, "exponent")
+    scale: float = setting(RowCalibration.scale, "factor")
     min_denominator: float = setting(0.0, "share")
     sensitive: tuple[str, ...] | None = setting(None, "names")
 

@@ -63,9 +63,9 @@ def register_calibration(
     Raises:
         InputError: the name is taken, or an argument is not as described.
 
-    >>> register_calibration("sphere", lambda gram, dots, norm2: norm2)
+    >>> register_calibration("svc", lambda gram, dots, norm2: norm2)
     Traceback (most recent call last):
-    magic_fast.errors.InputError: name of a calibration: expected one that is not taken, got 'sphere'.
+    magic_fast.errors.InputError: name of a calibration: expected one that is not taken, got 'svc'.
     """
     if function is None:
         return lambda given: register_calibration(

@@ -25,7 +25,7 @@ from magic_fast.calibration.tensors import (
 )
 from magic_fast.calibration.values import check_settings, default_of, known_settings, setting
 from magic_fast.errors import InputError
-from magic_fast.recipe import CLAMP, Direction, EpsMode, Granularity, RowCalibration, Variant
+from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,28 @@ class WeightCalibration:
     """
 
     variant: Variant | str = setting(
-        Variant.MANIFOLD, "variant", "how the coefficient of a row is computed (default: {default})"
+        RowCalibration.variant,
+        "variant",
+        "how the coefficient of a row is computed (default: {default})",
     )
     granularity: Granularity | None = setting(
         None, Granularity, "what shares a coefficient (default: row; of spectral: tensor)"
     )
-    p: float = setting(2, "norm")
+    p: float = setting(RowCalibration.p, "norm")
     eps_mode: EpsMode = setting(
-        EpsMode.RELATIVE, EpsMode,
+        RowCalibration.eps_mode, EpsMode,
         "relative is scale-free (default); absolute is what the authors' code has",
     )  # fmt: skip
-    guards: bool = setting(True, "flag")
+    guards: bool = setting(RowCalibration.guards, "flag")
     clamp: tuple[float, float] | None = setting(
-        CLAMP, "bounds", "bounds of a coefficient, or none (default: {default})"
+        RowCalibration.clamp, "bounds", "bounds of a coefficient, or none (default: {default})"
     )
     strength: float = setting(
-        1.0, "exponent", "exponent of a coefficient; 0 does nothing (default: {default})"
+        RowCalibration.strength,
+        "exponent",
+        "exponent of a coefficient; 0 does nothing (default: {default})",
     )
-    scale: float = setting(1.0, "factor")
+    scale: float = setting(RowCalibration.scale, "factor")
     tensors: str | TensorFilter = setting("general", "tensors")
     direction: Direction = setting(Direction.AUTO, Direction)
     sensitive: tuple[str, ...] | None = setting(

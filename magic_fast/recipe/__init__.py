@@ -13,7 +13,6 @@ from magic_fast.recipe.checks import (
     per_expert,
 )
 from magic_fast.recipe.found import (
-    CLAMP,
     RowCalibration,
     RowFunction,
     Selection,
@@ -47,7 +46,6 @@ from magic_fast.recipe.words import (
 )
 
 __all__ = [
-    "CLAMP",
     "Align",
     "Alone",
     "Consensus",

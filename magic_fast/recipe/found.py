@@ -54,10 +54,6 @@ class Selection:
         return Selection((0.0,) * k, (numel,) * k, (math.inf,) * k, (0,) * k, (1.0,) * k, 0)
 
 
-#: (least, largest) coefficient ξ of every calibration that names no bounds.
-CLAMP = (0.1, 10.0)
-
-
 @dataclass(frozen=True)
 class RowFunction:
     """A variant of WSC that is a plain function on torch tensors (``mf.register_calibration``).
@@ -74,7 +70,7 @@ class RowFunction:
     """
 
     name: str
-    function: Callable[..., Any] = field(repr=False)
+    function: Callable[..., Any] = field(repr=False, compare=False)
     whole: bool = False
     changes: bool = False
     named: bool = False
@@ -96,7 +92,8 @@ class RowCalibration:
     ``direction`` is never AUTO here. ``rows`` × ``cols`` is the row view of the tensor: ``axes``
     moved to the front and flattened, everything else flattened behind (a 1-D tensor is [n, 1]).
     Where ``axes`` are the leading ones in order, that is the contiguous tensor itself.
-    ``included`` says which experts count (those of weight 0 are left out); empty means all.
+    ``included`` says which experts count (those of weight 0 are left out); empty means all. The
+    defaults are those of all calibrations: their settings take them from here.
     """
 
     rows: int
@@ -107,7 +104,7 @@ class RowCalibration:
     p: float = 2
     eps_mode: EpsMode = EpsMode.RELATIVE
     guards: bool = True
-    clamp: tuple[float, float] | None = CLAMP
+    clamp: tuple[float, float] | None = (0.1, 10.0)
     strength: float = 1.0
     scale: float = 1.0
     direction: Direction = Direction.FREE
