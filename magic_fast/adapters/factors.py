@@ -15,7 +15,6 @@ from magic_fast.reference.calibration import (
     CalibratedRows,
     RowStats,
     calibrate_stats,
-    needs_tensors,
     power_sums,
 )
 from magic_fast.spectral import low_rank_svd, stack_factors
@@ -139,7 +138,7 @@ def calibrated(
             f"got '{calibration.variant}', which looks at whole tensors. Choose another variant, "
             "or merge the full models."
         )
-    if needs_tensors(calibration):
+    if calibration.needs_tensors:
         chosen = [
             c for k, c in enumerate(changes) if not calibration.included or calibration.included[k]
         ]

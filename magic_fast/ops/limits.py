@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from magic_fast.ops.job import Array, Job
-from magic_fast.recipe import Granularity, RowCalibration, TrimRule, Variant
+from magic_fast.recipe import Granularity, RowCalibration, TrimRule
 
 
 def default_rows(x: Array) -> RowCalibration:
@@ -28,7 +28,7 @@ def _rows_unsupported(job: Job) -> str | None:
         return "norms before and after a trim by variance are found in the reference only"
     if c is None:
         return None
-    if c.variant is Variant.SPECTRAL and c.granularity is Granularity.TENSOR:
+    if c.needs_tensors:
         return "the spectral calibration of a tensor needs its singular values"
     if c.axes != tuple(range(len(c.axes))):
         return "it calibrates rows along leading axes only"

@@ -110,6 +110,14 @@ class RowCalibration:
     direction: Direction = Direction.FREE
     included: tuple[bool, ...] = ()
 
+    @property
+    def needs_tensors(self) -> bool:
+        """Whether ξ comes from the tensors themselves: from their singular values, or by a function
+        that looks at whole tensors. Else sums of rows are enough."""
+        if isinstance(self.variant, RowFunction):
+            return self.variant.whole
+        return self.granularity is Granularity.TENSOR and self.variant is Variant.SPECTRAL
+
 
 def stream_of(name: str) -> int:
     """Philox stream of a tensor: little-endian u64 of BLAKE2b-64 of the UTF-8 output name ('' if

@@ -76,7 +76,7 @@ def _exact(stats: RowStats, norms: Tensor, mode: EpsMode, p: float) -> Tensor:
 
 def coefficient(stats: RowStats, calibration: RowCalibration) -> Tensor:
     """The raw ξ, float64 [rows] ([1] under granularity ``tensor``). Not of what needs the tensors
-    themselves (:func:`needs_tensors`)."""
+    themselves (``RowCalibration.needs_tensors``)."""
     if calibration.included and not all(calibration.included):
         chosen = [k for k, yes in enumerate(calibration.included) if yes]
         stats = RowStats(
@@ -177,7 +177,7 @@ def calibrate_rows(
     view = [row_view(t, calibration.axes) for t in taus]
     d = row_view(delta, calibration.axes)
     stats = row_stats(view, d, calibration.p if calibration.variant is not Variant.SPECTRAL else 2)
-    if not needs_tensors(calibration):
+    if not calibration.needs_tensors:
         return calibrate_stats(stats, calibration)
     variant = calibration.variant
     if not isinstance(variant, RowFunction):
@@ -212,22 +212,13 @@ def counting(taus: Sequence[Tensor], calibration: RowCalibration) -> list[Tensor
     return [t for k, t in enumerate(taus) if not calibration.included or calibration.included[k]]
 
 
-def needs_tensors(calibration: RowCalibration) -> bool:
-    """Whether ξ comes from the tensors themselves: from their singular values, or by a function
-    that looks at whole tensors."""
-    if isinstance(calibration.variant, RowFunction):
-        return calibration.variant.whole
-    per_tensor = calibration.granularity is Granularity.TENSOR
-    return per_tensor and calibration.variant is Variant.SPECTRAL
-
-
 def calibrate_stats(
     stats: RowStats, calibration: RowCalibration, raw: Tensor | None = None
 ) -> CalibratedRows:
     """Raw ξ and the factor of every row from sums of rows.
 
     Args:
-        raw: ξ where it is known already (:func:`needs_tensors`), float64 [1] or [rows].
+        raw: ξ where it is known already (``RowCalibration.needs_tensors``), float64 [1] or [rows].
     """
     raw = coefficient(stats, calibration) if raw is None else raw
     norms2 = stats.gram.diagonal(dim1=-2, dim2=-1)

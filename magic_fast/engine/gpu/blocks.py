@@ -87,7 +87,8 @@ class Room:
         total, work = 0, 0
         for step in steps:
             total += arena_of([Piece(step, 0, step.numel)]).nbytes
-            plain = step.recipe is None or self._backend == "torch"
+            whole = step.calibration is not None and step.calibration.needs_tensors
+            plain = step.recipe is None or whole or self._backend == "torch"
             copies = working_bytes(step) if plain else _WORKSPACE
             work = max(work, 0 if step.copy else copies)
         return total + work

@@ -23,7 +23,7 @@ from magic_fast.ops import offers, streaming
 from magic_fast.ops.backend import Backend
 from magic_fast.ops.functions import why_unsupported
 from magic_fast.ops.job import Job, View
-from magic_fast.recipe import Recipe
+from magic_fast.recipe import Recipe, RowFunction
 
 
 class Mode(str, Enum):
@@ -201,8 +201,9 @@ def held_bytes(step: Step, mode: Mode) -> int:
 
 
 def working_bytes(step: Step) -> int:
-    """What PyTorch holds beside inputs and output of a step: (K + 2) float32 copies, and what a
-    decomposition takes."""
-    count = len(step.experts)
+    """What PyTorch holds beside inputs and output of a step: (K + 2) float32 copies, K more for a
+    function of whole tensors, and what a decomposition takes."""
+    count, variant = len(step.experts), step.calibration and step.calibration.variant
+    stacked = count if isinstance(variant, RowFunction) and variant.whole else 0
     more = decomposition_bytes(step.method, step.arguments, count, len(step.shape))
-    return (4 * (count + 2) + more) * step.numel
+    return (4 * (count + 2 + stacked) + more) * step.numel

@@ -12,7 +12,7 @@ from magic_fast.checkpoint import DTYPE_BITS
 from magic_fast.engine.plan.directions import vector_length
 from magic_fast.engine.plan.memory import aligned
 from magic_fast.engine.plan.step import Input, Step
-from magic_fast.recipe import Granularity, RowFunction, TrimRule, Variant
+from magic_fast.recipe import Granularity, TrimRule, Variant
 
 _BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items()}
 UNIT_BYTES = 8 << 20  # of a unit, where nothing asks for more; the next ones follow in its caches
@@ -38,10 +38,9 @@ def grain(step: Step) -> int:
     if calibration is not None:
         leading = calibration.axes == tuple(range(len(calibration.axes)))
         per_row = calibration.granularity is Granularity.ROW
-        variant = calibration.variant
-        if isinstance(variant, RowFunction) and variant.whole:
+        if not leading or not per_row or calibration.needs_tensors:
             return whole
-        if not leading or not per_row or variant is Variant.SPECTRAL:
+        if calibration.variant is Variant.SPECTRAL:
             return whole
         n = max(n, calibration.cols)
     return n

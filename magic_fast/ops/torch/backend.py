@@ -64,7 +64,7 @@ class TorchBackend:
         c = job.calibration
         if c is not None and (c.axes[0] != 0 or c.granularity is not Granularity.ROW):
             return whole
-        if c is not None and wsc.needs_tensors(c):
+        if c is not None and c.needs_tensors:
             return whole
         if len(shape) == 1 and job.recipe.trim.rule is TrimRule.RANKED:
             return whole
