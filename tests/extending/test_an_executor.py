@@ -336,6 +336,20 @@ def test_a_worker_that_does_not_see_the_output(models: Models, tmp_path: Path) -
         merge(models.config("average"), tmp_path / "out", executor=Elsewhere())
 
 
+@pytest.mark.parametrize("other", [("0.0.1", "native"), (mf.__version__, "abacus")])
+def test_a_worker_of_another_kind_is_refused(
+    models: Models, other: tuple[str, str], tmp_path: Path
+) -> None:
+    class Otherwise(OneTensorATime):
+        def run(self, work: Work) -> Outcome:
+            shards = Shards(work)
+            return replace(shards.tasks[0], made_by=other).fill(shards.folder, shards.add)
+
+    message = f"shard 'model.*': expected magic_fast {other[0]} with backend {other[1]}"
+    with pytest.raises(mf.InputError, match=message):
+        merge(models.config("average"), tmp_path / "out", executor=Otherwise())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

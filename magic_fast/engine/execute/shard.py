@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from magic_fast._version import __version__
 from magic_fast.checkpoint import Checkpoint, InputFile, OutputFolder, ShardFiles, ShardPlan
 from magic_fast.engine.execute.counts import Meter, traffic
 from magic_fast.engine.execute.executor import Executor, Outcome, Work
@@ -24,9 +25,12 @@ from magic_fast.engine.execute.local import Run
 from magic_fast.engine.execute.registry import executor_for
 from magic_fast.engine.output.journal import NoJournal, Record
 from magic_fast.engine.output.recheck import refuse_changed_files
+from magic_fast.engine.plan.devices import backend_name
 from magic_fast.engine.plan.plan import MergePlan
 from magic_fast.engine.plan.step import Step, over_model
 from magic_fast.engine.plan.units import Piece
+from magic_fast.errors import InputError
+from magic_fast.ops import asked_for
 from magic_fast.recipe import Selection
 
 
@@ -40,6 +44,8 @@ class ShardTask:
         models: reference → what opens the checkpoint.
         files: every input file as it was when the plan was made.
         method, backend, device, memory, nonfinite: as of the plan and the run.
+        made_by: version of this package and backend where the plan was made; others may differ in
+            the last bits.
         selections: thresholds that need the whole model, found before.
         records: pieces that an interrupted run finished, if their bytes hold.
     """
@@ -53,6 +59,7 @@ class ShardTask:
     device: str
     memory: int | None
     nonfinite: str
+    made_by: tuple[str, str]
     selections: Mapping[str, Selection] = field(default_factory=dict)
     records: tuple[Record, ...] = ()
 
@@ -65,7 +72,8 @@ class ShardTask:
 
         Raises:
             CheckpointError: an input is not as it was when the plan was made.
-            InputError: not enough memory here for a tensor that must be whole.
+            InputError: another version or backend here, or not enough memory for a tensor that must
+                be whole.
             NonFiniteError, OutputError: as of a merge; what was written stays.
         """
         with self._opened() as (plan, executor):
@@ -95,6 +103,13 @@ class ShardTask:
     @contextmanager
     def _opened(self) -> Iterator[tuple[MergePlan, Executor]]:
         """The shard's part of the plan, its checkpoints open, and what runs it here."""
+        here = _made_by(self.backend, self.device)
+        if here != self.made_by:
+            raise InputError(
+                f"shard {self.shard.file!r}: expected magic_fast {self.made_by[0]} with backend "
+                f"{self.made_by[1]}, as where the plan was made, got {here[0]} with {here[1]}. "
+                "Install the same here."
+            )
         refuse_changed_files(self.files)
         models = {reference: opener() for reference, opener in self.models.items()}
         try:
@@ -109,6 +124,10 @@ class ShardTask:
 
     def _work(self, plan: MergePlan, output: ShardFiles, journal: NoJournal) -> Work:
         return Work(plan, output, journal, self.nonfinite, selections=self.selections)
+
+
+def _made_by(backend: str | None, device: str) -> tuple[str, str]:
+    return __version__, backend_name(backend, device)
 
 
 def tasks_of(
@@ -130,6 +149,7 @@ def tasks_of(
     known: dict[str, Selection] = {}
     if any(over_model(step) for step in plan.steps):
         known = Run(plan, nonfinite, None).search_model()
+    backend = asked_for(plan.backend)  # what this process's environment says holds for workers
     steps = {step.name: step for step in plan.steps}
     pieces: dict[str, list[Record]] = {}
     for record in records:
@@ -146,10 +166,11 @@ def tasks_of(
                 {r: m.opener() for r, m in models.items()},
                 tuple(f for m in models.values() for f in m.files),
                 plan.method,
-                plan.backend,
+                backend,
                 plan.device,
                 plan.memory,
                 nonfinite,
+                _made_by(backend, plan.device),
                 {s.name: known[s.name] for s in own if s.name in known},
                 tuple(r for s in own for r in pieces.get(s.name, ())),
             )
