@@ -12,7 +12,7 @@ from magic_fast.engine import (
 )
 from magic_fast.engine import run as run_plan
 from magic_fast.engine.execute.executor import Executor
-from magic_fast.engine.output.record import verified, write_small_files
+from magic_fast.engine.output.record import write_small_files
 from magic_fast.engine.run import Finish
 from magic_fast.planning.outputs import is_whole
 
@@ -30,6 +30,8 @@ def run_and_close(
     """Runs a plan, or verifies its finished result; its checkpoints are closed afterwards."""
     try:
         if resume and is_whole(Path(plan.out)):
+            from magic_fast.engine.output.finished import verified
+
             return verified(plan, nonfinite)
         return run_plan(
             plan,

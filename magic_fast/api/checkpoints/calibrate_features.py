@@ -16,7 +16,8 @@ from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.checkpoint import Checkpoint, OutputFolder, open_checkpoint
 from magic_fast.engine import MergePlan, MergeReport, Written, place
 from magic_fast.engine.execute.executor import Executor
-from magic_fast.engine.output.record import finished, write_small_files
+from magic_fast.engine.output.finished import finished
+from magic_fast.engine.output.record import write_small_files
 from magic_fast.engine.run import Finish
 from magic_fast.errors import InputError
 from magic_fast.planning.outputs import check_disk, is_whole

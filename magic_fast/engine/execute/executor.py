@@ -13,7 +13,7 @@ from magic_fast.engine.plan.plan import MergePlan
 from magic_fast.recipe import Selection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
     """One plan to run.
 
@@ -36,7 +36,7 @@ class Work:
     selections: Mapping[str, Selection] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class Outcome:
     """What running a plan, or some of its shards, came to. It can be pickled.
 

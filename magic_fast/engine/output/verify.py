@@ -14,10 +14,10 @@ import xxhash
 from magic_fast.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, open_checkpoint
 from magic_fast.engine.output.finite import nonfinite
 from magic_fast.engine.output.identity import label_of
+from magic_fast.engine.output.record import RECORD_NAME
 from magic_fast.engine.output.report import Progress
 from magic_fast.errors import CheckpointError
 
-RECORD_NAME = "magic_fast.json"
 _BLOCK_BYTES = 8 << 20
 
 
