@@ -1,9 +1,15 @@
-"""Entry points of installed packages: loaded once, a broken one named and left out."""
+"""What others add: the checks of a registration, and the entry points of installed packages, which
+are loaded once; a broken one is named and left out."""
 
 from __future__ import annotations
 
+import importlib
 import logging
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from typing import Any
+
+from magic_fast.errors import InputError
 
 log = logging.getLogger("magic_fast")
 
@@ -41,3 +47,43 @@ def entry_points_of(group: str) -> tuple[dict[str, object], dict[str, str]]:
             left_out[entry.name] = reason
             log.warning("entry point %s of %s is left out: %s", entry.name, group, reason)
     return loaded, left_out
+
+
+def check_registration(
+    kind: str,
+    name: str,
+    factory: str | Callable[[], Any],
+    devices: Sequence[str],
+    taken: Collection[str],
+) -> None:
+    """The arguments that every registration has.
+
+    Args:
+        kind: with its article: ``a backend``.
+        name: the new one.
+        factory: a callable of no arguments, or ``"module:attribute"``.
+        devices: words such as ``cpu``.
+        taken: names that are registered.
+
+    Raises:
+        InputError: one of them is not as described, or the name is taken.
+    """
+    what = f"{kind.partition(' ')[2]} {name!r}"
+    if not isinstance(name, str) or not name or name == "auto":
+        raise InputError(f"name of {kind}: expected a word other than 'auto', got {name!r}.")
+    if name in taken:
+        raise InputError(f"name of {kind}: expected one that is not taken, got {name!r}.")
+    if not callable(factory) and not (isinstance(factory, str) and factory.count(":") == 1):
+        raise InputError(
+            f"factory of {what}: expected a callable or 'module:attribute', got {factory!r}."
+        )
+    if not devices or not all(isinstance(d, str) and len(d) > 1 for d in devices):
+        raise InputError(f"devices of {what}: expected names such as ('cpu',), got {devices!r}.")
+
+
+def made(factory: str | Callable[[], Any]) -> Any:
+    """What a factory of a registration makes; ``"module:attribute"`` is imported."""
+    if not isinstance(factory, str):
+        return factory()
+    module, _, attribute = factory.partition(":")
+    return getattr(importlib.import_module(module), attribute)()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, cast
 from magic_fast.errors import BackendError, InputError
 from magic_fast.ops.backend import REQUIRED, Backend, Capable
 from magic_fast.ops.order import FASTEST, Operation
-from magic_fast.plugins import entry_points_of
+from magic_fast.plugins import check_registration, entry_points_of, made
 
 log = logging.getLogger("magic_fast")
 GROUP = "magic_fast.backends"
@@ -38,11 +37,7 @@ class BackendSpec:
     before: str | None = None
 
     def load(self) -> Backend:
-        factory: Any = self.factory
-        if isinstance(factory, str):
-            module, _, attribute = factory.partition(":")
-            factory = getattr(importlib.import_module(module), attribute)
-        backend: Backend = factory()
+        backend: Backend = made(self.factory)
         return backend
 
 
@@ -114,30 +109,14 @@ def register_backend(
     rows = _in_order()
     if spec in rows:
         return spec
-    _check(spec, [row.name for row in rows])
+    names = [row.name for row in rows]
+    check_registration("a backend", name, factory, spec.devices, names)
+    if before not in (None, *names):
+        known = ", ".join(map(repr, names))
+        raise InputError(f"before of backend {name!r}: expected {known}, got {before!r}.")
     _REGISTERED.append(spec)
     _forget()
     return spec
-
-
-def _check(spec: BackendSpec, names: Sequence[str]) -> None:
-    name, factory = spec.name, spec.factory
-    if not isinstance(name, str) or not name or name == "auto":
-        raise InputError(f"name of a backend: expected a word other than 'auto', got {name!r}.")
-    if name in names:
-        raise InputError(f"name of a backend: expected one that is not taken, got {name!r}.")
-    if not callable(factory) and not (isinstance(factory, str) and factory.count(":") == 1):
-        raise InputError(
-            f"factory of backend {name!r}: expected a callable or 'module:attribute', got "
-            f"{factory!r}."
-        )
-    if not spec.devices or not all(isinstance(d, str) and len(d) > 1 for d in spec.devices):
-        raise InputError(
-            f"devices of backend {name!r}: expected names such as ('cpu',), got {spec.devices!r}."
-        )
-    if spec.before not in (None, *names):
-        known = ", ".join(map(repr, names))
-        raise InputError(f"before of backend {name!r}: expected {known}, got {spec.before!r}.")
 
 
 def _in_order() -> list[BackendSpec]:

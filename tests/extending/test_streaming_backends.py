@@ -141,7 +141,7 @@ def test_a_model_merged_elsewhere(models: Models, tmp_path: Path, no_native: Any
 def test_sweeps_share_where_merges_split(
     models: Models, tmp_path: Path, no_native: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from magic_fast.engine import sweep as engine_sweep
+    from magic_fast.engine.execute import sweep as engine_sweep
 
     shared: list[str] = []
     own = engine_sweep.merge_scales

@@ -14,7 +14,7 @@ RANK = {
     "errors": 0,
     "recipe": 0,
     "_version": 0,
-    "plugins": 0,  # entry points of installed packages
+    "plugins": 1,  # what others register, entry points of installed packages
     "reference": 1,
     "kernels": 1,
     "_native": 1,

@@ -123,7 +123,7 @@ def merge_checkpoints(
         config: path of a YAML, YAML text, a mapping, or a :class:`MergeConfig`.
         out: folder (or ``.safetensors`` file) to make; it appears once, whole.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
-        backend: ``native``, ``torch``; None chooses.
+        backend: a name that ``mf.backends()`` lists; None chooses.
         executor: what runs the plan: ``local`` (this process, on the CPU), ``gpu``, a name that
             :func:`register_executor` or an installed package gave, or an executor itself, which is
             how it takes settings; ``auto``: ``local`` on the CPU, ``gpu`` on GPUs. The bytes are

@@ -69,7 +69,7 @@ def merge(
         calibrate: None, ``"wsc"`` or a :class:`WeightCalibration`.
         preset: reproduce ``mergekit``, ``peft``, ``ties_merging``, ``fusion_bench``, ``magic`` or
             ``sd_mecha`` exactly; None: our defaults.
-        backend: ``native``, ``torch``; None chooses.
+        backend: a name that ``mf.backends()`` lists; None chooses.
         out: tensor or state dict that takes the result; it overlaps no input. Default: new, dtype
             of the base. :func:`merge_into` writes into modules.
         nonfinite: ``"error"`` or ``"propagate"``.

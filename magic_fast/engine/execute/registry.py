@@ -4,7 +4,6 @@ registered)."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from magic_fast.engine.execute.executor import Executor
 from magic_fast.engine.plan.plan import MergePlan
 from magic_fast.errors import InputError
-from magic_fast.plugins import entry_points_of
+from magic_fast.plugins import check_registration, entry_points_of, made
 
 GROUP = "magic_fast.executors"  # of entry points
 
@@ -37,12 +36,8 @@ class ExecutorSpec:
         Raises:
             InputError: it cannot be imported, or lacks a method.
         """
-        factory: Any = self.factory
         try:
-            if isinstance(factory, str):
-                module, _, attribute = factory.partition(":")
-                factory = getattr(importlib.import_module(module), attribute)
-            executor: Executor = factory()
+            executor: Executor = made(self.factory)
         except ImportError as error:
             raise InputError(
                 f"executor {self.name!r}: expected one that can be imported, got: {error}. Install "
@@ -98,26 +93,9 @@ def register_executor(
     """
     spec = ExecutorSpec(name, factory, tuple(devices), summary or name)
     if _SPECS.get(name) != spec:
-        _check(spec)
+        check_registration("an executor", name, factory, spec.devices, _SPECS)
         _SPECS[name] = spec
     return spec
-
-
-def _check(spec: ExecutorSpec) -> None:
-    name, factory = spec.name, spec.factory
-    if not isinstance(name, str) or not name or name == "auto":
-        raise InputError(f"name of an executor: expected a word other than 'auto', got {name!r}.")
-    if name in _SPECS:
-        raise InputError(f"name of an executor: expected one that is not taken, got {name!r}.")
-    if not callable(factory) and not (isinstance(factory, str) and factory.count(":") == 1):
-        raise InputError(
-            f"factory of executor {name!r}: expected a callable or 'module:attribute', got "
-            f"{factory!r}."
-        )
-    if not spec.devices or not all(isinstance(d, str) and len(d) > 1 for d in spec.devices):
-        raise InputError(
-            f"devices of executor {name!r}: expected names such as ('cpu',), got {spec.devices!r}."
-        )
 
 
 def executor_for(executor: str | Executor, plans: Sequence[MergePlan]) -> Executor:

@@ -34,7 +34,7 @@ class MagicFastAlgorithm(BaseAlgorithm):  # type: ignore[misc]
         preset: whose rules and defaults hold; None: FusionBench's for the methods of that preset
             (task arithmetic, TIES over the whole model, …), ours for the others.
         seed: of the random trims.
-        backend: ``native``, ``torch``, …; None chooses.
+        backend: a name that ``mf.backends()`` lists; None chooses.
 
     ``_target_`` of a configuration is ``magic_fast.integrations.fusion_bench.MagicFastAlgorithm``.
     """
