@@ -17,12 +17,12 @@ PEERS ?= .peers
 PEER_PYTHON = $(wildcard $(PEERS)/bin/python)
 RESULTS ?= benchmarks/results
 
-COUNTER_FLAGS = -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden -Icsrc/include
+COUNTER_FLAGS = -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden -I$(TREE)/csrc/include
 AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean
+.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-instructions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -125,13 +125,27 @@ bench-directions: venv ## SLERP and kin on the native backend against a copy of 
 # The flags of each instruction set are setup.py's. Runs those that this machine has, widest first.
 AVX2_FLAGS = -mavx2 -mfma -mf16c
 AVX512_FLAGS = -mavx512f -mavx512bw -mavx512dq -mavx512vl $(AVX2_FLAGS) -Wno-uninitialized -Wno-maybe-uninitialized
-bench-counters: ## cycles and instructions of the native loops, by the CPU's counters (x86-64, Linux)
-	rm -rf build/counters && mkdir -p build/counters
-	$(CXX) $(COUNTER_FLAGS) $(AVX2_FLAGS) -c csrc/cpu/isa/avx2.cpp -o build/counters/avx2.o
-	$(CXX) $(COUNTER_FLAGS) $(AVX512_FLAGS) -c csrc/cpu/isa/avx512.cpp -o build/counters/avx512.o
-	$(CXX) $(COUNTER_FLAGS) -DMF_HAVE_AVX2 -DMF_HAVE_AVX512 csrc/cpu/*.cpp benchmarks/cpu/counters.cpp \
-	  build/counters/avx2.o build/counters/avx512.o -o build/counters/counters -pthread
-	for isa in $$(grep -q -w avx512bw /proc/cpuinfo && echo avx512) avx2; do MAGIC_FAST_CPU_ISA=$$isa build/counters/counters; done
+COUNTERS ?= build/counters
+TREE ?= .
+# The program that counts, with the loops of $(TREE).
+$(COUNTERS)/counters: FORCE
+	mkdir -p $(COUNTERS)
+	$(CXX) $(COUNTER_FLAGS) $(AVX2_FLAGS) -c $(TREE)/csrc/cpu/isa/avx2.cpp -o $(COUNTERS)/avx2.o
+	$(CXX) $(COUNTER_FLAGS) $(AVX512_FLAGS) -c $(TREE)/csrc/cpu/isa/avx512.cpp -o $(COUNTERS)/avx512.o
+	$(CXX) $(COUNTER_FLAGS) -c $(TREE)/csrc/cpu/isa/baseline.cpp -o $(COUNTERS)/baseline.o
+	$(CXX) $(COUNTER_FLAGS) -DMF_HAVE_BASELINE -DMF_HAVE_AVX2 -DMF_HAVE_AVX512 $(TREE)/csrc/cpu/*.cpp \
+	  benchmarks/cpu/counters.cpp $(foreach isa,avx2 avx512 baseline,$(COUNTERS)/$(isa).o) -o $@ -pthread
+
+bench-counters: $(COUNTERS)/counters ## cycles and instructions of the native loops, by the CPU's counters (x86-64, Linux)
+	for isa in $$(grep -q -w avx512bw /proc/cpuinfo && echo avx512) avx2; do MAGIC_FAST_CPU_ISA=$$isa $(COUNTERS)/counters; done
+
+bench-instructions: venv ## instructions of the native loops as ratios to those of another checkout (BEFORE=path)
+	test -d "$(BEFORE)/csrc" || { echo 'BEFORE: expected the path of another checkout'; exit 1; }
+	$(MAKE) COUNTERS=build/counters/before TREE=$(BEFORE) build/counters/before/counters
+	$(MAKE) COUNTERS=build/counters/after TREE=. build/counters/after/counters
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/cpu/instructions.py build/counters/before/counters build/counters/after/counters \
+	  --markdown $(RESULTS)/instructions.md
 
 bench-engine: venv ## whole merges on disk against reading and writing the same bytes
 	mkdir -p $(RESULTS)

@@ -5,7 +5,8 @@
 //   make bench-counters        builds it with the instruction set's own flags and runs it
 //   counters [rows] [rounds]   rows of 4096 columns; 4 rows of 9 tensors fit an L2 cache of 512 KiB
 //
-// Needs the CPU's counters (Linux, perf_event_open); without them the two columns are 0.
+// Needs the CPU's counters (Linux, perf_event_open); without them the two columns are 0. Under
+// valgrind's callgrind every call is dumped under the name of its row: instructions.py reads those.
 #include <linux/perf_event.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -19,6 +20,13 @@
 #include <vector>
 
 #include "magic_fast.h"
+
+#if __has_include(<valgrind/callgrind.h>)
+#include <valgrind/callgrind.h>
+#else
+#define CALLGRIND_TOGGLE_COLLECT
+#define CALLGRIND_DUMP_STATS_AT(name) (void)(name)
+#endif
 
 namespace {
 
@@ -61,7 +69,23 @@ float to_float(uint16_t h) {
   return x;
 }
 
-enum Method { kTaskArithmetic, kTies, kTiesSelect, kTiesMerge, kDareTies, kDella, kWscAlone };
+enum Method {
+  kTaskArithmetic,
+  kTies,
+  kTiesSelect,
+  kTiesMerge,
+  kDareTies,
+  kDella,
+  kWscAlone,
+  kCounts,
+  kLargest,
+  kBand,
+  kVariance,
+  kConsensus,
+  kLimited,
+  kAlone,
+  kScores
+};
 struct Row {
   const char* name;
   Method method;
@@ -75,7 +99,15 @@ constexpr Row kRows[] = {{"task arithmetic", kTaskArithmetic, false},
                          {"DARE-TIES", kDareTies, false},
                          {"DARE-TIES + WSC", kDareTies, true},
                          {"DELLA", kDella, false},
-                         {"WSC alone", kWscAlone, true}};
+                         {"WSC alone", kWscAlone, true},
+                         {"vote of counts, weighted mean", kCounts, false},
+                         {"vote of masses, largest", kLargest, false},
+                         {"band, linear", kBand, false},
+                         {"variance, agreeing mean (SCE)", kVariance, false},
+                         {"consensus", kConsensus, false},
+                         {"limited (NearSwap)", kLimited, false},
+                         {"nonzero mean, alone (RAM+)", kAlone, false},
+                         {"scores (PCB)", kScores, false}};
 
 struct Tensors {
   int64_t n;
@@ -116,6 +148,27 @@ mf_job job_of(Tensors& t, Method method, std::vector<mf_expert>& experts) {
   if (ties || method == kDareTies || method == kDella)
     job.vote = MF_VOTE_MASS, job.contributors = MF_AGREEING;
   if (ties || method == kDella) job.reduce = MF_WEIGHTED_MEAN;
+  for (mf_expert& e : experts) {
+    e.alone = 1.1f;
+    if (method == kBand)
+      e.trim = MF_TRIM_BAND, e.threshold = 0.001f, e.top_count = t.n / 20, e.top_threshold = 0.003f;
+    if (method == kVariance) e.trim = MF_TRIM_VARIANCE, e.threshold = 1e-6f;
+    if (method == kAlone) e.trim = MF_TRIM_ABOVE, e.threshold = 0.001f;
+    if (method == kScores)
+      e.threshold = 1e-5f, e.top_threshold = 0.004f, e.score_cut = -0.01f, e.score_top = 0.01f;
+  }
+  job.selected = method == kBand || method == kVariance || method == kAlone || method == kScores;
+  if (method == kCounts || method == kLargest || method == kVariance) {
+    job.vote = method == kCounts ? MF_VOTE_COUNT : MF_VOTE_MASS;
+    job.contributors = MF_AGREEING;
+    job.reduce = method == kLargest ? MF_MAX : MF_WEIGHTED_MEAN;
+    job.vote_on = method == kVariance ? MF_VOTE_UNWEIGHTED : MF_VOTE_WEIGHTED;
+    job.least = method == kVariance ? 1e-6f : 0;
+  }
+  if (method == kConsensus) job.consensus = MF_CONSENSUS_LAMBDA, job.min_tasks = 1;
+  if (method == kLimited) job.limited = 1, job.limit = 0.001f;
+  if (method == kAlone) job.contributors = MF_NONZERO, job.reduce = MF_MEAN, job.alone = 1;
+  if (method == kScores) job.competes = 1;
   if (method == kWscAlone) job.merged = t.merged.data(), job.merged_dtype = MF_BF16;
   return job;
 }
@@ -148,10 +201,15 @@ int main(int argc, char** argv) {
         if (row.method == kTiesMerge) experts = selected, job.selected = 1;
         if (row.wsc) job.calibration = &wsc;
         const auto begin = std::chrono::steady_clock::now();
+        CALLGRIND_TOGGLE_COLLECT;
         const Counters::Values before = counters.read();
         const mf_status status = row.method == kTiesSelect ? mf_cpu_select(&job, 1, &options)
                                                            : mf_cpu_merge(&job, 1, &options);
         const Counters::Values after = counters.read();
+        CALLGRIND_TOGGLE_COLLECT;
+        char name[80];
+        std::snprintf(name, sizeof name, "%s, K = %d", row.name, k);
+        CALLGRIND_DUMP_STATS_AT(name);
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
         if (status != MF_OK) return std::printf("%s\n", mf_last_error()), 1;
         cycles = std::min(cycles, (double)(after.cycles - before.cycles));

@@ -1,5 +1,5 @@
 // The balance of competing parameters (PCB) of one element. exp and tanh are the polynomials of
-// ../cpu/compete-inl.h, operation by operation: scores and their bounds have the same bits
+// ../cpu/loops/compete-inl.h, operation by operation: scores and their bounds have the same bits
 // everywhere.
 #pragma once
 

@@ -1,54 +1,35 @@
-// The C surface of the CPU: checks, dispatch, threads; exceptions stop here.
+// The C surface of the CPU for whole jobs: checks, dispatch, threads.
+#include "entry.h"
+
 #include <algorithm>
 #include <cmath>
-#include <new>
-#include <string>
+#include <vector>
 
-#include "runner.h"
-#include "search.h"
+namespace mf {
 
-struct mf_search {
-  explicit mf_search(const mf_job& prototype) : search(prototype) {}
-  mf::Search search;
-  std::vector<int64_t> ranges;
-};
+std::string& last_error() {
+  thread_local std::string words;
+  return words;
+}
+
+int threads_of(const mf_options* o) { return o && o->threads > 0 ? o->threads : default_threads(); }
+const Kernels& kernels_of(const mf_options* o) { return kernels_of(choose_isa(o ? o->isa : -1)); }
+
+}  // namespace mf
 
 namespace {
 
-thread_local std::string last_error;
-
-template <class F>
-mf_status guarded(F&& body) {
-  try {
-    last_error.clear();
-    body();
-    return MF_OK;
-  } catch (const mf::Failure& e) {
-    last_error = e.what();
-    return e.status;
-  } catch (const std::bad_alloc&) {
-    last_error = "out of memory.";
-    return MF_NO_MEMORY;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-    return MF_INTERNAL;
-  }
-}
-
-int threads_of(const mf_options* o) {
-  return o && o->threads > 0 ? o->threads : mf::default_threads();
-}
-const mf::Kernels& kernels_of(const mf_options* o) {
-  return mf::kernels_of(mf::choose_isa(o ? o->isa : -1));
-}
-
-constexpr int64_t kSmallJob =
-    1 << 16;  // elements times experts per thread below which a job is handed over whole
+using mf::guarded;
+using mf::kernels_of;
+using mf::kSmallJob;
+using mf::threads_of;
 
 void clear(mf_job& job) {
   job.base_nonfinite = job.merged_nonfinite = job.overflow = -1;
-  for (int k = 0; k < job.num_experts; ++k)
-    job.experts[k].kept = 0, job.experts[k].first_nonfinite = -1;
+  for (int k = 0; k < job.num_experts; ++k) {
+    job.experts[k].kept = 0;
+    job.experts[k].first_nonfinite = -1;
+  }
 }
 
 // Small jobs go to threads whole, the others one after another over all threads.
@@ -89,7 +70,7 @@ void run_batch(mf_job* jobs, int64_t count, const mf_options* options, F&& body)
 
 extern "C" {
 
-const char* mf_last_error(void) { return last_error.c_str(); }
+const char* mf_last_error(void) { return mf::last_error().c_str(); }
 const char* mf_isa_name(int32_t isa) { return mf::isa_name(isa); }
 int32_t mf_isa_compiled(int32_t isa) { return mf::isa_compiled(isa); }
 int32_t mf_isa_supported(int32_t isa) { return mf::isa_supported(isa); }
@@ -172,7 +153,8 @@ mf_status mf_cpu_scale(mf_job* job, const float* coefficient, const mf_options* 
       }
     });
     runner.finish(p, false);
-    job->base_nonfinite = copy.base_nonfinite, job->merged_nonfinite = copy.merged_nonfinite;
+    job->base_nonfinite = copy.base_nonfinite;
+    job->merged_nonfinite = copy.merged_nonfinite;
     job->overflow = copy.overflow;
   });
 }
@@ -194,7 +176,9 @@ mf_status mf_cpu_row_norms(const mf_job* job, double* l1, double* l2, double* li
       runner.kernels.row_norms(p.work, t.scratch(), at, n, sums);
     };
     const auto write = [&](int64_t r, const double* sums) {
-      l1[r] = sums[0], l2[r] = std::sqrt(sums[1]), linf[r] = sums[2];
+      l1[r] = sums[0];
+      l2[r] = std::sqrt(sums[1]);
+      linf[r] = sums[2];
     };
     if (rows < runner.threads * 2 || cols > mf::kBlock) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -219,98 +203,5 @@ mf_status mf_cpu_random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_
                               uint32_t* words, const mf_options* options) {
   return guarded([&] { kernels_of(options).words(flat, n, stream, seed, words); });
 }
-
-mf_status mf_cpu_norm_sums(mf_job* piece, double* before, double* after, double* squares,
-                           const mf_options* options) {
-  return guarded([&] {
-    mf::Runner runner(kernels_of(options), threads_of(options));
-    mf::Prepared p(*piece);
-    mf::norm_sums(runner, p, before, after, squares);
-  });
-}
-
-mf_status mf_cpu_energies(mf_job* piece, double* squares, const mf_options* options) {
-  return guarded([&] {
-    mf::Runner runner(kernels_of(options), threads_of(options));
-    mf::Prepared p(*piece);
-    mf::energies(runner, p, squares);
-  });
-}
-
-mf_status mf_cpu_holders(mf_job* piece, int64_t* alone, int64_t* shared,
-                         const mf_options* options) {
-  return guarded([&] {
-    mf::Runner runner(kernels_of(options), threads_of(options));
-    mf::Prepared p(*piece);
-    mf::holders(runner, p, alone, shared);
-  });
-}
-
-mf_status mf_cpu_score_counts(mf_job* piece, const uint32_t* prefix, int64_t* counts, uint32_t* top,
-                              const mf_options* options) {
-  return guarded([&] {
-    const bool small = piece->numel * piece->num_experts <= kSmallJob;
-    mf::Runner runner(kernels_of(options), small ? 1 : threads_of(options));
-    mf::Prepared p(*piece);
-    mf::score_counts(runner, p, prefix, counts, top);
-  });
-}
-
-mf_status mf_cpu_select_variance(mf_job* job, double fraction, float* threshold, int64_t* tie_cut,
-                                 const mf_options* options) {
-  return guarded([&] {
-    mf::Runner runner(kernels_of(options), threads_of(options));
-    mf::Prepared p(*job);
-    mf::select_variance(runner, p, fraction, threshold, tie_cut);
-  });
-}
-
-mf_status mf_cpu_vote_sum(mf_job* piece, int64_t* sum, const mf_options* options) {
-  return guarded([&] {
-    mf::Runner runner(kernels_of(options), threads_of(options));
-    mf::Prepared p(*piece);
-    *sum = mf::vote_sum(runner, p);
-  });
-}
-
-mf_status mf_search_begin(const mf_job* prototype, mf_search** search) {
-  return guarded([&] { *search = new mf_search(*prototype); });
-}
-
-mf_status mf_search_sample(mf_search* search, const mf_job* piece) {
-  return guarded([&] {
-    mf_job copy = *piece;
-    mf::Runner runner(kernels_of(nullptr), 1);
-    mf::Prepared p(copy);
-    search->search.sample(runner, p);
-  });
-}
-
-mf_status mf_search_wants(mf_search* search, const int64_t** ranges, int64_t* count) {
-  return guarded([&] {
-    search->ranges.clear();
-    for (const auto& range : search->search.wants()) {
-      search->ranges.push_back(range.first);
-      search->ranges.push_back(range.second);
-    }
-    *ranges = search->ranges.data();
-    *count = (int64_t)search->search.wants().size();
-  });
-}
-
-mf_status mf_search_feed(mf_search* search, const mf_job* piece, const mf_options* options) {
-  return guarded([&] {
-    mf_job copy = *piece;
-    mf::Runner runner(kernels_of(options), threads_of(options));
-    mf::Prepared p(copy);
-    search->search.feed(runner, p);
-  });
-}
-
-mf_status mf_search_result(mf_search* search, mf_expert* experts) {
-  return guarded([&] { search->search.result(experts); });
-}
-
-void mf_search_end(mf_search* search) { delete search; }
 
 }  // extern "C"

@@ -25,7 +25,8 @@ class Search {
 
   bool finished() const { return wants_.empty(); }
   // Flat ranges to feed before anything else happens.
-  const std::vector<std::pair<int64_t, int64_t>>& wants() const { return wants_; }
+  using Ranges = std::vector<std::pair<int64_t, int64_t>>;
+  const Ranges& wants() const { return wants_; }
 
   // A sample from anywhere in the data, before the first feed.
   void sample(Runner& runner, Prepared& piece);
@@ -61,14 +62,16 @@ class Search {
 
   void begin_pass();
   void end_pass(const Kernels& kernels);
+  Ranges to_rescan() const;
   void set_bracket(size_t target, uint32_t low, uint32_t high,
                    const std::vector<uint32_t>& sorted_sample);
-  void bracket_from_sample(size_t target, const Kernels& kernels);
   void decide(size_t target, const Kernels& kernels);
   void locate(size_t target, uint32_t threshold, int64_t needed);
+  size_t slot_of(size_t target) const;
   int64_t listed_equals(const Piece& piece, size_t target, uint32_t value) const;
   void scan_piece(Runner& runner, Prepared& piece, int64_t start, int64_t n, ThreadScratch& t,
                   int worker);
+  void cut_ties(Target& target);
   void rescan(const Kernels& kernels, Prepared& piece, Target& target, ThreadScratch& t);
 
   int64_t total_;
@@ -81,7 +84,7 @@ class Search {
   std::vector<Bracket> active_;
   std::vector<std::vector<uint32_t>> samples_;  // per expert
   std::vector<std::unique_ptr<Workspace>> workers_;
-  std::vector<std::pair<int64_t, int64_t>> wants_;
+  Ranges wants_;
   int64_t wanted_ = 0, fed_ = 0;
   std::mutex mutex_;    // of the pieces
   std::mutex feeding_;  // feed is one caller's at a time

@@ -8,17 +8,10 @@
 // one address. `locate` finds the bin; a bin of one value is the threshold, a wider one (or a
 // bracket that missed) is the next bracket. As many scans are launched as the worst input needs;
 // those with nothing left to do return at once. Counts have no order.
-#include "block.cuh"
-#include "keys.cuh"
-#include "launch.h"
-#include "store.cuh"
+#include "search.cuh"
 
 namespace mf {
 namespace cuda {
-
-enum State { kDone, kBracketLow, kBracketHigh, kShift, kThreshold, kNeeded, kEqual, kHeavyOf };
-constexpr int kWidth = 8, kHeavies = 2, kFold = 1024;
-constexpr int64_t kMost = 0x7fffffff;
 
 MF_DEVICE int shift_for(int64_t low, int64_t high, int log_bins) {
   int shift = 0;
@@ -73,15 +66,6 @@ MF_DEVICE Asked asked_of(const mf_gpu_search& s, int t) {
   const int64_t* row = s.state + kWidth * t;
   return {(int32_t)row[kBracketLow], (int32_t)row[kBracketHigh], s.heavy[kHeavies * t],
           s.heavy[kHeavies * t + 1], (int)row[kShift]};
-}
-
-MF_DEVICE Place segment_place(const mf_gpu_search& s, int64_t at, bool aligned) {
-  Place p;
-  const int64_t left = s.numel - at;
-  p.at = p.flat = at;
-  p.count = left < kVec ? (int)left : kVec;
-  p.whole = aligned && p.count == kVec;
-  return p;
 }
 
 // A block takes a segment of `length` elements, all targets of it one vector after the other.
@@ -163,32 +147,6 @@ MF_DEVICE int64_t column_sum(const int64_t* table, int64_t width, int64_t column
   for (int64_t i = thread_index(); i < segments; i += kThreads) own += table[i * width + column];
   running_sum(own, room);
   return room[kThreads - 1];
-}
-
-// From the highest of `count` numbers down to the one with which the sum reaches `wanted`: its
-// index (-1: none), and the sum before it. number(i): the i-th from the top.
-template <class Number>
-MF_DEVICE int64_t reach(int64_t count, int64_t wanted, int64_t* before, int64_t* room,
-                        int64_t* found, Number number) {
-  int64_t passed = 0;
-  for (int64_t start = 0; start < count; start += kThreads) {
-    if (thread_index() == 0) found[0] = -1;
-    const int64_t i = start + thread_index();
-    const int64_t own = i < count ? number(i) : 0;
-    const int64_t running = passed + running_sum(own, room);
-    if (i < count && running >= wanted && running - own < wanted)
-      found[0] = i, found[1] = running - own;
-    const int64_t sum = room[kThreads - 1];
-    sync();
-    if (found[0] >= 0) {
-      *before = found[1];
-      return found[0];
-    }
-    passed += sum;
-    sync();
-  }
-  *before = passed;
-  return -1;
 }
 
 // After a scan: the threshold of one target a block, or its next bracket; its bins are cleared.
@@ -273,75 +231,6 @@ MF_KERNEL clear_bins(const MF_GRID_CONSTANT mf_gpu_search s, int targets) {
     if (!s.state[kWidth * (i >> s.log_bins) + kDone]) s.bins[i] = 0;
 }
 
-// Whether the cut of a target needs counts that the scans do not have.
-MF_DEVICE bool uncounted(const mf_gpu_search& s, const mf_gpu_targets& targets, int t) {
-  const int64_t* row = s.state + kWidth * t;
-  return targets.ties[t] == MF_TIES_EXACT && row[kHeavyOf] < 0 && row[kNeeded] < row[kEqual];
-}
-
-// Entries equal to the threshold, per segment, where they were not counted yet.
-template <int KEY>
-MF_KERNEL count_equals(const MF_GRID_CONSTANT mf_gpu_job all,
-                       const MF_GRID_CONSTANT mf_gpu_search s,
-                       const MF_GRID_CONSTANT mf_gpu_targets targets, int aligned) {
-  __shared__ int32_t same;
-  const Job job = job_of(all);
-  for (int t = 0; t < targets.count; ++t) {
-    if (!uncounted(s, targets, t)) continue;
-    sync();
-    if (thread_index() == 0) same = 0;
-    sync();
-    const int32_t threshold = (int32_t)s.state[kWidth * t + kThreshold];
-    const int64_t start = block_index() * s.length;
-    const int64_t end = start + s.length < s.numel ? start + s.length : s.numel;
-    int own = 0;
-    for (int64_t at = start + thread_index() * kVec; at < end; at += kThreads * kVec) {
-      const Place p = segment_place(s, at, aligned);
-      Eight b, total;
-      int32_t key[kVec];
-      load_base(job, p, &b);
-      if (KEY != MF_KEY_MAGNITUDE) total_of(job, p, b, &total);
-      load_keys<KEY>(job, targets.owner[t], p, b, total, key);
-      MF_UNROLL for (int e = 0; e < kVec; ++e) own += e < p.count && key[e] == threshold ? 1 : 0;
-    }
-    if (own) add_to(&same, own);
-    sync();
-    if (thread_index() == 0)
-      s.equals[((int64_t)block_index() * targets.count + t) * kHeavies] = same;
-  }
-}
-
-// (threshold bits, tie cut) of one target a block into `integers`.
-MF_KERNEL find_cuts(const MF_GRID_CONSTANT mf_gpu_job all, const MF_GRID_CONSTANT mf_gpu_search s,
-                    const MF_GRID_CONSTANT mf_gpu_targets targets, int64_t* integers) {
-  __shared__ int64_t room[kThreads], found[2];
-  const Job job = job_of(all);
-  const int t = (int)block_index(), owner = targets.owner[t];
-  const int64_t* row = s.state + kWidth * t;
-  const int64_t threshold = row[kThreshold], needed = row[kNeeded];
-  int64_t cut = s.numel;  // all that are equal stay
-  if (targets.ties[t] == MF_TIES_DROP_ALL) cut = 0;
-  if (targets.ties[t] == MF_TIES_EXACT && needed < row[kEqual]) {
-    const int64_t column = t * kHeavies + (row[kHeavyOf] < 0 ? 0 : row[kHeavyOf]);
-    int64_t before = 0, more = 0;
-    const int64_t segment = reach(s.segments, needed, &before, room, found, [&](int64_t i) {
-      return s.equals[i * targets.count * kHeavies + column];
-    });
-    sync();
-    const int64_t start = segment * s.length;
-    const int64_t length = s.length < s.numel - start ? s.length : s.numel - start;
-    const int64_t place = reach(length, needed - before, &more, room, found, [&](int64_t i) {
-      return (int64_t)(key_at(job, s.key, owner, start + i) == (int32_t)threshold ? 1 : 0);
-    });
-    cut = start + place + 1;
-  }
-  if (thread_index() == 0) {
-    int64_t* to = integers + (targets.top[t] ? kHigh : kLow) * job.k + owner;
-    to[0] = threshold;
-    to[job.k] = cut;
-  }
-}
-
 mf_status launch_sample(const mf_gpu_job& job, const mf_gpu_search& s, void* stream) {
   MF_LAUNCH(sample_keys, (s.size + kThreads - 1) / kThreads, kThreads, 0, stream, job, s);
   return last_status();
@@ -364,15 +253,7 @@ mf_status launch_select(const mf_gpu_job& job, const mf_gpu_search& s, const int
     MF_LAUNCH(fold_bins, ((int64_t)n << s.log_bins) / kFold, kThreads, 0, stream, s);
     MF_LAUNCH(locate, n, kThreads, 0, stream, s, n);
   }
-  if (s.key == MF_KEY_MAGNITUDE) {
-    MF_LAUNCH((count_equals<MF_KEY_MAGNITUDE>), s.segments, kThreads, 0, stream, job, s, targets,
-              aligned);
-  } else if (s.key == MF_KEY_VARIANCE) {  // nothing is cut among equal scores
-    MF_LAUNCH((count_equals<MF_KEY_VARIANCE>), s.segments, kThreads, 0, stream, job, s, targets,
-              aligned);
-  }
-  MF_LAUNCH(find_cuts, n, kThreads, 0, stream, job, s, targets, integers);
-  return last_status();
+  return launch_cuts(job, s, targets, aligned, integers, stream);
 }
 
 }  // namespace cuda

@@ -2,4 +2,4 @@
 #define MF_ISA_NAMESPACE avx512
 #define MF_USE_AVX2
 #define MF_USE_AVX512
-#include "../kernels-inl.h"
+#include "../loops/kernels-inl.h"

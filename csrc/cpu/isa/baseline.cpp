@@ -1,3 +1,3 @@
 // What every CPU of the architecture runs: SSE2 on x86-64, plain C++ elsewhere.
 #define MF_ISA_NAMESPACE baseline
-#include "../kernels-inl.h"
+#include "../loops/kernels-inl.h"

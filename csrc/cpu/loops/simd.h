@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../common/numeric.h"
+#include "../../common/numeric.h"
 
 #if defined(MF_USE_AVX512) || defined(MF_USE_AVX2)
 #include <immintrin.h>

@@ -5,9 +5,9 @@
 // multiply-adds for 27 loads (18) instead of 90. Each sum runs on 16 virtual lanes.
 #pragma once
 
-#include "../common/calibration.h"
+#include "../../common/calibration.h"
+#include "../work.h"
 #include "lanesum-inl.h"
-#include "work.h"
 
 namespace mf {
 namespace MF_ISA_NAMESPACE {

@@ -1,7 +1,7 @@
 // Random words of a tile: Philox 4x32-10, kLanes / 2 counters side by side in 64-bit lanes.
 #pragma once
 
-#include "../common/philox.h"
+#include "../../common/philox.h"
 #include "load-inl.h"
 
 namespace mf {

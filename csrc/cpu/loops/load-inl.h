@@ -1,8 +1,8 @@
 // A tile of one tensor into float32, in blocks; what is not finite is traced to its source.
 #pragma once
 
+#include "../work.h"
 #include "block-inl.h"
-#include "work.h"
 
 namespace mf {
 namespace MF_ISA_NAMESPACE {
