@@ -1,7 +1,7 @@
 """The balance of competing parameters (PCB): an entry of an expert counts by how large it is among
 the expert's own, and by how far it points where all together do.
 
-exp and tanh are the polynomials of csrc/common/compete.h, operation by operation, so that scores
+exp and tanh are the polynomials of csrc/common/scores.h, operation by operation, so that scores
 and their bounds have the same bits on every backend of ours.
 """
 

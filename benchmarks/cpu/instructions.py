@@ -1,7 +1,7 @@
 """Instructions of each native loop in this tree against another checkout, as ratios.
 
     make bench-instructions BEFORE=path          builds both programs and runs this
-    instructions.py BEFORE AFTER [--markdown FILE] [--most 1.01]
+    instructions.py BEFORE AFTER [--isas avx2 baseline] [--markdown FILE] [--most 1.01]
 
 BEFORE and AFTER are programs built from counters.cpp. Where the CPU counts instructions for us they
 are its own; elsewhere callgrind counts them (it knows no AVX-512). A row that counts nothing, or
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ISAS = ("avx512", "avx2", "baseline")
-VALGRIND_ISAS = ("avx2", "baseline")
 SHAPE = "4 x 4096"  # what counters.cpp takes by default; it fits the L2 cache
 
 
@@ -71,15 +70,18 @@ def _run(command: list[str], isa: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def compared(before: Path, after: Path) -> tuple[str, list[Count]]:
-    """Who counted, and every row of both programs."""
+def compared(before: Path, after: Path, isas: list[str] | None) -> tuple[str, list[Count]]:
+    """Who counted, and every row of both programs on ``isas`` (None: AVX-512 and AVX2, as far as
+    they run)."""
     by_cpu = any((cpu_counts(after, "baseline") or {}).values())
+    isas = isas or (["avx512", "avx2"] if by_cpu else ["avx2"])
     if not by_cpu and shutil.which("valgrind") is None:
         raise SystemExit("instructions: neither this CPU's counters nor valgrind can be used here.")
     found = []
-    for isa in ISAS if by_cpu else VALGRIND_ISAS:
+    for isa in isas:
         pair = [cpu_counts(p, isa) if by_cpu else callgrind_counts(p, isa) for p in (before, after)]
         if pair[0] is None or pair[1] is None:
+            print(f"{isa}: this CPU does not run it.", file=sys.stderr)
             continue
         if pair[0].keys() != pair[1].keys() or not pair[0]:
             raise SystemExit(f"instructions: {isa}: the two programs have other rows, or none.")
@@ -105,10 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
+    parser.add_argument("--isas", nargs="+", choices=ISAS, metavar="ISA")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--most", type=float, default=1.01, metavar="RATIO")
     options = parser.parse_args()
-    counter, counts = compared(options.before.resolve(), options.after.resolve())
+    counter, counts = compared(options.before.resolve(), options.after.resolve(), options.isas)
+    if not counts:
+        raise SystemExit("instructions: none of the instruction sets runs here.")
     if empty := [f"{c.isa}: {c.work}" for c in counts if not (c.before and c.after)]:
         raise SystemExit("instructions: nothing was counted for " + "; ".join(empty))
     ratios = [c.ratio for c in counts]

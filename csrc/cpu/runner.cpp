@@ -1,8 +1,9 @@
 #include "runner.h"
 
 #include <algorithm>
-#include <cmath>
 #include <string>
+
+#include "../common/rules.h"
 
 namespace mf {
 
@@ -87,11 +88,11 @@ void check(const mf_job& job) {
 
 // What a mean without a vote divides by, as the recipe defines it: float32, in expert order.
 float linear_divisor(const mf_job& job) {
-  if (job.reduce == MF_MEAN) return (float)job.num_experts;
-  if (job.reduce != MF_WEIGHTED_MEAN) return 1;
+  if (job.reduce != MF_MEAN && job.reduce != MF_WEIGHTED_MEAN) return 1;
   float total = 0;
-  for (int k = 0; k < job.num_experts; ++k) total += job.experts[k].weight;
-  return std::fabs(total) < 1e-8f ? 1 : total;
+  for (int k = 0; k < job.num_experts; ++k)
+    total += job.reduce == MF_MEAN ? 1 : job.experts[k].weight;
+  return divisor_of(job.reduce, MF_VOTE_NONE, total, 0);
 }
 
 }  // namespace

@@ -129,9 +129,9 @@ MF_DEVICE void fast_delta(const Job& job, const Place& p, Loaded<K>* x, Eight* d
           total += in ? v[k] : 0.0f;
           count += in ? (rule.reduce == MF_MEAN ? 1.0f : weight[k]) : 0.0f;
         }
-        total = divided(rule.reduce, MF_VOTE_MASS, total, count);
+        total = divided(rule.reduce, MF_VOTE_MASS, total, count, 0);
       } else if (divides) {
-        total = divided(rule.reduce, MF_VOTE_NONE, total, divisor);
+        total = divided(rule.reduce, MF_VOTE_NONE, total, divisor, 0);
       }
       d->v[e] = total * scale;
     }
@@ -178,7 +178,6 @@ MF_DEVICE void tally(const Job& job, const Place& p, const Eight& b, Eight* s, E
   }
 }
 
-// sum_k s_k sign(tau_k) held_k / max(sum_k s_k, 1e-12), s_k the score's place between cut and top.
 MF_DEVICE void compete(const Job& job, const Place& p, const Eight& b, Eight* d, Seen<0>* seen) {
   Eight total, shares;
   total_of(job, p, b, &total);
@@ -192,17 +191,11 @@ MF_DEVICE void compete(const Job& job, const Place& p, const Eight& b, Eight* d,
       const float x = tau.v[e];
       seen->note(x);
       if (!(top > cut)) continue;
-      float score = score_at(job, k, x, total.v[e]);
-      score = score < cut ? cut : score > top ? top : score;
-      const float share = (score - cut) / (top - cut);
-      d->v[e] += share * (x != 0 ? with_sign_of(held(x, low, high), x) : 0.0f);
-      shares.v[e] += share;
+      const float score = score_at(job, k, x, total.v[e]);
+      weigh_score(score, cut, top, x, low, high, &d->v[e], &shares.v[e]);
     }
   }
-  MF_UNROLL for (int e = 0; e < kVec; ++e) {
-    const float found = d->v[e] / (shares.v[e] < 1e-12f ? 1e-12f : shares.v[e]);
-    d->v[e] = total.v[e] == total.v[e] ? found : total.v[e];  // a NaN passes
-  }
+  MF_UNROLL for (int e = 0; e < kVec; ++e) d->v[e] = balanced(d->v[e], shares.v[e], total.v[e]);
 }
 
 // Vote, contributors, reduction. `stayed`: see any_delta.
@@ -220,8 +213,8 @@ MF_DEVICE void reduce_any(const Job& job, const Place& p, const Eight& b, Eight*
   });
   const float at_zero = zero_elects(rule.zero_vote, rule.reduce, majority_of(job));
   MF_UNROLL for (int e = 0; e < kVec; ++e) elected.v[e] = elected_sign(elected.v[e], at_zero);
-  Reduced r[kVec];
-  MF_UNROLL for (int e = 0; e < kVec; ++e) r[e] = nothing_reduced();
+  Reduced<> r[kVec];
+  MF_UNROLL for (int e = 0; e < kVec; ++e) begin(&r[e]);
   for (int k = 0; k < job.k; ++k) {
     Eight tau;
     load_tau(job, k, p, b, &tau);
@@ -236,7 +229,7 @@ MF_DEVICE void reduce_any(const Job& job, const Place& p, const Eight& b, Eight*
   }
   const float least = least_sum_of(job);
   MF_UNROLL for (int e = 0; e < kVec; ++e) {
-    d->v[e] = divided(rule.reduce, rule.vote, r[e].total, floored(r[e].count, least));
+    d->v[e] = divided(rule.reduce, rule.vote, r[e].total, r[e].count, least);
     if (rule.singled && r[e].count == 1) d->v[e] *= r[e].best;
   }
 }

@@ -2,7 +2,7 @@
 // of them, or the score of an expert's entry.
 #pragma once
 
-#include "../common/compete.h"
+#include "../common/scores.h"
 #include "trim.cuh"
 
 namespace mf {

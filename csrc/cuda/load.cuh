@@ -2,8 +2,8 @@
 // loads of all inputs are issued before the first of them is used.
 #pragma once
 
-#include "../common/element.h"
 #include "../common/philox.h"
+#include "../common/rules.h"
 #include "magic_fast_cuda.h"
 #include "platform.cuh"
 

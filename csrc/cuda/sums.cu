@@ -119,7 +119,7 @@ MF_KERNEL held_counts(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, int6
 MF_KERNEL keep_varied(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, uint8_t* mask,
                       int aligned) {
   const Job job = job_of(all);
-  const uint32_t threshold = (uint32_t)integer(job, kLow, 0);
+  const int32_t threshold = (int32_t)integer(job, kLow, 0);
   const int64_t cut = integer(job, kCut, 0);
   for (int64_t at = ((int64_t)block_index() * kThreads + thread_index()) * kVec; at < numel;
        at += (int64_t)blocks_of_grid() * kThreads * kVec) {
@@ -129,7 +129,7 @@ MF_KERNEL keep_varied(const MF_GRID_CONSTANT mf_gpu_job all, int64_t numel, uint
     total_of(job, p, b, &total);
     variance_of(job, p, b, total, &x);
     MF_UNROLL for (int e = 0; e < kVec; ++e) if (e < p.count) mask[at + e] =
-        at_or_above(bits_of(x.v[e]) & kAbsMask, threshold, cut, p.flat + e);
+        at_or_above((int32_t)(bits_of(x.v[e]) & kAbsMask), threshold, p.flat + e < cut);
   }
 }
 

@@ -36,7 +36,7 @@ typedef struct mf_gpu_rule {
 typedef enum mf_gpu_key {
   MF_KEY_MAGNITUDE = 0,  // |tau| of an expert
   MF_KEY_VARIANCE = 1,   // over all experts; one target, of owner 0
-  MF_KEY_SCORE = 2       // of an expert's entry (score_key of ../common/compete.h)
+  MF_KEY_SCORE = 2       // of an expert's entry (score_key of ../common/scores.h)
 } mf_gpu_key;
 
 // One tensor. `integers` [6 K + 2]: K each of threshold bits, tie cuts, bits and cuts of the top

@@ -34,7 +34,8 @@ static int64_t variance_tile(const Work& w, Scratch& s, int64_t start, int n) {
       constexpr int H = decltype(part)::value;
       const int64_t at = i + H * kLanes;
       const vi index = element_index<H>() + (int32_t)i;
-      const vi keep = abs_bits(variance_at(s.tau, w.k, count, at)) > (low + (index < before));
+      const vi keep =
+          at_or_above<Lanes>(abs_bits(variance_at(s.tau, w.k, count, at)), low, index < before);
       kept -= keep;
       for (int k = 0; k < w.k; ++k) {
         float* v = s.value + k * kTile + at;

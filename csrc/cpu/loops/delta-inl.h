@@ -10,8 +10,7 @@ namespace mf {
 namespace MF_ISA_NAMESPACE {
 namespace {
 
-// Keeps delta where at least min_tasks experts need the coordinate: |tau_k| > lambda_k * |delta -
-// tau_k|.
+// Keeps delta where at least min_tasks experts need the coordinate.
 static void consensus_tile(const Work& w, int64_t start, int n, const float* tau, float* delta) {
   const bool given = w.job->consensus == MF_CONSENSUS_GIVEN;
   float needed[kTile];
@@ -31,7 +30,7 @@ static void consensus_tile(const Work& w, int64_t start, int n, const float* tau
     const vf lambda = splat(w.experts[k].lambda);
     for (int64_t i = 0; i < padded(n); i += kLanes) {
       const vf t = load(tau + k * kTile + i);
-      const vi needs = abs_of(t) > lambda * abs_of(load(delta + i) - t);
+      const vi needs = task_needs<Lanes>(t, load(delta + i), lambda);
       store(needed + i, load(needed + i) + keep_if(needs, one));
     }
   }
@@ -40,14 +39,10 @@ static void consensus_tile(const Work& w, int64_t start, int n, const float* tau
     store(delta + i, keep_if(load(needed + i) >= least, load(delta + i)));
 }
 
-// w * delta, w = min(1, limit / max(|delta|, 1e-6)).
 static void limit_tile(int n, float limit, float* delta) {
-  const vf most = splat(limit), one = splat(1.0f), near = splat(1e-6f);
-  for (int64_t i = 0; i < padded(n); i += kLanes) {
-    const vf d = load(delta + i), a = abs_of(d);
-    const vf share = most / where(a < near, near, a);
-    store(delta + i, d * where(share > one, one, share));
-  }
+  const vf most = splat(limit);
+  for (int64_t i = 0; i < padded(n); i += kLanes)
+    store(delta + i, limited<Lanes>(load(delta + i), most));
 }
 
 MF_INLINE void scale_tile(int n, float divisor, float scale, float* delta) {

@@ -1,6 +1,7 @@
 // From the values of K experts to one value each element: vote, contributors, reduction.
 #pragma once
 
+#include "../../common/rules.h"
 #include "tile-inl.h"
 
 namespace mf {
@@ -10,24 +11,19 @@ namespace {
 struct ReduceTile {
   const float* value;  // [K][kTile]
   int k, n;
-  const mf_expert* experts;         // weights
-  bool ones;                        // all weights are 1
-  const vf* weight;                 // [K] where K <= 8
-  float least;                      // of a sum of weights that divides
-  vi zero_positive, zero_negative;  // what a vote of exactly zero counts as
+  const mf_expert* experts;  // weights
+  bool ones;                 // all weights are 1
+  const vf* weight;          // [K] where K <= 8
+  float least;               // of a sum of weights that divides
+  vf at_zero;                // what a vote of exactly zero elects
 };
-
-MF_INLINE vf sign_of(vf x) {
-  const vf one = splat(1.0f);
-  return keep_if(x > zero(), one) - keep_if(x < zero(), one);
-}
 
 template <int VOTE>
 MF_INLINE vf tally(const ReduceTile& t, int64_t i) {
   vf sum = zero();
   for (int k = 0; k < t.k; ++k) {
     const vf v = load(t.value + k * kTile + i);
-    sum += VOTE == MF_VOTE_MASS ? v : sign_of(v);
+    sum += VOTE == MF_VOTE_MASS ? v : sign_of_value<Lanes>(v);
   }
   return sum;
 }
@@ -43,51 +39,23 @@ static int64_t vote_loop(const ReduceTile& t) {
   return lane_sum(sum);
 }
 
-// The signs elected from the sums of a vote, and where nobody is elected.
-struct Elected {
-  vi somebody;
-  vf flip;  // the sign bit where the elected sign is minus
-};
-MF_INLINE Elected elect(const ReduceTile& t, vf s) {
-  vi positive = s > zero(), negative = s < zero();
-  const vi undecided = ~(positive | negative);
-  positive |= undecided & t.zero_positive;
-  negative |= undecided & t.zero_negative;
-  return {positive | negative, (vf)(negative & INT32_MIN)};
-}
-
-MF_INLINE vf divided(const ReduceTile& t, int vote, int reduce, vf sum, vf count) {
-  const vf one = splat(1.0f);
-  if (reduce == MF_WEIGHTED_MEAN && t.least > 0) {
-    const vf least = splat(t.least);
-    return sum / where(count < least, least, count);
-  }
-  if (reduce == MF_MEAN) return sum / where(count < one, one, count);
-  const vi unusable = vote == MF_VOTE_NONE ? abs_of(count) < splat(1e-8f) : count == zero();
-  return sum / where(unusable, one, count);
-}
-
 // TIES: those that agree with the vote of masses, K <= 8 in registers. True where a vote is not
-// finite: then the comparisons of bits are not those of numbers. COUNTED: the divisor is a number
-// of experts.
+// finite. COUNTED: the divisor is a number of experts.
 template <int REDUCE, bool COUNTED, int K>
 static bool agreeing_loop(const ReduceTile& t, float* delta) {
   vi top = splat_i(0);
   const int64_t end = padded(t.n);
   const float* const values = t.value;
-  const vi zero_positive = t.zero_positive, zero_negative = t.zero_negative;
+  const vf at_zero = t.at_zero;
   for (int64_t i = 0; i < end; i += kLanes) {
     vf v[K], vote = zero();
     for (int k = 0; k < K; ++k) v[k] = load(values + k * kTile + i), vote += v[k];
     top = max_i(top, abs_bits(vote));
-    const vi undecided = vote == zero();
-    const vi positive = (vote > zero()) | (undecided & zero_positive);
-    const vi negative = (vote < zero()) | (undecided & zero_negative);
-    const vi flip = negative & INT32_MIN;
+    const vf elected = elected_sign<Lanes>(vote, at_zero);
     vf sum = zero(), weights = zero();
     vi count = splat_i(0);
     for (int k = 0; k < K; ++k) {
-      const vi agrees = ((vi)v[k] ^ flip) > 0;
+      const vi agrees = contributes<Lanes>(MF_AGREEING, v[k], elected);
       sum += keep_if(agrees, v[k]);
       if (REDUCE == MF_SUM) continue;
       if (COUNTED) {
@@ -96,9 +64,8 @@ static bool agreeing_loop(const ReduceTile& t, float* delta) {
         weights += keep_if(agrees, t.weight[k]);
       }
     }
-    if (REDUCE != MF_SUM)
-      sum = divided(t, MF_VOTE_MASS, REDUCE, sum, COUNTED ? to_float(count) : weights);
-    store(delta + i, keep_if(positive | negative, sum));
+    store(delta + i,
+          divided<Lanes>(REDUCE, MF_VOTE_MASS, sum, COUNTED ? to_float(count) : weights, t.least));
   }
   return any(top >= (int32_t)kInfBits);
 }
@@ -132,40 +99,27 @@ static bool agreeing_tile(const ReduceTile& t, int reduce, float* delta) {
                 : agreeing<MF_WEIGHTED_MEAN, false>(t, delta);
 }
 
-// Every other choice. True where a vote of masses is not finite.
+// Every other choice. True where a vote of masses is not finite. `t` is a copy: to the compiler a
+// store to delta may change what a reference names, and it would load that again for each vector.
 template <int VOTE, int CONTRIBUTORS, int REDUCE, bool UNWEIGHTED>
-static bool reduce_loop(const ReduceTile& t, float* delta) {
-  const vf one = splat(1.0f);
+static bool reduce_loop(const ReduceTile t, float* delta) {
   vi top = splat_i(0);
   for (int64_t i = 0; i < padded(t.n); i += kLanes) {
-    Elected e = {splat_i(-1), zero()};  // where nobody is elected the result is 0
+    vf elected = zero();
     if (VOTE != MF_VOTE_NONE) {
       const vf s = tally<VOTE>(t, i);
       if (VOTE == MF_VOTE_MASS) top = max_i(top, abs_bits(s));
-      e = elect(t, s);
+      elected = elected_sign<Lanes>(s, t.at_zero);
     }
-    vf sum = zero(), count = zero(), best = splat(-1.0f);
+    Reduced<Lanes> r;
+    begin(&r);
     for (int k = 0; k < t.k; ++k) {
       const vf v = load(t.value + k * kTile + i);
       const vf x = UNWEIGHTED ? v * splat(t.experts[k].weight) : v;
-      vi in = splat_i(-1);
-      if (CONTRIBUTORS == MF_AGREEING) in = (vf)((vi)v ^ (vi)e.flip) > zero();
-      if (CONTRIBUTORS == MF_NONZERO) in = v != zero();
-      if (REDUCE == MF_MAX) {
-        const vf a = abs_of(x);
-        const vi wins = in & (VOTE == MF_VOTE_NONE ? a >= best : a > best);
-        best = where(wins, a, best);
-        sum = where(wins, x, sum);
-      } else {
-        sum += CONTRIBUTORS == MF_ALL ? x : keep_if(in, x);
-      }
-      const vf weight = REDUCE == MF_MEAN ? one : splat(t.experts[k].weight);
-      if (REDUCE == MF_MEAN || REDUCE == MF_WEIGHTED_MEAN)
-        count += CONTRIBUTORS == MF_ALL ? weight : keep_if(in, weight);
+      const vi in = contributes<Lanes>(CONTRIBUTORS, v, elected);
+      reduce_one<Lanes>(REDUCE, VOTE, in, x, splat(t.experts[k].weight), &r);
     }
-    if (REDUCE == MF_MEAN || REDUCE == MF_WEIGHTED_MEAN) sum = divided(t, VOTE, REDUCE, sum, count);
-    if (CONTRIBUTORS == MF_AGREEING) sum = keep_if(e.somebody, sum);
-    store(delta + i, sum);
+    store(delta + i, divided<Lanes>(REDUCE, VOTE, r.total, r.count, t.least));
   }
   return any(top >= (int32_t)kInfBits);
 }
@@ -204,17 +158,11 @@ static bool reduce_by_contributors(const ReduceTile& t, const mf_job& job, bool 
 }
 
 MF_INLINE ReduceTile reduce_tile_of(const Work& w, const Scratch& s, int n) {
-  ReduceTile t = {s.value, w.k, n, w.experts, true, nullptr, w.job->least, splat_i(0), splat_i(0)};
-  for (int k = 0; k < w.k; ++k) t.ones &= w.experts[k].weight == 1;
   const mf_job& job = *w.job;
-  bool positive = job.zero_vote == MF_ZERO_POSITIVE, negative = job.zero_vote == MF_ZERO_NEGATIVE;
-  if (job.zero_vote == MF_ZERO_MAJORITY) {
-    positive =
-        job.majority > 0;  // an undecided majority keeps the negatives, but elects no maximum
-    negative = job.majority < 0 || (job.majority == 0 && job.reduce != MF_MAX);
-  }
-  if (positive) t.zero_positive = splat_i(-1);
-  if (negative) t.zero_negative = splat_i(-1);
+  ReduceTile t = {
+      s.value, w.k,     n,         w.experts,
+      true,    nullptr, job.least, splat(zero_elects(job.zero_vote, job.reduce, job.majority))};
+  for (int k = 0; k < w.k; ++k) t.ones &= w.experts[k].weight == 1;
   return t;
 }
 
@@ -229,7 +177,7 @@ static bool reduce_tile(const Work& w, const Scratch& s, int n, float* delta) {
     vf weight[kInRegisters];
     for (int k = 0; k < w.k; ++k) weight[k] = splat(w.experts[k].weight);
     t.weight = weight;
-    if (!agreeing_tile(t, job.reduce, delta)) return false;
+    return agreeing_tile(t, job.reduce, delta);
   }
   switch (job.vote) {
     case MF_VOTE_MASS:

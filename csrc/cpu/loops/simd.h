@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../../common/numeric.h"
+#include "../../common/lane.h"
 
 #if defined(MF_USE_AVX512) || defined(MF_USE_AVX2)
 #include <immintrin.h>
@@ -51,6 +51,22 @@ MF_INLINE vi abs_bits(vf x) { return (vi)x & (int32_t)kAbsMask; }
 MF_INLINE vf abs_of(vf x) { return (vf)abs_bits(x); }
 MF_INLINE vf where(vi mask, vf x, vf y) { return mask ? x : y; }
 MF_INLINE vf keep_if(vi mask, vf x) { return (vf)(mask & (vi)x); }
+
+// What the rules of an element (../../common/rules.h) compute on.
+struct Lanes {
+  typedef vf Value;
+  typedef vu Bits;
+  typedef vi Integer;
+  typedef vi Mask;
+
+  MF_INLINE vf of(float x) { return splat(x); }
+  MF_INLINE vu bits(vf x) { return (vu)x; }
+  MF_INLINE vf from_bits(vu x) { return (vf)x; }
+  MF_INLINE vi everywhere() { return splat_i(-1); }
+  MF_INLINE vf choose(vi mask, vf x, vf y) { return where(mask, x, y); }
+  MF_INLINE vf keep(vi mask, vf x) { return keep_if(mask, x); }
+  MF_INLINE vi less_one(vi x, vi mask) { return x + mask; }
+};
 
 MF_INLINE vi max_i(vi x, vi y) {
 #if defined(MF_USE_AVX512)

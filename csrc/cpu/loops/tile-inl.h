@@ -1,6 +1,7 @@
 // One expert's share of a tile: form the task vector, trim, rescale, weight. All within L1.
 #pragma once
 
+#include "../../common/rules.h"
 #include "random-inl.h"
 
 namespace mf {
@@ -63,7 +64,8 @@ static int64_t expert_loop(const TrimTile& t, const typename S::type* source, co
       if (KIND == kKeepBand) keep = (a > low) & ~(a > high);
       if (KIND == kKeepBandSplit) {
         const vi index = element_index<H>() + (int32_t)i;
-        keep = (a > (low + (index < t.cut))) & ~(a > (high + (index < t.top_cut)));
+        keep = at_or_above<Lanes>(a, low, index < t.cut) &
+               ~at_or_above<Lanes>(a, high, index < t.top_cut);
       }
       if (KIND == kKeepWords) keep = (load_i(t.words + at) ^ INT32_MIN) < bound;
       if (KIND == kKeepBytes) keep = part_of_bytes<H>(t.bytes + i) != 0;
@@ -85,7 +87,7 @@ static int64_t expert_loop(const TrimTile& t, const typename S::type* source, co
   if ((KIND == kKeepAbove || KIND == kKeepBand) && t.low < 0 && t.high >= 0) count -= zeros;
   if (KIND == kKeepBandSplit)
     for (int64_t i = n; i < n + zeros; ++i)
-      count -= (0 > t.low - (i < t.cut)) && !(0 > t.high - (i < t.top_cut));
+      count -= at_or_above(0, t.low, i < t.cut) && !at_or_above(0, t.high, i < t.top_cut);
   return count;
 }
 
