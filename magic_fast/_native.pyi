@@ -1,13 +1,43 @@
 """The native core, bound by csrc/bindings/module.cpp. Use it through magic_fast.ops.native."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
-_JobTuple = tuple[Any, ...]
+from typing_extensions import Required
+
+from magic_fast.recipe import Selection
+
 _SelectionTuple = tuple[
     tuple[float, ...], tuple[int, ...], tuple[float, ...], tuple[int, ...], tuple[float, ...], int
 ]
 _StatsTuple = tuple[_SelectionTuple, tuple[int, ...], tuple[int, ...], int, int, int]
+
+class JobFields(TypedDict, total=False):
+    """One job; arrays by their addresses. csrc/bindings/jobs.h has the same names."""
+
+    plan: Required[Plan]
+    numel: Required[int]
+    offset: Required[int]
+    total: Required[int]
+    experts: Required[tuple[int, ...]]
+    expert_dtypes: Required[tuple[int | None, ...]]
+    rank_cols: int
+    stream: int
+    base: int
+    base_dtype: int | None
+    merged: int
+    merged_dtype: int | None
+    out: int
+    out_dtype: int | None
+    masks: tuple[int, ...]
+    task_masks: tuple[int, ...]
+    calibration: Calibration
+    coefficient: int
+    repaired: int
+    norms2: int
+    selection: Selection
+    weights: int
+    weight_cols: int
 
 class Plan:
     def __init__(
@@ -17,6 +47,7 @@ class Plan:
 class Calibration:
     def __init__(
         self,
+        *,
         rows: int,
         cols: int,
         variant: int,
@@ -32,31 +63,31 @@ class Calibration:
     ) -> None: ...
 
 class Search:
-    def __init__(self, prototype: _JobTuple) -> None: ...
-    def sample(self, piece: _JobTuple) -> None: ...
-    def feed(self, piece: _JobTuple, threads: int = 0, isa: int = -1) -> None: ...
+    def __init__(self, prototype: JobFields) -> None: ...
+    def sample(self, piece: JobFields) -> None: ...
+    def feed(self, piece: JobFields, threads: int = 0, isa: int = -1) -> None: ...
     def wants(self) -> list[tuple[int, int]]: ...
     def result(self) -> _SelectionTuple: ...
 
-def select(jobs: list[_JobTuple], threads: int = 0, isa: int = -1) -> list[_SelectionTuple]: ...
-def merge(jobs: list[_JobTuple], threads: int = 0, isa: int = -1) -> list[_StatsTuple]: ...
+def select(jobs: list[JobFields], threads: int = 0, isa: int = -1) -> list[_SelectionTuple]: ...
+def merge(jobs: list[JobFields], threads: int = 0, isa: int = -1) -> list[_StatsTuple]: ...
 def row_stats(
-    job: _JobTuple, gram: int, dots: int, norm2: int, threads: int = 0, isa: int = -1
+    job: JobFields, gram: int, dots: int, norm2: int, threads: int = 0, isa: int = -1
 ) -> None: ...
 def gram(
-    job: _JobTuple, cols: int, wide: bool, gram: int, threads: int = 0, isa: int = -1
+    job: JobFields, cols: int, wide: bool, gram: int, threads: int = 0, isa: int = -1
 ) -> None: ...
-def scale(job: _JobTuple, coefficient: int, threads: int = 0, isa: int = -1) -> None: ...
+def scale(job: JobFields, coefficient: int, threads: int = 0, isa: int = -1) -> None: ...
 def row_norms(
-    job: _JobTuple, l1: int, l2: int, linf: int, threads: int = 0, isa: int = -1
+    job: JobFields, l1: int, l2: int, linf: int, threads: int = 0, isa: int = -1
 ) -> None: ...
 def norm_sums(
-    job: _JobTuple, before: int, after: int, squares: int, threads: int = 0, isa: int = -1
+    job: JobFields, before: int, after: int, squares: int, threads: int = 0, isa: int = -1
 ) -> None: ...
-def energies(job: _JobTuple, squares: int, threads: int = 0, isa: int = -1) -> None: ...
-def holders(job: _JobTuple, alone: int, shared: int, threads: int = 0, isa: int = -1) -> None: ...
+def energies(job: JobFields, squares: int, threads: int = 0, isa: int = -1) -> None: ...
+def holders(job: JobFields, alone: int, shared: int, threads: int = 0, isa: int = -1) -> None: ...
 def score_counts(
-    job: _JobTuple,
+    job: JobFields,
     prefix: Sequence[int],
     counts: int,
     top: int,
@@ -64,9 +95,9 @@ def score_counts(
     isa: int = -1,
 ) -> None: ...
 def select_variance(
-    job: _JobTuple, fraction: float, threads: int = 0, isa: int = -1
+    job: JobFields, fraction: float, threads: int = 0, isa: int = -1
 ) -> tuple[float, int]: ...
-def vote_sum(job: _JobTuple, threads: int = 0, isa: int = -1) -> int: ...
+def vote_sum(job: JobFields, threads: int = 0, isa: int = -1) -> int: ...
 def random_words(flat: int, n: int, stream: int, seed: int, words: int, isa: int = -1) -> None: ...
 def isa() -> str: ...
 def isa_number(name: str) -> int: ...

@@ -1,5 +1,5 @@
-// Jobs as Python hands them down: tuples of integers and addresses, what a plan says once for many
-// of them, and calibrations. Refusals of the loops as exceptions.
+// Jobs as Python hands them down: integers and addresses by name, what a plan says once for many of
+// them, and calibrations. Refusals of the loops as exceptions.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -40,22 +40,33 @@ struct Plan {
     job.num_experts = (int32_t)per_expert.size();
     job.scale = recipe["scale"].cast<float>();
     job.seed = PyLong_AsUnsignedLongLongMask(py::object(recipe["seed"]).ptr());
-    job.tie_rule = get("tie_rule"), job.rescale = get("rescale"), job.vote = get("vote");
-    job.vote_on = get("vote_on"), job.zero_vote = get("zero_vote");
-    job.contributors = get("contributors"), job.reduce = get("reduce");
-    job.consensus = get("consensus"), job.min_tasks = get("min_tasks");
-    job.least = recipe["least"].cast<float>(), job.limit = recipe["limit"].cast<float>();
-    job.alone = get("alone"), job.limited = get("limited"), job.competes = get("competes");
+    job.tie_rule = get("tie_rule");
+    job.rescale = get("rescale");
+    job.vote = get("vote");
+    job.vote_on = get("vote_on");
+    job.zero_vote = get("zero_vote");
+    job.contributors = get("contributors");
+    job.reduce = get("reduce");
+    job.consensus = get("consensus");
+    job.min_tasks = get("min_tasks");
+    job.least = recipe["least"].cast<float>();
+    job.limit = recipe["limit"].cast<float>();
+    job.alone = get("alone");
+    job.limited = get("limited");
+    job.competes = get("competes");
     for (py::handle item : per_expert) {
       const auto d = py::reinterpret_borrow<py::dict>(item);
       mf_expert e{};
       e.weight = d["weight"].cast<float>();
       e.trim = (int32_t)integer(d["trim"]);
-      e.count = integer(d["count"]), e.top_count = integer(d["top_count"]);
-      e.density = d["density"].cast<double>(), e.epsilon = d["epsilon"].cast<double>();
+      e.count = integer(d["count"]);
+      e.top_count = integer(d["top_count"]);
+      e.density = d["density"].cast<double>();
+      e.epsilon = d["epsilon"].cast<double>();
       e.random_bound = (uint32_t)integer(d["random_bound"]);
       e.lambda = d["lambda"].cast<float>();
-      e.factor = d["factor"].cast<float>(), e.threshold = d["threshold"].cast<float>();
+      e.factor = d["factor"].cast<float>();
+      e.threshold = d["threshold"].cast<float>();
       e.alone = 1;
       e.included = 1;
       experts.push_back(e);
@@ -72,13 +83,21 @@ struct Calibration {
   Calibration(int64_t rows, int64_t cols, int variant, bool per_tensor, double p, int eps_mode,
               bool guards, py::object clamp, double strength, double scale, int direction,
               py::sequence which) {
-    c.rows = rows, c.cols = cols, c.variant = variant, c.per_tensor = per_tensor, c.p = p;
-    c.eps_mode = eps_mode, c.guards = guards, c.strength = strength, c.scale = scale,
+    c.rows = rows;
+    c.cols = cols;
+    c.variant = variant;
+    c.per_tensor = per_tensor;
+    c.p = p;
+    c.eps_mode = eps_mode;
+    c.guards = guards;
+    c.strength = strength;
+    c.scale = scale;
     c.direction = direction;
     c.has_clamp = !clamp.is_none();
     if (c.has_clamp) {
       const auto pair = clamp.cast<py::sequence>();
-      c.clamp_low = pair[0].cast<double>(), c.clamp_high = pair[1].cast<double>();
+      c.clamp_low = pair[0].cast<double>();
+      c.clamp_high = pair[1].cast<double>();
     }
     for (py::handle x : which) included.push_back(x.cast<bool>());
   }
@@ -86,33 +105,68 @@ struct Calibration {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;  // between the Philox streams of two experts
 
-// Fields of a job tuple, in order; native.py builds it.
-enum Field {
-  kPlan,
-  kNumel,
-  kOffset,
-  kTotal,
-  kRankCols,
-  kStream,
-  kBase,
-  kBaseDtype,
-  kMerged,
-  kMergedDtype,
-  kOut,
-  kOutDtype,
-  kExperts,
-  kExpertDtypes,
-  kMasks,
-  kTaskMasks,
-  kCalibration,
-  kCoefficient,
-  kFactor,
-  kRepaired,
-  kNorms2,
-  kSelection,
-  kWeights,
-  kWeightCols,
-  kFields
+// The fields of a job, a dict from magic_fast/ops/native/jobs.py. Those up to `expert_dtypes` must
+// be there, what else is left out is 0 or None; a name that is not listed here is refused.
+// clang-format off
+#define MF_JOB_FIELDS(X) \
+  X(plan) X(numel) X(offset) X(total) X(experts) X(expert_dtypes) \
+  X(rank_cols) X(stream) X(base) X(base_dtype) X(merged) X(merged_dtype) X(out) X(out_dtype) \
+  X(masks) X(task_masks) X(calibration) X(coefficient) X(repaired) X(norms2) X(selection) \
+  X(weights) X(weight_cols)
+// clang-format on
+
+enum class Field {
+#define MF_ENTRY(name) name,
+  MF_JOB_FIELDS(MF_ENTRY) count
+#undef MF_ENTRY
+};
+constexpr int kFields = (int)Field::count, kRequired = (int)Field::expert_dtypes + 1;
+
+// Their names, interned: a look-up compares pointers.
+PyObject* const* field_names() {
+  static PyObject* const names[kFields] = {
+#define MF_ENTRY(name) PyUnicode_InternFromString(#name),
+      MF_JOB_FIELDS(MF_ENTRY)
+#undef MF_ENTRY
+  };
+  return names;
+}
+
+// The fields of one job, borrowed from its dict.
+class Fields {
+ public:
+  explicit Fields(py::handle job) {
+    if (!PyDict_Check(job.ptr())) throw py::value_error("job: expected a dict of its fields.");
+    Py_ssize_t found = 0;
+    for (int i = 0; i < kFields; ++i) {
+      at_[i] = PyDict_GetItem(job.ptr(), field_names()[i]);
+      if (at_[i]) ++found;
+      if (!at_[i] && i < kRequired) refuse("is missing", field_names()[i]);
+    }
+    if (found == PyDict_GET_SIZE(job.ptr())) return;
+    for (const auto& item : py::reinterpret_borrow<py::dict>(job)) {
+      bool known = false;
+      for (int i = 0; i < kFields; ++i)
+        known |= PyUnicode_Compare(item.first.ptr(), field_names()[i]) == 0;
+      if (!known) refuse("is not known", item.first);
+    }
+  }
+
+  // None where it was left out.
+  py::handle operator[](Field f) const { return at_[(int)f] ? at_[(int)f] : Py_None; }
+  // 0 where it was left out.
+  int64_t number(Field f) const { return at_[(int)f] ? integer(at_[(int)f]) : 0; }
+  template <class T>
+  T pointer(Field f) const {
+    return at_[(int)f] ? address<T>(at_[(int)f]) : nullptr;
+  }
+
+ private:
+  [[noreturn]] static void refuse(const char* what, py::handle name) {
+    throw py::value_error("job: field '" + py::str(name).cast<std::string>() + "' " + what + ".");
+  }
+
+  PyObject* at_[kFields];
 };
 
 struct Batch {
@@ -120,46 +174,49 @@ struct Batch {
   std::vector<mf_expert> experts;
 
   explicit Batch(const py::list& list) {
+    std::vector<Fields> fields;
+    fields.reserve(list.size());
     size_t total = 0;
-    for (py::handle item : list) total += plan_of(item).experts.size();
+    for (py::handle item : list) {
+      fields.emplace_back(item);
+      total += fields.back()[Field::plan].cast<Plan&>().experts.size();
+    }
     jobs.reserve(list.size());
     experts.reserve(total);
-    for (py::handle item : list) add(py::reinterpret_borrow<py::tuple>(item));
+    for (const Fields& f : fields) add(f);
     if (PyErr_Occurred()) throw py::error_already_set();
   }
 
  private:
-  static Plan& plan_of(py::handle item) {
-    if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != kFields)
-      throw py::value_error("job: expected a tuple of " + std::to_string((int)kFields) +
-                            " fields.");
-    return py::handle(PyTuple_GET_ITEM(item.ptr(), kPlan)).cast<Plan&>();
-  }
-
-  void add(const py::tuple& t) {
-    const auto at = [&](int i) { return py::handle(PyTuple_GET_ITEM(t.ptr(), i)); };
-    const Plan& plan = at(kPlan).cast<Plan&>();
+  void add(const Fields& f) {
+    const Plan& plan = f[Field::plan].cast<Plan&>();
     mf_job job = plan.job;
-    job.numel = integer(at(kNumel)), job.offset = integer(at(kOffset)),
-    job.total = integer(at(kTotal));
-    job.rank_cols = integer(at(kRankCols));
-    job.base = address<const void*>(at(kBase)), job.base_dtype = (int32_t)integer(at(kBaseDtype));
-    job.merged = address<const void*>(at(kMerged)),
-    job.merged_dtype = (int32_t)integer(at(kMergedDtype));
-    job.out = address<void*>(at(kOut)), job.out_dtype = (int32_t)integer(at(kOutDtype));
-    job.coefficient = address<float*>(at(kCoefficient)), job.factor = address<float*>(at(kFactor));
-    job.repaired = address<uint8_t*>(at(kRepaired)), job.norms2 = address<double*>(at(kNorms2));
-    job.weights = address<const float*>(at(kWeights)), job.weight_cols = integer(at(kWeightCols));
+    job.numel = f.number(Field::numel);
+    job.offset = f.number(Field::offset);
+    job.total = f.number(Field::total);
+    job.rank_cols = f.number(Field::rank_cols);
+    job.base = f.pointer<const void*>(Field::base);
+    job.base_dtype = (int32_t)f.number(Field::base_dtype);
+    job.merged = f.pointer<const void*>(Field::merged);
+    job.merged_dtype = (int32_t)f.number(Field::merged_dtype);
+    job.out = f.pointer<void*>(Field::out);
+    job.out_dtype = (int32_t)f.number(Field::out_dtype);
+    job.coefficient = f.pointer<float*>(Field::coefficient);
+    job.repaired = f.pointer<uint8_t*>(Field::repaired);
+    job.norms2 = f.pointer<double*>(Field::norms2);
+    job.weights = f.pointer<const float*>(Field::weights);
+    job.weight_cols = f.number(Field::weight_cols);
     const Calibration* calibration = nullptr;
-    if (!at(kCalibration).is_none()) {
-      calibration = &at(kCalibration).cast<Calibration&>();
+    if (const py::handle c = f[Field::calibration]; !c.is_none()) {
+      calibration = &c.cast<Calibration&>();
       job.calibration = &calibration->c;
     }
     job.experts = experts.data() + experts.size();
-    const uint64_t stream = PyLong_AsUnsignedLongLong(at(kStream).ptr());
+    const py::handle counter = f[Field::stream];
+    const uint64_t stream = counter.is_none() ? 0 : PyLong_AsUnsignedLongLong(counter.ptr());
     const size_t k = plan.experts.size();
-    const py::handle pointers = at(kExperts), dtypes = at(kExpertDtypes);
-    const py::handle masks = at(kMasks), task_masks = at(kTaskMasks);
+    const py::handle pointers = f[Field::experts], dtypes = f[Field::expert_dtypes];
+    const py::handle masks = f[Field::masks], task_masks = f[Field::task_masks];
     const auto wrong = [&](py::handle x) {
       return !PyTuple_Check(x.ptr()) || (size_t)PyTuple_GET_SIZE(x.ptr()) != k;
     };
@@ -177,24 +234,32 @@ struct Batch {
       e.stream = stream + (uint64_t)i * kGolden;
       if (!masks.is_none()) {
         e.mask = address<const uint8_t*>(entry(masks));
-        if (e.mask) e.trim = MF_TRIM_GIVEN, e.factor = plan.given_factor[i];
+        if (e.mask) {
+          e.trim = MF_TRIM_GIVEN;
+          e.factor = plan.given_factor[i];
+        }
       }
       if (!task_masks.is_none()) e.task_mask = address<const uint8_t*>(entry(task_masks));
       if (calibration && !calibration->included.empty()) e.included = calibration->included[i];
       experts.push_back(e);
     }
-    if (!at(kSelection).is_none()) select(job, py::reinterpret_borrow<py::tuple>(at(kSelection)));
+    if (const py::handle found = f[Field::selection]; !found.is_none()) select(job, found);
     jobs.push_back(job);
   }
 
-  static void select(mf_job& job, const py::tuple& s) {
-    const py::tuple threshold = s[0], tie_cut = s[1], top_threshold = s[2], top_cut = s[3],
-                    factor = s[4], weights = s[6], alone = s[7], score_cut = s[8], score_top = s[9];
+  // `found`: a Selection.
+  static void select(mf_job& job, py::handle found) {
+    const auto numbers = [&](const char* name) { return py::tuple(found.attr(name)); };
+    const py::tuple threshold = numbers("threshold"), tie_cut = numbers("tie_cut");
+    const py::tuple top_threshold = numbers("top_threshold"), top_cut = numbers("top_tie_cut");
+    const py::tuple factor = numbers("factor"), weights = numbers("weights");
+    const py::tuple alone = numbers("alone"), score_cut = numbers("score_cut");
+    const py::tuple score_top = numbers("score_top");
     job.selected = 1;
-    job.majority = s[5].cast<int32_t>();
+    job.majority = found.attr("majority").cast<int32_t>();
     for (int k = 0; k < job.num_experts; ++k) {
       mf_expert& e = job.experts[k];
-      e.threshold = threshold[(size_t)k].cast<float>(),
+      e.threshold = threshold[(size_t)k].cast<float>();
       e.tie_cut = tie_cut[(size_t)k].cast<int64_t>();
       e.top_threshold = top_threshold[(size_t)k].cast<float>();
       e.top_tie_cut = top_cut[(size_t)k].cast<int64_t>();

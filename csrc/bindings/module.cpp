@@ -1,8 +1,8 @@
-// What Python calls of the native part: integers and tuples in, exceptions out, the GIL released
+// What Python calls of the native part: integers and dicts in, exceptions out, the GIL released
 // while the loops run. This folder alone knows Python.
 //
-// Arrays come as addresses. SAFETY: the caller (magic_fast/ops/native/backend.py) keeps every array alive
-// until the call returns, and has checked shapes, dtypes, contiguity and overlap.
+// Arrays come as addresses. SAFETY: the caller (magic_fast/ops/native/backend.py) keeps every array
+// alive until the call returns, and has checked shapes, dtypes, contiguity and overlap.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,13 +45,13 @@ py::list merge_jobs(const py::list& jobs, int threads, int isa) {
   return out;
 }
 
-Batch one(const py::tuple& job) {
+Batch one(const py::dict& job) {
   py::list list;
   list.append(job);
   return Batch(list);
 }
 
-void row_stats(const py::tuple& job, uintptr_t gram, uintptr_t dots, uintptr_t norm2, int threads,
+void row_stats(const py::dict& job, uintptr_t gram, uintptr_t dots, uintptr_t norm2, int threads,
                int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
@@ -62,7 +62,7 @@ void row_stats(const py::tuple& job, uintptr_t gram, uintptr_t dots, uintptr_t n
   });
 }
 
-void gram(const py::tuple& job, int64_t cols, bool wide, uintptr_t out, int threads, int isa) {
+void gram(const py::dict& job, int64_t cols, bool wide, uintptr_t out, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   run([&] {
@@ -70,7 +70,7 @@ void gram(const py::tuple& job, int64_t cols, bool wide, uintptr_t out, int thre
   });
 }
 
-void scale(const py::tuple& job, uintptr_t coefficient, int threads, int isa) {
+void scale(const py::dict& job, uintptr_t coefficient, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   run([&] {
@@ -78,7 +78,7 @@ void scale(const py::tuple& job, uintptr_t coefficient, int threads, int isa) {
   });
 }
 
-void row_norms(const py::tuple& job, uintptr_t l1, uintptr_t l2, uintptr_t linf, int threads,
+void row_norms(const py::dict& job, uintptr_t l1, uintptr_t l2, uintptr_t linf, int threads,
                int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
@@ -89,7 +89,7 @@ void row_norms(const py::tuple& job, uintptr_t l1, uintptr_t l2, uintptr_t linf,
   });
 }
 
-void norm_sums(const py::tuple& job, uintptr_t before, uintptr_t after, uintptr_t squares,
+void norm_sums(const py::dict& job, uintptr_t before, uintptr_t after, uintptr_t squares,
                int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
@@ -100,7 +100,7 @@ void norm_sums(const py::tuple& job, uintptr_t before, uintptr_t after, uintptr_
   });
 }
 
-void energies(const py::tuple& job, uintptr_t squares, int threads, int isa) {
+void energies(const py::dict& job, uintptr_t squares, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   run([&] {
@@ -108,7 +108,7 @@ void energies(const py::tuple& job, uintptr_t squares, int threads, int isa) {
   });
 }
 
-void holders(const py::tuple& job, uintptr_t alone, uintptr_t shared, int threads, int isa) {
+void holders(const py::dict& job, uintptr_t alone, uintptr_t shared, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   run([&] {
@@ -117,7 +117,7 @@ void holders(const py::tuple& job, uintptr_t alone, uintptr_t shared, int thread
   });
 }
 
-void score_counts(const py::tuple& job, const std::vector<uint32_t>& prefix, uintptr_t counts,
+void score_counts(const py::dict& job, const std::vector<uint32_t>& prefix, uintptr_t counts,
                   uintptr_t top, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
@@ -128,7 +128,7 @@ void score_counts(const py::tuple& job, const std::vector<uint32_t>& prefix, uin
   });
 }
 
-py::tuple select_variance(const py::tuple& job, double fraction, int threads, int isa) {
+py::tuple select_variance(const py::dict& job, double fraction, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   float threshold = 0;
@@ -139,7 +139,7 @@ py::tuple select_variance(const py::tuple& job, double fraction, int threads, in
   return py::make_tuple(threshold, tie_cut);
 }
 
-int64_t vote_sum(const py::tuple& job, int threads, int isa) {
+int64_t vote_sum(const py::dict& job, int threads, int isa) {
   Batch batch = one(job);
   const mf_options options{threads, isa};
   int64_t sum = 0;
@@ -156,18 +156,18 @@ void random_words(uint64_t flat, int64_t n, uint64_t stream, uint64_t seed, uint
 // Selection over data that comes in pieces.
 class Search {
  public:
-  explicit Search(const py::tuple& prototype) : prototype_(one(prototype)) {
+  explicit Search(const py::dict& prototype) : prototype_(one(prototype)) {
     check(mf_search_begin(prototype_.jobs.data(), &search_));
   }
   ~Search() { mf_search_end(search_); }
   Search(const Search&) = delete;
   Search& operator=(const Search&) = delete;
 
-  void sample(const py::tuple& piece) {
+  void sample(const py::dict& piece) {
     Batch batch = one(piece);
     run([&] { return mf_search_sample(search_, batch.jobs.data()); });
   }
-  void feed(const py::tuple& piece, int threads, int isa) {
+  void feed(const py::dict& piece, int threads, int isa) {
     Batch batch = one(piece);
     const mf_options options{threads, isa};
     run([&] { return mf_search_feed(search_, batch.jobs.data(), &options); });
@@ -235,9 +235,13 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Plan>(m, "Plan").def(py::init<py::dict, py::sequence>());
   py::class_<Calibration>(m, "Calibration")
       .def(py::init<int64_t, int64_t, int, bool, double, int, bool, py::object, double, double, int,
-                    py::sequence>());
+                    py::sequence>(),
+           py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("variant"),
+           py::arg("per_tensor"), py::arg("p"), py::arg("eps_mode"), py::arg("guards"),
+           py::arg("clamp"), py::arg("strength"), py::arg("scale"), py::arg("direction"),
+           py::arg("included"));
   py::class_<Search>(m, "Search")
-      .def(py::init<const py::tuple&>())
+      .def(py::init<const py::dict&>())
       .def("sample", &Search::sample)
       .def("feed", &Search::feed, py::arg("piece"), py::arg("threads") = 0, py::arg("isa") = -1)
       .def("wants", &Search::wants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from magic_fast import _native
 from magic_fast.ops.job import Job
 from magic_fast.ops.native.backend import NativeBackend
+from magic_fast.ops.native.jobs import Call
 from magic_fast.recipe import Recipe, Trim, TrimRule
 from native.native_cases import bits, random_case
 
@@ -43,6 +45,29 @@ def test_known_random_words(isa: str) -> None:
     run = words(2**34 - 7, 1000, stream, 42, isa)  # across a carry of the counter's low word
     for start, n in ((0, 1), (3, 5), (13, 600), (999, 1)):
         assert words(2**34 - 7 + start, n, stream, 42, isa) == run[start : start + n]
+
+
+def fields_of_the_stub() -> dict[str, bool]:
+    """The fields of a job as type checkers know them, and whether each must be there."""
+    tree = ast.parse((ROOT / "magic_fast" / "_native.pyi").read_text())
+    (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "JobFields"]
+    lines = [n for n in found.body if isinstance(n, ast.AnnAssign)]
+    return {ast.unparse(n.target): "Required" in ast.unparse(n.annotation) for n in lines}
+
+
+def test_the_extension_knows_the_fields_of_a_job_by_name() -> None:
+    x = torch.ones(16)
+    fields = Call().job(Job(x, [x], Recipe(weights=(1.0,))))
+    objects = ("masks", "task_masks", "calibration", "selection")
+    absent = {name: None if name in objects else 0 for name in fields_of_the_stub()}
+    assert _native.select([{**absent, **fields}]) == _native.select([fields])
+    for name, required in fields_of_the_stub().items():
+        if required:
+            rest = {n: v for n, v in fields.items() if n != name}
+            with pytest.raises(ValueError, match=rf"^job: field '{name}' is missing\.$"):
+                _native.select([rest])
+    with pytest.raises(ValueError, match=r"^job: field 'numbers' is not known\.$"):
+        _native.select([{**fields, "numbers": 1}])
 
 
 def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Writes the files beside the merged weights: the model card and the record, ``magic_fast.json``."""
+"""Writes the files beside the merged weights: model card and record (``magic_fast.json``)."""
 
 from __future__ import annotations
 

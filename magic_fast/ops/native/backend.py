@@ -111,8 +111,8 @@ class NativeBackend:
             for j in jobs
         ]
         sums = [native_directions.as_sum(j, self.threads, self.isa) for j in jobs]
-        tuples = [call.job(j, rows=r) for j, r in zip(sums, rows, strict=True)]
-        results = _native.merge(tuples, self.threads, self.isa)
+        fields = [call.job(j, rows=r) for j, r in zip(sums, rows, strict=True)]
+        results = _native.merge(fields, self.threads, self.isa)
         found = []
         for job, r, result in zip(jobs, rows, results, strict=True):
             used, kept, first, base, _, overflow = result

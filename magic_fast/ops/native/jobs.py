@@ -1,17 +1,21 @@
-"""Jobs as the native core takes them: positional tuples of addresses, codes and prepared recipes.
+"""Jobs as the native core takes them: addresses, codes and prepared recipes, by name.
 
-``csrc/bindings/jobs.h`` lists the fields.
+``csrc/bindings/jobs.h`` lists the names, and refuses others. Only addresses go down, so torch is
+never imported here for a caller that has none.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from magic_fast.ops.job import Array, Job
 from magic_fast.ops.native.arrays import address_of, code_of, numel_of, pointers_of
 from magic_fast.ops.native.plan import calibration_of, plan_of
 from magic_fast.ops.native.results import RowResults
 from magic_fast.recipe import Recipe, RowCalibration, TrimRule
+
+if TYPE_CHECKING:
+    from magic_fast import _native
 
 
 def _rank_cols(job: Job, numel: int) -> int:
@@ -38,9 +42,7 @@ class Call:
             self._alive.append(recipe)
         return plan
 
-    def calibration(self, c: RowCalibration | None) -> Any:
-        if c is None:
-            return None
+    def calibration(self, c: RowCalibration) -> Any:
         found = self._calibrations.get(id(c))
         if found is None:
             found = self._calibrations[id(c)] = calibration_of(c)
@@ -54,53 +56,47 @@ class Call:
         merged: Array | None = None,
         rows: RowResults | None = None,
         total: int | None = None,
-    ) -> tuple[Any, ...]:
-        """The positional tuple of ``job``. ``total`` overrides the job's, for counts that run over
+    ) -> _native.JobFields:
+        """The fields of ``job`` that act. ``total`` overrides the job's, for counts that run over
         several tensors."""
-        recipe, experts, base, out = job.recipe, job.experts, job.base, job.out
-        numel = numel_of(experts[0])
+        recipe, base, out, selection = job.recipe, job.base, job.out, job.selection
+        numel = numel_of(job.experts[0])
         if total is None:
             total = numel if job.total is None else job.total
-        selection, masks, task_masks = job.selection, job.masks, job.task_masks
+        addresses, codes = pointers_of(job.experts)
+        fields: _native.JobFields = {
+            "plan": self.plan(recipe, total if selection is None else None),
+            "numel": numel,
+            "offset": job.offset,
+            "total": total,
+            "experts": addresses,
+            "expert_dtypes": codes,
+        }
         rule = recipe.trim.rule
-        drawn = rule is TrimRule.RANDOM or rule is TrimRule.RANKED
-        coefficient, repaired, norms2 = (0, 0, 0) if rows is None else rows.addresses
-        return (
-            self.plan(recipe, total if selection is None else None),
-            numel,
-            job.offset,
-            total,
-            _rank_cols(job, numel) if rule is TrimRule.RANKED else 0,
-            job.stream if drawn else 0,
-            address_of(base),
-            0 if base is None else code_of(base),
-            address_of(merged),
-            0 if merged is None else code_of(merged),
-            address_of(out),
-            0 if out is None else code_of(out),
-            *pointers_of(experts),
-            # an empty tensor has no address, but is a mask
-            None if not masks else tuple([m is not None and (address_of(m) or 1) for m in masks]),
-            None if not task_masks else tuple([address_of(m) for m in task_masks]),
-            self.calibration(job.calibration),
-            coefficient,
-            0,
-            repaired,
-            norms2,
-            None
-            if selection is None
-            else (
-                selection.threshold,
-                selection.tie_cut,
-                selection.top_threshold,
-                selection.top_tie_cut,
-                selection.factor,
-                selection.majority,
-                selection.weights,
-                selection.alone,
-                selection.score_cut,
-                selection.score_top,
-            ),
-            0 if job.weights is None else job.weights.values.data_ptr(),
-            0 if job.weights is None else job.weights.cols,
-        )
+        if rule is TrimRule.RANDOM or rule is TrimRule.RANKED:
+            fields["stream"] = job.stream
+        if rule is TrimRule.RANKED:
+            fields["rank_cols"] = _rank_cols(job, numel)
+        if base is not None:
+            fields["base"] = address_of(base)
+            fields["base_dtype"] = code_of(base)
+        if merged is not None:
+            fields["merged"] = address_of(merged)
+            fields["merged_dtype"] = code_of(merged)
+        if out is not None:
+            fields["out"] = address_of(out)
+            fields["out_dtype"] = code_of(out)
+        if job.masks:  # an empty tensor has no address, but is a mask
+            fields["masks"] = tuple([m is not None and (address_of(m) or 1) for m in job.masks])
+        if job.task_masks:
+            fields["task_masks"] = tuple([address_of(m) for m in job.task_masks])
+        if job.calibration is not None:
+            fields["calibration"] = self.calibration(job.calibration)
+        if rows is not None:
+            fields["coefficient"], fields["repaired"], fields["norms2"] = rows.addresses
+        if selection is not None:
+            fields["selection"] = selection
+        if job.weights is not None:
+            fields["weights"] = job.weights.values.data_ptr()
+            fields["weight_cols"] = job.weights.cols
+        return fields

@@ -79,7 +79,7 @@ class ScoreCounts:
         self._counts = array("q", bytes(8 * k * _DIGITS))
         self._top = array("I", bytes(4 * k))
 
-    def feed(self, piece: tuple[Any, ...], threads: int, isa: int) -> None:
+    def feed(self, piece: _native.JobFields, threads: int, isa: int) -> None:
         counts, top = self._counts.buffer_info()[0], self._top.buffer_info()[0]
         _native.score_counts(piece, self._prefix, counts, top, threads, isa)
 
@@ -149,7 +149,7 @@ class Phases:
 
     # Each takes a piece in and returns what to call after the last.
     def _variance(
-        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
     ) -> Callable[[], Selection]:
         k = self._recipe.num_experts
         threshold, cut = _native.select_variance(
@@ -158,7 +158,7 @@ class Phases:
         return lambda: replace(selection, threshold=(threshold,) * k, tie_cut=(cut,) * k)
 
     def _factors(
-        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
     ) -> Callable[[], Selection]:
         before, after, squares = (self._room(numel) for _ in range(3))
         aligns = self._recipe.align is not Align.NONE
@@ -173,7 +173,7 @@ class Phases:
         return lambda: replace(selection, factor=self._all_factors(selection))
 
     def _weights(
-        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
     ) -> Callable[[], Selection]:
         squares = self._room(numel)
         _native.energies(piece, squares.buffer_info()[0], *self._options)
@@ -187,7 +187,7 @@ class Phases:
         return weights
 
     def _alone(
-        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
     ) -> Callable[[], Selection]:
         k = self._recipe.num_experts
         alone, shared = array("q", bytes(8 * k)), array("q", bytes(8 * k))
@@ -205,7 +205,7 @@ class Phases:
         return factors
 
     def _scores(
-        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
     ) -> Callable[[], Selection]:
         if self._scores_found is None:
             self._scores_found = ScoreCounts(self._recipe, self._total)
@@ -219,7 +219,7 @@ class Phases:
         return upper
 
     def _scores_rest(
-        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
     ) -> Callable[[], Selection]:
         counts = self._scores_found
         assert counts is not None
@@ -236,7 +236,7 @@ class Phases:
         return bounds
 
     def _majority(
-        self, job: Job, piece: tuple[Any, ...], numel: int, selection: Selection
+        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
     ) -> Callable[[], Selection]:
         votes = _native.vote_sum(piece, *self._options)
         self._counts = [sum(self._counts) + votes]

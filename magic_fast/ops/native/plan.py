@@ -107,16 +107,16 @@ def plan_of(recipe: Recipe, total: int | None, *, count: int | None = None) -> A
 
 def calibration_of(c: RowCalibration) -> Any:
     return _native.Calibration(
-        c.rows,
-        c.cols,
-        codes.VARIANTS[Variant(c.variant)],
-        c.granularity is Granularity.TENSOR,
-        2.0 if c.variant is Variant.SPECTRAL else float(c.p),
-        codes.EPS_MODES[c.eps_mode],
-        c.guards,
-        c.clamp,
-        c.strength,
-        c.scale,
-        codes.DIRECTIONS[c.direction],
-        c.included,
+        rows=c.rows,
+        cols=c.cols,
+        variant=codes.VARIANTS[Variant(c.variant)],
+        per_tensor=c.granularity is Granularity.TENSOR,
+        p=2.0 if c.variant is Variant.SPECTRAL else float(c.p),
+        eps_mode=codes.EPS_MODES[c.eps_mode],
+        guards=c.guards,
+        clamp=c.clamp,
+        strength=c.strength,
+        scale=c.scale,
+        direction=codes.DIRECTIONS[c.direction],
+        included=c.included,
     )
