@@ -23,7 +23,7 @@ import torch
 from bench import data, recipes
 
 from magic_fast import _native
-from magic_fast.methods.recipes import build_recipe
+from magic_fast.methods.presets import build_recipe
 from magic_fast.ops.job import Job
 from magic_fast.ops.native.backend import NativeBackend
 from magic_fast.ops.torch.backend import TorchBackend

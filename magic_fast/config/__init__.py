@@ -2,7 +2,7 @@
 
 Nothing here imports torch. :class:`MergeConfig` is the document and :func:`resolve_layout` lays it
 over the names of the checkpoints. Which method takes which parameter stands in
-``magic_fast.methods.parameters``.
+``magic_fast.methods.registry``.
 """
 
 from magic_fast.config.calibrate import CalibrateConfig

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ValidationError
 
 from magic_fast.config.problems import Path, Problem, listed, suggest
-from magic_fast.methods.parameters import METHODS, known_parameters
+from magic_fast.methods.registry import get, known_parameters
 
 #: Path without list indices -> the model that describes the mapping there.
 Owners = Mapping[Path, type[BaseModel]]
@@ -62,7 +62,7 @@ def _unknown_key(path: Path, owners: Owners) -> Problem:
         hint = " It is a parameter: move it under 'parameters:' there."
     elif key == "layer_range":
         hint = " Ranges of layers belong to 'slices:'."
-    elif key in METHODS:
+    elif isinstance(key, str) and get(key) is not None:
         hint = f" Write 'merge_method: {key}'."
     return Problem(path, "unknown key", f"expected one of {listed(known)}, got {key!r}.{hint}")
 

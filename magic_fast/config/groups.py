@@ -10,7 +10,8 @@ from magic_fast.config.modules import REST
 from magic_fast.config.outputs import OutputTensor, Source
 from magic_fast.config.resolve import GroupParameters, Settings
 from magic_fast.config.schema import MergeConfig
-from magic_fast.methods.parameters import MethodSpec, method_spec
+from magic_fast.methods.registry import find_method
+from magic_fast.methods.spec import MethodSpec
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _part(
     listed: MergeConfig | ModuleEntry,
     shared: Sequence[Settings],
 ) -> Part:
-    method = method_spec(config.merge_method)
+    method = find_method(config.merge_method)
     prefix = f"modules.{module}." if module is not None else ""
     if listed.slices is None:
         whole = [(entry.model, entry.parameters, 0) for entry in listed.models or ()]

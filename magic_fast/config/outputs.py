@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from magic_fast.methods.parameters import METHODS, Value
+from magic_fast.methods.arguments import python_name
+from magic_fast.methods.registry import find_method
+from magic_fast.methods.spec import Value
 
 
 class ModelView(Protocol):
@@ -61,8 +63,8 @@ class OutputTensor:
     def arguments(self, merge_method: str) -> dict[str, Value | tuple[Value, ...]]:
         """All parameters under the names that ``mf.merge`` gives them (``lambda`` is ``scale``)."""
         named: dict[str, Value | tuple[Value, ...]] = {}
-        for spec in METHODS[merge_method].parameters:
+        for spec in find_method(merge_method).parameters:
             for values in (self.parameters, self.expert_parameters):
                 if spec.name in values:
-                    named[spec.argument or spec.name] = values[spec.name]
+                    named[python_name(spec)] = values[spec.name]
         return named

@@ -11,7 +11,7 @@ from typing import Any
 
 from magic_fast.config.settings import evaluate, filters_of
 from magic_fast.errors import ConfigError
-from magic_fast.methods.parameters import MethodSpec, ParameterSpec, Value
+from magic_fast.methods.spec import MethodSpec, ParameterSpec, Value
 
 Settings = Mapping[str, Any]
 _Values = tuple[dict[str, Value], dict[str, tuple[Value, ...]]]

@@ -41,7 +41,7 @@ from magic_fast.config.references import require_file, require_model
 from magic_fast.config.semantics import Checker
 from magic_fast.config.tokens import Reference, TokenEntry, TokenizerEntry, TokenSource
 from magic_fast.errors import ConfigError
-from magic_fast.methods.parameters import PRESETS
+from magic_fast.methods.presets import PRESETS
 
 _LOG = logging.getLogger("magic_fast")
 

@@ -25,15 +25,10 @@ from magic_fast.config.references import (
 from magic_fast.config.settings import check_setting, unknown_parameter
 from magic_fast.config.tokens import check_tokenizer
 from magic_fast.errors import InputError
-from magic_fast.methods.parameters import (
-    METHODS,
-    NO_EFFECT,
-    PRESETS,
-    MethodSpec,
-    available_methods,
-    known_parameters,
-)
-from magic_fast.methods.recipes import check_preset
+from magic_fast.methods.parameters import NO_EFFECT
+from magic_fast.methods.presets import PRESETS, check_preset
+from magic_fast.methods.registry import get, known_parameters, methods, names
+from magic_fast.methods.spec import MethodSpec
 
 
 @dataclass
@@ -69,17 +64,12 @@ class Checker:
         name = self.data.get("merge_method")
         if not isinstance(name, str):
             return None  # the schema says so
-        row = METHODS.get(name)
-        if row is not None and row.available:
-            return row
-        choices = listed(available_methods())
-        if row is not None:
-            wrong, hint = "known method that is not available yet", " Choose one of these."
-        else:
-            wrong = "unknown method"
-            hint = suggest(name.lower().replace("-", "_"), METHODS) + " Correct it."
-        self._problem(("merge_method",), wrong, f"expected one of {choices}, got {name!r}.{hint}")
-        return None
+        spec = get(name)
+        if spec is None:
+            hint = suggest(name.lower().replace("-", "_"), names()) + " Correct it."
+            detail = f"expected one of {listed(names())}, got {name!r}.{hint}"
+            self._problem(("merge_method",), "unknown method", detail)
+        return spec
 
     def _check_preset(self, method: MethodSpec) -> None:
         preset = self.data.get("preset", "mergekit")
@@ -267,7 +257,7 @@ class Checker:
         if name in NO_EFFECT:
             self._warn(path, f"no effect: {NO_EFFECT[name]}")
         elif name in known_parameters():
-            others = [row.name for row in METHODS.values() if row.find(name)]
+            others = [row.name for row in methods().values() if row.find(name)]
             few = listed(others[:4]) + (", ..." if len(others) > 4 else "")
             self._warn(path, f"{method.name} has no such parameter (it belongs to {few}); ignored")
         else:

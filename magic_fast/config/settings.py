@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from magic_fast.config.problems import Path, Problem, listed, suggest
-from magic_fast.methods.parameters import ParameterSpec, Value, is_number
+from magic_fast.methods.spec import ParameterSpec, Value, is_number
 
 _ENTRY_KEYS = ("filter", "value")
 

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from magic_fast.errors import InputError
-from magic_fast.methods.parameters import METHODS, MethodSpec, ParameterSpec
-from magic_fast.methods.recipes import check_preset
+from magic_fast.methods.presets import check_preset
+from magic_fast.methods.registry import find_method, suggest
+from magic_fast.methods.spec import ParameterSpec
 from magic_fast.recipe import per_expert
 
 
-def find_method(name: str, *, beside: Collection[str] = ()) -> MethodSpec:
-    """The row of the table, or an error that lists and suggests names.
-
-    Args:
-        beside: names that the caller would have taken too.
-    """
-    spec = METHODS.get(name)
-    available = sorted(n for n, s in METHODS.items() if s.available)
-    if spec is not None and spec.available:
-        return spec
-    if spec is not None:
-        raise InputError(
-            f"method {name!r}: expected an available one, got one that is known but not "
-            "available yet. "
-            f"Available: {', '.join(available)}."
-        )
-    known = [*available, *beside]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise InputError(
-        f"method {name!r}: expected one of {', '.join(known)}, got an unknown name.{hint}"
-    )
-
-
 def python_name(spec: ParameterSpec) -> str:
+    """The keyword that Python calls use for a parameter of the YAML."""
     return spec.argument or spec.name
 
 
@@ -83,11 +60,9 @@ def resolve_arguments(
         found = names.get(name)
         if found is None:
             known = sorted({python_name(p) for p in spec.parameters})
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(
                 f"parameter {name!r} for method {method!r}: expected one of "
-                f"{', '.join(known) or 'none'}, got an unknown one.{hint}"
+                f"{', '.join(known) or 'none'}, got an unknown one.{suggest(name, known)}"
             )
         resolved[python_name(found)] = _value(found, value, num_experts, method, preset)
     for p in spec.parameters:

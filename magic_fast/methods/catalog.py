@@ -1,168 +1,23 @@
-"""What there is to know of each method beside its parameters: what it does, when to use it, whose
-it is, and what it costs. ``python -m magic_fast.methods.catalog`` prints docs/catalog.md."""
+"""The methods as readers see them: what each does, when to use it, its parameters, its paper and
+its cost.
+
+``python -m magic_fast.methods.catalog`` prints docs/catalog.md, and with ``readme`` the table of
+README.md: the methods of the package.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from magic_fast.methods.arguments import find_method, python_name, resolve_arguments
-from magic_fast.methods.geometric import GEOMETRIC
-from magic_fast.methods.parameters import PRESETS, ParameterSpec, Value, available_methods
-from magic_fast.methods.recipes import RECIPES, build_recipe, check_preset
+from magic_fast.errors import InputError, MagicFastError
+from magic_fast.methods.arguments import python_name, resolve_arguments
+from magic_fast.methods.presets import PRESETS, build_recipe, check_preset
+from magic_fast.methods.registry import built_in, find_method, names
+from magic_fast.methods.spec import MethodSpec, ParameterSpec, Value
 from magic_fast.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Row:
-    """The facts of a method that are in no other table.
-
-    Attributes:
-        summary: what it does, in a line.
-        use_when: what speaks for it.
-        paper: title, or where it comes from.
-        arxiv: its number, or ''.
-        reads: passes over base and experts, of methods that are no recipe.
-        held: whole tensors in float32 beside base and experts, of methods that are no recipe.
-    """
-
-    summary: str
-    use_when: str
-    paper: str
-    arxiv: str = ""
-    reads: str = ""
-    held: str = ""
-
-
-_DARE = ("Language Models are Super Mario", "2311.03099")
-_DELLA = ("DELLA-Merging", "2406.11617")
-_BREADCRUMBS = ("Model Breadcrumbs", "2312.06795")
-_RAM = ("RAM", "2601.13572")
-_ISO = ("No Task Left Behind", "2502.04959")
-_ARC = ("Animating Rotation with Quaternion Curves (Shoemake, 1985)", "")
-_GIVEN_AND_DELTA = "one tensor of every model, and Δ"
-_ONE = "one tensor of both models"
-
-#: One row for every method of METHODS, by name.
-ROWS: Mapping[str, Row] = {
-    "linear": Row(
-        "weighted mean of whole models, without a base", "the models share no base",
-        "Model Soups", "2203.05482",
-    ),
-    "average": Row("mean of the experts", "a baseline is wanted", "Model Soups", "2203.05482"),
-    "task_arithmetic": Row(
-        "base plus the weighted sum of the changes", "the experts barely interfere",
-        "Editing Models with Task Arithmetic", "2212.04089",
-    ),
-    "ties": Row(
-        "largest entries of each change, sign vote, mean of those that agree",
-        "experts disagree on signs", "TIES-Merging", "2306.01708",
-    ),
-    "dare_linear": Row(
-        "random entries dropped, the rest rescaled, summed", "changes are small and redundant",
-        *_DARE,
-    ),
-    "dare_ties": Row(
-        "random entries dropped, the rest rescaled, sign vote, sum of those that agree",
-        "as dare_linear, and signs disagree", *_DARE,
-    ),
-    "della": Row(
-        "entries dropped at random, large ones less often; sign vote, mean of those that agree",
-        "as dare_ties, with uneven changes", *_DELLA,
-    ),
-    "della_linear": Row(
-        "entries dropped at random, large ones less often; summed",
-        "as dare_linear, with uneven changes", *_DELLA,
-    ),
-    "breadcrumbs": Row(
-        "the smallest entries and the outliers dropped, summed", "a few outliers dominate",
-        *_BREADCRUMBS,
-    ),
-    "breadcrumbs_ties": Row(
-        "the smallest entries and the outliers dropped, sign vote, sum of those that agree",
-        "a few outliers dominate and signs disagree", *_BREADCRUMBS,
-    ),
-    "magnitude_prune": Row(
-        "the largest entries of each change, summed", "the experts agree",
-        "the trim of TIES-Merging alone", "2306.01708",
-    ),
-    "magmax": Row(
-        "the largest change of each entry", "experts learnt one after the other",
-        "MagMax", "2407.06322",
-    ),
-    "emr_unified": Row(
-        "sign vote, then the largest change that agrees", "one model for all tasks, untuned",
-        "EMR-Merging", "2405.17461",
-    ),
-    "consensus_ta": Row(
-        "task arithmetic on the entries that enough tasks need", "many experts",
-        "Localizing Task Information (TALL masks)", "2405.07813",
-    ),
-    "passthrough": Row(
-        "one model's layers as they are, or scaled", "layers are stacked by slices", "mergekit",
-    ),
-    "sce": Row(
-        "experts weighted by the energy of their changes, tensor by tensor, then a vote",
-        "experts of unequal strength", "FuseChat", "2408.07990",
-    ),
-    "ram": Row(
-        "entries that one expert changed stay whole, shared ones are averaged",
-        "sparse changes, as after reinforcement learning", *_RAM,
-    ),
-    "ramplus_tl": Row(
-        "as ram, what one expert changed alone amplified", "as ram, and experts overlap",
-        *_RAM,
-    ),
-    "pcb": Row(
-        "entries weighted by their size and by the experts' agreement", "strong interference",
-        "Parameter Competition Balancing", "2410.02396",
-    ),
-    "nearswap": Row(
-        "the expert's entries where they are near the base's", "a light touch of one expert",
-        "mergekit",
-    ),
-    "arcee_fusion": Row(
-        "the entries of one expert that matter most", "one expert, little side effect",
-        "mergekit", "", "1", _ONE,
-    ),
-    "slerp": Row("along the arc between two models", "two models", *_ARC, "2", _ONE),
-    "nuslerp": Row(
-        "along the arc between two models or two changes", "two models with weights",
-        *_ARC, "2", _GIVEN_AND_DELTA,
-    ),
-    "multislerp": Row(
-        "weighted mean of directions in the tangent space at their sum",
-        "several models of like norm", "mergekit", "", "2", _GIVEN_AND_DELTA,
-    ),
-    "karcher": Row(
-        "the point on the sphere nearest to all models", "several models of like norm",
-        "Riemannian centre of mass (Karcher, 1977)", "", "2", _GIVEN_AND_DELTA,
-    ),
-    "model_stock": Row(
-        "mean change, shortened by how little the experts agree", "runs of one task",
-        "Model Stock", "2403.19522", "2", _GIVEN_AND_DELTA,
-    ),
-    "iso_c": Row(
-        "all directions of the summed change made equally strong", "many tasks", *_ISO,
-        "1", "K task vectors and about eight float64 copies of one",
-    ),
-    "iso_cts": Row(
-        "as iso_c, with directions of each task beside the common ones",
-        "many tasks that share little", *_ISO,
-        "1", "K task vectors and about twelve float64 copies of one",
-    ),
-    "tsv_m": Row(
-        "the leading singular directions of each task, made orthogonal",
-        "many tasks, low-rank changes", "Task Singular Vectors", "2412.00081",
-        "1", "K task vectors and about twelve float64 copies of one",
-    ),
-    "star": Row(
-        "small singular values of each change dropped, the rest rescaled, then the mean",
-        "noisy changes", "STAR", "2502.10339",
-        "1", "K task vectors and about five float64 copies of one",
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,6 +82,7 @@ class Entry:
 
 
 _BLOCKS = "blocks of memory (128 MiB, --memory)"
+_WHOLE = "one tensor at a time, float32"
 
 
 def passes(recipe: Recipe) -> int:
@@ -244,16 +100,18 @@ def entry(name: str, *, beside: Collection[str] = ()) -> Entry:
     >>> entry("ties").reads
     '2'
     """
-    spec, row = find_method(name, beside=beside), ROWS[name]
+    spec = find_method(name, beside=beside)
     presets = _presets_of(name)
-    if name in RECIPES:
-        reads = {p: str(passes(_recipe(name, p))) for p in presets}
+    if spec.recipe is not None:
+        recipes = {preset: _recipe(spec, preset) for preset in presets}
+        reads = {preset: _reads(recipe) for preset, recipe in recipes.items()}
         form, held, backends = "recipe", _BLOCKS, "native, cuda, triton, torch"
+        if any(recipe is not None and recipe.reference_only for recipe in recipes.values()):
+            form, held, backends = "recipe in the reference alone", _WHOLE, "torch"
     else:
-        reads = dict.fromkeys(presets, row.reads)
-        held, backends = f"one tensor at a time, float32: {row.held}", "torch"
-        form = "whole tensor"
-        if name in GEOMETRIC:
+        reads = dict.fromkeys(presets, spec.reads)
+        form, held, backends = "whole tensor", f"{_WHOLE}: {spec.holds}", "torch"
+        if spec.directions is not None:
             form, backends = "inner products", "native, torch"
             held = f"{_BLOCKS}; in torch {held}"
     own = reads["default"]
@@ -261,10 +119,10 @@ def entry(name: str, *, beside: Collection[str] = ()) -> Entry:
     models = f"{spec.min_experts}" if most == spec.min_experts else f"at least {spec.min_experts}"
     return Entry(
         name,
-        row.summary,
-        row.use_when,
-        row.paper,
-        row.arxiv,
+        spec.summary,
+        spec.use_when,
+        spec.paper.title,
+        spec.paper.arxiv,
         models,
         spec.base,
         form,
@@ -278,32 +136,38 @@ def entry(name: str, *, beside: Collection[str] = ()) -> Entry:
 
 
 def entries() -> list[Entry]:
-    """All available methods, by name."""
-    return [entry(name) for name in available_methods()]
+    """Every method, by name."""
+    return [entry(name) for name in names()]
 
 
 def _presets_of(name: str) -> list[str]:
-    from magic_fast.errors import InputError
-
-    found = ["default"]
+    found = []
     for preset in PRESETS:
         try:
             check_preset(preset, name)
         except InputError:
             continue
-        found += [preset] if preset != "default" else []
+        found.append(preset)
     return found
 
 
-def _recipe(name: str, preset: str) -> Recipe:
-    """Under the preset's defaults; one that trims by ours trims (mergekit's density is 1)."""
-    spec = find_method(name)
+def _reads(recipe: Recipe | None) -> str:
+    return "by its parameters" if recipe is None else str(passes(recipe))
+
+
+def _recipe(spec: MethodSpec, preset: str) -> Recipe | None:
+    """Under the preset's defaults; one that trims by ours trims (mergekit's density is 1). None
+    where a parameter that has no default decides whether there is a recipe."""
     density = spec.find("density")
     own = None if density is None else density.default_for("default")
-    given = {"density": own} if own not in (None, 1) else {}
-    given |= {python_name(p): 1.0 for p in spec.parameters if p.required}
-    arguments = resolve_arguments(name, given, spec.min_experts, preset)
-    return build_recipe(name, spec.min_experts, arguments, preset=preset)
+    given: dict[str, Any] = {"density": own} if own not in (None, 1) else {}
+    given |= {python_name(p): p.choices[0] if p.choices else 1.0
+              for p in spec.parameters if p.required}  # fmt: skip
+    try:
+        arguments = resolve_arguments(spec.name, given, spec.min_experts, preset)
+        return build_recipe(spec.name, spec.min_experts, arguments, preset=preset)
+    except MagicFastError:
+        return None
 
 
 def _parameter(spec: ParameterSpec, presets: list[str]) -> Parameter:
@@ -360,7 +224,7 @@ def text(found: Entry) -> Iterator[str]:
 
 def markdown() -> Iterator[str]:
     """docs/catalog.md, line by line."""
-    found = entries()
+    found = [entry(name) for name in sorted(built_in())]
     yield "# The methods, one by one"
     yield ""
     yield "Generated by `python -m magic_fast.methods.catalog`; `magic-fast methods NAME` shows the"
@@ -402,5 +266,13 @@ def _section(e: Entry) -> Iterator[str]:
         )
 
 
+def readme_table() -> Iterator[str]:
+    """The table of README.md, line by line: families as the registry has them."""
+    yield "| method | what it does | use it when |"
+    yield "|---|---|---|"
+    for spec in built_in().values():
+        yield f"| `{spec.name}` | {spec.summary} | {spec.use_when} |"
+
+
 if __name__ == "__main__":
-    print("\n".join(markdown()))
+    print("\n".join(readme_table() if sys.argv[1:] == ["readme"] else markdown()))

@@ -3,38 +3,15 @@ K coefficients in float64, one read to add up. No torch is imported before a rul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from magic_fast.errors import InputError
+from magic_fast.methods.parameters import WEIGHT, flag, number
+from magic_fast.methods.spec import MethodSpec, Paper, ParameterSpec, Question
 from magic_fast.ops.directions import Directions
-from magic_fast.recipe import per_expert
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a method has to know of a tensor to say which of its vectors it means.
-
-    Attributes:
-        experts: K.
-        has_base: whether there is a base.
-        arguments: of the method.
-        preset: whose rules.
-        name: of the tensor, for messages.
-    """
-
-    experts: int
-    has_base: bool
-    arguments: Mapping[str, Any]
-    preset: str
-    name: str
-
-    def weights(self) -> tuple[float, ...]:
-        return per_expert(self.arguments["weights"], self.experts, "weights")
-
-
-def slerp(asked: Question) -> Directions:
+def _slerp(asked: Question) -> Directions:
     """Between the base and one expert, or between two task vectors (two whole models without a
     base)."""
     arguments = asked.arguments
@@ -68,7 +45,7 @@ def slerp(asked: Question) -> Directions:
     return Directions(rule, -1 if arguments.get("per_row", False) else None, member)
 
 
-def nuslerp(asked: Question) -> Directions:
+def _nuslerp(asked: Question) -> Directions:
     """Whole tensors, last-dimension rows, or fibres along dimension 0."""
     if asked.experts != 2:
         raise InputError(
@@ -87,7 +64,7 @@ def nuslerp(asked: Question) -> Directions:
     return Directions(rule, axis)
 
 
-def multislerp(asked: Question) -> Directions:
+def _multislerp(asked: Question) -> Directions:
     weights, arguments, name = asked.weights(), asked.arguments, asked.name
 
     def rule(gram: Any) -> Any:
@@ -103,7 +80,7 @@ def multislerp(asked: Question) -> Directions:
     return Directions(rule)
 
 
-def karcher(asked: Question) -> Directions:
+def _karcher(asked: Question) -> Directions:
     """Of whole models; a base is one of them."""
     max_iter, tol = asked.arguments["max_iter"], asked.arguments["tol"]
 
@@ -115,7 +92,7 @@ def karcher(asked: Question) -> Directions:
     return Directions(rule, member=True)
 
 
-def model_stock(asked: Question) -> Directions:
+def _model_stock(asked: Question) -> Directions:
     if asked.experts < 2:
         raise InputError(
             f"experts for method 'model_stock': expected at least 2, got {asked.experts}. It "
@@ -131,11 +108,69 @@ def model_stock(asked: Question) -> Directions:
     return Directions(rule, -1 if asked.arguments["filter_wise"] else None)
 
 
-#: What each of these methods asks of a tensor.
-GEOMETRIC: Mapping[str, Callable[[Question], Directions]] = {
-    "slerp": slerp,
-    "nuslerp": nuslerp,
-    "multislerp": multislerp,
-    "karcher": karcher,
-    "model_stock": model_stock,
-}
+_ARC = Paper("Animating Rotation with Quaternion Curves (Shoemake, 1985)")
+_HOLDS = "one tensor of every model, and Δ"
+
+METHODS = (
+    MethodSpec(
+        "slerp",
+        (
+            ParameterSpec("t", low=0.0, high=1.0, required=True, preset_defaults={"magic": 0.5}),
+            flag("per_row", False),
+        ),
+        max_experts=1,
+        directions=_slerp,
+        summary="along the arc between two models",
+        use_when="two models",
+        reads="2",
+        holds="one tensor of both models",
+        paper=_ARC,
+    ),
+    MethodSpec(
+        "nuslerp",
+        (WEIGHT, flag("nuslerp_flatten", True), flag("nuslerp_row_wise", False)),
+        base="optional",
+        min_experts=2,
+        max_experts=2,
+        directions=_nuslerp,
+        summary="along the arc between two models or two changes",
+        use_when="two models with weights",
+        paper=_ARC,
+        reads="2",
+        holds=_HOLDS,
+    ),
+    MethodSpec(
+        "multislerp",
+        (WEIGHT, flag("normalize_weights", True), number("eps", 1e-8, 0.0, low_open=True)),
+        base="optional",
+        directions=_multislerp,
+        summary="weighted mean of directions in the tangent space at their sum",
+        use_when="several models of like norm",
+        paper=Paper("mergekit"),
+        may_refuse=True,
+        reads="2",
+        holds=_HOLDS,
+    ),
+    MethodSpec(
+        "karcher",
+        (ParameterSpec("max_iter", kind="int", default=10, low=1), number("tol", 1e-5, 0.0)),
+        base="member",
+        directions=_karcher,
+        summary="the point on the sphere nearest to all models",
+        use_when="several models of like norm",
+        paper=Paper("Riemannian centre of mass (Karcher, 1977)"),
+        reads="2",
+        holds=_HOLDS,
+    ),
+    MethodSpec(
+        "model_stock",
+        (flag("filter_wise", False),),
+        min_experts=2,
+        directions=_model_stock,
+        summary="mean change, shortened by how little the experts agree",
+        use_when="runs of one task",
+        paper=Paper("Model Stock", "2403.19522"),
+        reads="2",
+        holds=_HOLDS,
+    ),
+)

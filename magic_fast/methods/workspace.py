@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-# Float64 copies of a matrix at once, beside what every method on whole tensors holds (K + 2 in
-# float32). Resident memory at its highest, K = 3, was 6.5 to 7.5 of them for iso_c, 9 to 11.5 for
-# iso_cts and tsv_m, 3 to 4 for star and 7 for svc (3000 x 3000, and 1600 x 1600 beside 640 x 640).
-_COPIES: Mapping[str, int] = {"iso_c": 8, "iso_cts": 12, "tsv_m": 12, "star": 5, "svc": 8}
-_EXACT = 4  # more of them with svd="exact", and the task vectors in float64
+_EXACT = 4  # more copies with svd="exact", and the task vectors in float64
 
 
-def decomposition_bytes(
-    method: str, arguments: Mapping[str, Any], num_experts: int, ndim: int
-) -> int:
-    """Bytes for each element of a tensor; 0 where nothing is decomposed.
+def decompositions(copies: int) -> Callable[[Mapping[str, Any], int, int], int]:
+    """The ``workspace`` of a method that holds so many float64 copies of a matrix at once, beside
+    what every method on whole tensors holds (K + 2 in float32); 0 where nothing is decomposed.
 
-    >>> decomposition_bytes("iso_c", {}, 3, 2), decomposition_bytes("iso_c", {}, 3, 1)
-    (64, 0)
+    >>> iso_c = decompositions(8)
+    >>> iso_c({}, 3, 2), iso_c({}, 3, 1), iso_c({"svd": "exact"}, 3, 2)
+    (64, 0, 120)
     """
-    copies = _COPIES.get(method, 0) if ndim == 2 else 0
-    if copies and arguments.get("svd") == "exact":
-        copies += _EXACT + num_experts
-    return 8 * copies
+
+    def workspace(arguments: Mapping[str, Any], num_experts: int, ndim: int) -> int:
+        if ndim != 2:
+            return 0
+        exact = _EXACT + num_experts if arguments.get("svd") == "exact" else 0
+        return 8 * (copies + exact)
+
+    return workspace

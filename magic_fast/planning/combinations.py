@@ -14,7 +14,8 @@ from magic_fast.config.problems import show_path, suggest
 from magic_fast.config.references import listed_groups, owners
 from magic_fast.config.settings import check_setting
 from magic_fast.errors import ConfigError
-from magic_fast.methods.parameters import METHODS, ParameterSpec
+from magic_fast.methods.registry import find_method
+from magic_fast.methods.spec import ParameterSpec
 
 MOST = 256  # combinations
 _LONGEST_NAME = 120
@@ -108,7 +109,7 @@ def _block_of(name: str) -> str:
 
 
 def _spec(config: MergeConfig, name: str) -> ParameterSpec:
-    method = METHODS[config.merge_method]
+    method = find_method(config.merge_method)
     spec = method.find(name.removeprefix("parameters."))
     if spec is None:
         known = [n for p in method.parameters for n in p.names]

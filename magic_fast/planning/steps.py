@@ -13,8 +13,8 @@ from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
 from magic_fast.engine import Input, Step, common_shape
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
-from magic_fast.methods.parameters import METHODS
-from magic_fast.methods.recipes import RECIPES, build_recipe
+from magic_fast.methods.presets import build_recipe
+from magic_fast.methods.registry import find_method
 from magic_fast.planning.pause_gc import no_collection
 from magic_fast.planning.shared_settings import refuse_uneven
 from magic_fast.recipe import Recipe
@@ -121,7 +121,8 @@ class _Builder:
         self._compat = compat
         self._allow_truncation = allow_truncation
         self._model_type = models[config.donor].config.get("model_type")
-        self._whole = METHODS[config.merge_method].base == "none"
+        self._method = find_method(config.merge_method)
+        self._whole = self._method.base == "none"
         self.vocab_size: int | None = None
         self._recipes: dict[tuple[int, ...], tuple[dict[str, Any], Recipe | None]] = {}
 
@@ -131,7 +132,7 @@ class _Builder:
         if key not in self._recipes:
             config, recipe = self._config, None
             arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
-            if config.merge_method in RECIPES:
+            if self._method.recipe is not None:
                 recipe = build_recipe(
                     config.merge_method,
                     num_experts,

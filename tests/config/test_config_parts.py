@@ -14,19 +14,14 @@ from config.config_views import llama_names
 from magic_fast.config import CalibrateConfig, MergeConfig
 from magic_fast.config.blocks import comes_before, find_blocks, split_name
 from magic_fast.errors import CheckpointError, ConfigError
-from magic_fast.methods.parameters import (
-    METHODS,
-    PRESETS,
-    MethodSpec,
-    known_parameters,
-    method_spec,
-)
+from magic_fast.methods.presets import PRESETS
+from magic_fast.methods.registry import built_in, find_method, known_parameters
 
 # The table.
 
 
 def test_every_default_is_in_its_own_range() -> None:
-    for row in METHODS.values():
+    for row in built_in().values():
         for spec in row.parameters:
             for preset in PRESETS:
                 default = spec.default_for(preset)
@@ -35,18 +30,12 @@ def test_every_default_is_in_its_own_range() -> None:
 
 
 def test_names_in_a_row_are_unique() -> None:
-    for row in METHODS.values():
+    for row in built_in().values():
         names = [name for spec in row.parameters for name in spec.names]
         assert len(names) == len(set(names)), row.name
 
 
-def test_known_but_unavailable_is_not_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "later", MethodSpec("later"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="ties"):
-        method_spec("later")
-    models = [{"model": "a"}]
-    with pytest.raises(ConfigError, match=r"known method that is not available yet .*average"):
-        MergeConfig.from_dict({"merge_method": "later", "base_model": "b", "models": models})
+def test_known_parameters() -> None:
     assert {"t", "density", "int8_mask", "filter_wise"} <= known_parameters()
 
 
@@ -64,7 +53,7 @@ def test_known_but_unavailable_is_not_unknown(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_ranges(method: str, name: str, good: list[Any], bad: list[Any]) -> None:
-    spec = METHODS[method].find(name)
+    spec = find_method(method).find(name)
     assert spec is not None
     assert [value for value in good if not spec.accepts(value)] == []
     assert [value for value in bad if spec.accepts(value)] == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from magic_fast.config import MergeConfig
 from magic_fast.errors import ConfigError
-from magic_fast.methods.parameters import METHODS
+from magic_fast.methods.registry import built_in
 
 TIES = """\
 merge_method: ties
@@ -413,8 +413,8 @@ _names = st.text(alphabet="abcdef/.-é", min_size=1, max_size=8).filter(
 
 @st.composite
 def documents(draw: st.DrawFn) -> dict[str, object]:
-    method = draw(st.sampled_from(sorted(n for n, row in METHODS.items() if row.available)))
-    row = METHODS[method]
+    method = draw(st.sampled_from(sorted(built_in())))
+    row = built_in()[method]
 
     def parameters(scope: str) -> dict[str, object]:
         return {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.methods.recipes import build_recipe
+from magic_fast.methods.presets import build_recipe
 from magic_fast.ops.cuda import scans as cuda_scans
 from magic_fast.ops.gpu import jobs as gpu_jobs
 from magic_fast.ops.job import Job

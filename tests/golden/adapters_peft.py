@@ -10,7 +10,7 @@ from torch import Tensor
 import magic_fast as mf
 from golden.adapters import NotYet, adapter, target
 from golden.golden_case import GoldenCase
-from magic_fast.methods.parameters import METHODS
+from magic_fast.methods.registry import built_in
 
 _METHODS = ("task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 
@@ -18,7 +18,7 @@ _METHODS = ("task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_t
 @adapter(*(f"peft.{method}" for method in _METHODS))
 def merge(case: GoldenCase, backend: str, wide: bool) -> dict[str, Tensor]:
     method, params = case.op.removeprefix("peft."), case.params
-    if method not in METHODS or not METHODS[method].available:
+    if method not in built_in():
         raise NotYet(f"method {method}")
     experts = list(case.inputs["experts"])
     dtype = getattr(torch, params.get("weights_dtype", "float32"))

@@ -26,9 +26,7 @@ import magic_fast as mf
 from golden.golden_case import GoldenCase, golden_folder, load_cases, mismatch, why_absent
 from magic_fast.cli import main
 from magic_fast.config import MergeConfig
-from magic_fast.methods.functions import FUNCTIONS
-from magic_fast.methods.geometric import GEOMETRIC
-from magic_fast.methods.parameters import METHODS
+from magic_fast.methods.registry import built_in
 from support.backends import available_backends
 
 _CASES = [case for case in load_cases() if case.on_disk]
@@ -57,7 +55,7 @@ def _not_yet(case: GoldenCase) -> str | None:
         line.split(":", 1)[0].strip(): line.split(":", 1)[-1].strip() for line in text.splitlines()
     }
     method = words["merge_method"]
-    if not (method in METHODS and METHODS[method].available):
+    if method not in built_in():
         return f"method {method}"
     return None
 
@@ -182,7 +180,10 @@ def _backend(case: GoldenCase, name: str) -> str | None:
     """The backend asked for; methods that it does not run choose theirs."""
     method = MergeConfig.from_yaml(_folder(case, "config").read_text()).merge_method
     gpu = name in ("cuda", "triton")
-    refused = method in FUNCTIONS or (gpu and (method in GEOMETRIC or method in _ACROSS))
+    spec = built_in()[method]
+    refused = spec.function is not None or (
+        gpu and (spec.directions is not None or method in _ACROSS)
+    )
     return None if refused else name
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import magic_fast as mf
-from magic_fast.methods.arguments import find_method
-from magic_fast.methods.parameters import available_methods
+from magic_fast.methods.registry import find_method, names
 
 # parameters that make a method act on tensors this small; others run with their defaults
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -28,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"density": 0.5, "gamma": 0.1},
     "breadcrumbs_ties": {"density": 0.5, "gamma": 0.1},
 }
-METHODS = available_methods()
+METHODS = names()
 BY_ROWS = {"arcee_fusion", "della", "della_linear"}  # a softmax, or ranks, within a row
 # one expert has no second task to agree with, and no variance to be chosen by
 NOTHING_OF_ONE = {"consensus_ta", "sce"}

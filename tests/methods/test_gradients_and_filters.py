@@ -16,8 +16,9 @@ from torch import Tensor
 
 import magic_fast as mf
 from magic_fast.cli.demo_data import LlamaShape, write_checkpoints
-from magic_fast.methods.arguments import find_method, python_name
-from magic_fast.methods.parameters import ParameterSpec, available_methods
+from magic_fast.methods.arguments import python_name
+from magic_fast.methods.registry import find_method, names
+from magic_fast.methods.spec import ParameterSpec
 
 SHAPE = LlamaShape(hidden=16, layers=3, ffn=24, vocab=32, heads=2, kv_heads=1, shard_bytes=4 * 1024)
 # two values of each parameter between which a tensor of these models tells the difference; by
@@ -82,7 +83,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 WHOLE_MODEL = {"pcb.scope"}
 CASES = [
     (m, p.name)
-    for m in available_methods()
+    for m in names()
     for p in find_method(m).parameters
     if f"{m}.{p.name}" not in WHOLE_MODEL
 ]

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import magic_fast as mf
-from magic_fast.methods.arguments import find_method
-from magic_fast.methods.parameters import available_methods
+from magic_fast.methods.registry import find_method, names
 
 # parameters of the YAML; a method that is not here runs with its defaults
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -47,7 +46,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "tsv_m": {"lambda": 0.8},
     "star": {"eta": 0.3},
 }
-METHODS = available_methods()
+METHODS = names()
 SPECTRAL = ("iso_c", "iso_cts", "tsv_m", "star")
 
 

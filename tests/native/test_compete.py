@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magic_fast.methods.recipes import build_recipe
+from magic_fast.methods.presets import build_recipe
 from magic_fast.ops.job import Job
 from magic_fast.ops.native.backend import NativeBackend
 from magic_fast.ops.native.search import StreamingSelect

@@ -13,21 +13,8 @@ import pytest
 from support import house
 
 CIRCLES: list[set[str]] = []
-LONG_FILES = {
-    "csrc/bindings/module.cpp",
-    "csrc/cpu/entry.cpp",
-    "csrc/cpu/kernels-inl.h",
-    "csrc/cpu/reduce-inl.h",
-    "csrc/cpu/search.cpp",
-    "csrc/cuda/rows.cu",
-    "csrc/cuda/select.cu",
-    "magic_fast/config/schema.py",
-    "magic_fast/methods/catalog.py",
-    "magic_fast/methods/parameters.py",
-}
-FULL_FOLDERS = {
-    "csrc/cpu",
-}
+LONG_FILES: set[str] = {"magic_fast/config/schema.py"}
+FULL_FOLDERS: set[str] = set()
 WING = ("magic_fast/ops/native", "magic_fast/ops/registry.py")  # where the backend lives
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from magic_fast import ops
-from magic_fast.methods.recipes import build_recipe
+from magic_fast.methods.presets import build_recipe
 from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, RowCalibration
 from magic_fast.reference import merge as reference

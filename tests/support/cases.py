@@ -17,9 +17,8 @@ from torch import Tensor
 
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import resolve_arguments
-from magic_fast.methods.parameters import METHODS, PRESETS
-from magic_fast.methods.recipes import RECIPES as METHODS_THAT_ARE_RECIPES
-from magic_fast.methods.recipes import build_recipe, check_preset
+from magic_fast.methods.presets import PRESETS, build_recipe, check_preset
+from magic_fast.methods.registry import built_in
 from magic_fast.ops.job import Job
 from magic_fast.recipe import (
     Align,
@@ -144,8 +143,8 @@ def _weights(k: int) -> tuple[float, ...]:
 
 def _methods() -> Iterator[tuple[str, RecipeOf]]:
     """Every method that is a recipe, under every preset that has it."""
-    for (name, spec), preset in product(METHODS.items(), PRESETS):
-        if not spec.available or name not in METHODS_THAT_ARE_RECIPES or spec.max_experts == 1:
+    for (name, spec), preset in product(built_in().items(), PRESETS):
+        if spec.recipe is None or spec.max_experts == 1:
             continue  # what takes one model is in the extra recipes
         try:
             check_preset(preset, name)

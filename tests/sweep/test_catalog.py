@@ -20,18 +20,18 @@ from magic_fast.cli.calibrate import refuse_idle
 from magic_fast.cli.program import build_parser
 from magic_fast.config.calibrate import CalibrateConfig
 from magic_fast.methods import catalog
-from magic_fast.methods.parameters import METHODS, available_methods
-from magic_fast.methods.recipes import RECIPES
+from magic_fast.methods.registry import built_in, names
 from magic_fast.recipe import Variant
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def test_every_method_has_its_row() -> None:
-    assert set(catalog.ROWS) == set(METHODS) == set(available_methods())
-    for name, row in catalog.ROWS.items():
-        assert row.summary and row.use_when and row.paper, name
-        assert (name in RECIPES) == (not row.reads) == (not row.held), name
+    for name, spec in built_in().items():
+        assert name == spec.name and spec.summary and spec.use_when and spec.paper.title, name
+        ways = [spec.recipe, spec.directions, spec.function]
+        assert sum(way is not None for way in ways) == 1, name
+        assert (spec.recipe is not None) == (not spec.reads) == (not spec.holds), name
 
 
 def test_document_is_generated() -> None:
@@ -61,7 +61,7 @@ def test_majority_takes_one_more() -> None:
 def test_every_calibration_has_its_row() -> None:
     variants = {variant.value for variant in Variant}
     assert set(calibrations.CALIBRATORS) == variants | {"fsc", "dsc", "svc", "lines"}
-    assert not set(calibrations.CALIBRATORS) & set(METHODS)
+    assert not set(calibrations.CALIBRATORS) & set(built_in())
     settings = {n: [s.name for s in c.settings] for n, c in calibrations.CALIBRATORS.items()}
     own = {f.name for f in fields(mf.WeightCalibration) if f.init} - {"variant"}
     for name in variants:
@@ -101,10 +101,10 @@ def test_ways_to_ask(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in available_methods())
+    assert all(name in out for name in names())
     assert main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [m["name"] for m in listed["methods"]] == list(available_methods())
+    assert [m["name"] for m in listed["methods"]] == list(names())
     assert [c["name"] for c in listed["calibrations"]] == list(calibrations.CALIBRATORS)
     assert main(["methods"]) == 0 and "norm restoration" in capsys.readouterr().out
     assert main(["methods", "sphere", "--json"]) == 0

@@ -33,7 +33,7 @@ from magic_fast.api.tensors.calibrate_weights import calibrate_weights
 from magic_fast.api.tensors.merge import merge, merge_task_vectors
 from magic_fast.calibration import WeightCalibration
 from magic_fast.errors import InputError
-from magic_fast.methods.arguments import find_method
+from magic_fast.methods.registry import find_method
 from magic_fast.recipe import Granularity, Variant
 from magic_fast.reference.calibration import magnitude_of, norms2
 from magic_fast.spectral import leading

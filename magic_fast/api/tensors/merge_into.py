@@ -39,8 +39,6 @@ from magic_fast.ops.job import Job
 #: Of the results that cannot go straight to their place, so many bytes are held at a time (or one
 #: tensor): enough that many small ones share one call.
 _SCRATCH_BYTES = 16 << 20
-#: Methods that refuse tensors by their values, so nothing but trying tells.
-_MAY_REFUSE = frozenset({"multislerp"})
 
 
 def merge_into(
@@ -211,7 +209,7 @@ def _write(
 
 def _may_fail(job: Job, place: Tensor, largest: float, call: Call) -> bool:
     """Whether only the computation tells that it succeeds."""
-    if call.method in _MAY_REFUSE:
+    if call.spec.may_refuse:
         return True
     if call.options.nonfinite != "error":
         return False

@@ -4,7 +4,7 @@ is reported."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,10 @@ from magic_fast.api.options import MergeOptions, Weights
 from magic_fast.api.results import MergeResult
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
-from magic_fast.methods.arguments import find_method, resolve_arguments
-from magic_fast.methods.functions import FUNCTIONS
-from magic_fast.methods.geometric import GEOMETRIC, Question
-from magic_fast.methods.recipes import RECIPES, build_recipe
+from magic_fast.methods.arguments import resolve_arguments
+from magic_fast.methods.presets import build_recipe
+from magic_fast.methods.registry import find_method
+from magic_fast.methods.spec import MethodSpec, Question
 from magic_fast.ops.job import Job, Stats
 from magic_fast.recipe import Recipe
 
@@ -47,6 +47,11 @@ class Call:
     calibration: WeightCalibration | None
     options: MergeOptions
     model_type: str | None = None
+
+    @property
+    def spec(self) -> MethodSpec:
+        """The method itself."""
+        return find_method(self.method)
 
     @property
     def preset(self) -> str:
@@ -99,7 +104,7 @@ def resolve(
     arguments = resolve_arguments(method, given, num_experts, preset)
     calibration = as_calibration(options.calibrate)
     recipe = None
-    if method in RECIPES:
+    if find_method(method).recipe is not None:
         arguments["seed"] = seed or 0
         recipe = build_recipe(method, num_experts, arguments, preset=preset, compat=options.compat)
     if seed is not None and (recipe is None or not recipe.trim.is_random):
@@ -167,7 +172,8 @@ def prepare(jobs: Sequence[Job], call: Call) -> None:
 
 def run(jobs: Sequence[Job], call: Call) -> list[Stats]:
     """Jobs that are prepared, each into its ``out``."""
-    if call.method in GEOMETRIC:
+    directions, function = call.spec.directions, call.spec.function
+    if directions is not None:
         for job in jobs:
             asked = Question(
                 len(job.experts),
@@ -176,10 +182,8 @@ def run(jobs: Sequence[Job], call: Call) -> list[Stats]:
                 call.preset,
                 job.name,
             )
-            job.directions = GEOMETRIC[call.method](asked)
-        return ops.merge(jobs, backend=call.options.backend, nonfinite=call.options.nonfinite)
-    if call.recipe is None:
-        function: Callable[..., Tensor] = FUNCTIONS[call.method]
+            job.directions = directions(asked)
+    elif function is not None:
         return ops.run_function(
             jobs, lambda job: function(job, call.arguments, call.preset),
             backend=call.options.backend, nonfinite=call.options.nonfinite,

@@ -16,7 +16,7 @@ from magic_fast.api.tensors.models import Named, Tensors, models_of, state_dict_
 from magic_fast.api.tensors.resolve import Call, execute, job_of, numbers_of, resolve
 from magic_fast.engine.execute.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
 from magic_fast.errors import InputError
-from magic_fast.methods.arguments import find_method
+from magic_fast.methods.registry import find_method
 from magic_fast.ops.choice import choose
 from magic_fast.ops.job import Job, View
 from magic_fast.recipe import Recipe, Selection

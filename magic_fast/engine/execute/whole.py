@@ -14,7 +14,7 @@ from magic_fast.engine.plan.directions import directions_of
 from magic_fast.engine.plan.plan import MergePlan
 from magic_fast.engine.plan.step import FLOATS, Input, Step, over_model
 from magic_fast.engine.plan.units import Unit
-from magic_fast.methods.functions import STEPS
+from magic_fast.methods.registry import find_step
 from magic_fast.ops.job import Job, Stats
 from magic_fast.recipe import Recipe, Selection
 from magic_fast.reference import merge as reference
@@ -148,15 +148,18 @@ class Worker:
         return base, rows, merged
 
     def _function(self, step: Step, job: Job) -> Stats:
-        def merged(job: Job) -> Tensor:
+        def run(job: Job) -> Tensor:
             if step.recipe is not None:  # whole weights, calibrated against a base
                 decisions = reference.decide(None, job.experts, step.recipe, stream=job.stream)
                 return reference.combine(None, job.experts, step.recipe, decisions)
-            return STEPS[step.method](job, step.arguments, step.preset)
+            function = find_step(step.method).function
+            assert function is not None
+            merged: Tensor = function(job, step.arguments, step.preset)
+            return merged
 
-        return ops.run_function(
-            [job], merged, backend=self._plan.backend, nonfinite=self._nonfinite
-        )[0]
+        return ops.run_function([job], run, backend=self._plan.backend, nonfinite=self._nonfinite)[
+            0
+        ]
 
     def _copy(self, step: Step, buffers: Sequence[Any]) -> Any:
         """The bytes of an integer tensor, which all must share; of a float tensor the first, in

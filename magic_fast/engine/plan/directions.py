@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from magic_fast.engine.plan.step import Step
-from magic_fast.methods.geometric import GEOMETRIC, Question
+from magic_fast.methods.registry import find_step
+from magic_fast.methods.spec import Question
 from magic_fast.ops.directions import Directions
 
 
@@ -13,11 +14,13 @@ def directions_of(step: Step) -> Directions | None:
     Raises:
         InputError: the method does not take so many models.
     """
-    method = GEOMETRIC.get(step.method)
-    if method is None or step.copy or step.merged is not None:
+    if step.recipe is not None or step.copy or step.merged is not None:
+        return None
+    directions = find_step(step.method).directions
+    if directions is None:
         return None
     has_base = step.base is not None
-    return method(Question(len(step.experts), has_base, step.arguments, step.preset, step.name))
+    return directions(Question(len(step.experts), has_base, step.arguments, step.preset, step.name))
 
 
 def vector_length(step: Step) -> int | None:

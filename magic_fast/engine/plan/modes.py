@@ -18,7 +18,7 @@ from magic_fast.engine.plan.units import (
     piece_bytes,
     search_grain,
 )
-from magic_fast.methods.workspace import decomposition_bytes
+from magic_fast.methods.registry import find_step
 from magic_fast.ops import offers, streaming
 from magic_fast.ops.backend import Backend
 from magic_fast.ops.functions import why_unsupported
@@ -202,8 +202,11 @@ def held_bytes(step: Step, mode: Mode) -> int:
 
 def working_bytes(step: Step) -> int:
     """What PyTorch holds beside inputs and output of a step: (K + 2) float32 copies, K more for a
-    function of whole tensors, and what a decomposition takes."""
-    count, variant = len(step.experts), step.calibration and step.calibration.variant
+    calibration that is a function of whole tensors, and the workspace of its method."""
+    count, more = len(step.experts), 0
+    variant = step.calibration and step.calibration.variant
     stacked = count if isinstance(variant, RowFunction) and variant.whole else 0
-    more = decomposition_bytes(step.method, step.arguments, count, len(step.shape))
+    spec = None if step.recipe is not None else find_step(step.method)
+    if spec is not None and spec.workspace is not None:
+        more = spec.workspace(step.arguments, count, len(step.shape))
     return (4 * (count + 2 + stacked) + more) * step.numel

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from magic_fast.api.tensors.merge import merge
 from magic_fast.errors import InputError
-from magic_fast.methods.arguments import find_method, python_name
-from magic_fast.methods.parameters import MethodSpec
-from magic_fast.methods.recipes import check_preset
+from magic_fast.methods.arguments import python_name
+from magic_fast.methods.presets import check_preset
+from magic_fast.methods.registry import find_method
+from magic_fast.methods.spec import MethodSpec
 
 OWN = "fusion_bench"
 

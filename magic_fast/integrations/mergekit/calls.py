@@ -16,7 +16,8 @@ from magic_fast.calibration.registry import is_variant
 from magic_fast.config.calibrate import CalibrateConfig
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import python_name
-from magic_fast.methods.parameters import METHODS, MethodSpec, ParameterSpec, available_methods
+from magic_fast.methods.registry import find_method, methods
+from magic_fast.methods.spec import MethodSpec, ParameterSpec
 from magic_fast.planning.steps import calibration_from
 
 #: Methods of mergekit that run here; the others stay its own (TIES is timed by make bench-dropin).
@@ -42,8 +43,9 @@ _NO_SUM = 1e-8  # a sum of weights below this divides nothing here, and everythi
 def new_methods(existing: Sequence[str]) -> list[MethodSpec]:
     """Our methods on task vectors that mergekit lacks, as its YAML can have them: one tensor at a
     time, so nothing that looks at the whole model first (``pcb`` with scope ``tensor`` only)."""
-    found = [METHODS[name] for name in available_methods() if name not in existing]
-    return [spec for spec in found if spec.base in ("required", "optional")]
+    found = sorted(methods().items())
+    new = [spec for name, spec in found if name not in existing]
+    return [spec for spec in new if spec.base in ("required", "optional")]
 
 
 def takes(tensors: Sequence[Tensor]) -> bool:
@@ -61,7 +63,7 @@ def arguments_of(method: str, parameters: Mapping[str, Any]) -> dict[str, Any] |
     Returns:
         None where a value is out of our range: mergekit knows what it means by it.
     """
-    spec, given = METHODS[method], {}
+    spec, given = find_method(method), {}
     for name, value in parameters.items():
         found = spec.find(name)
         if found is None or value is None:
@@ -91,7 +93,7 @@ def check_value(ours: ParameterSpec, value: Any) -> None:
 def out_of_range(method: str, name: str | None) -> InputError:
     """What mergekit would be left to judge, where it cannot: a calibrated or a new method."""
     ranges = "; ".join(
-        f"{p.name} {p.expected()}" for p in METHODS[method].parameters if p.kind == "float"
+        f"{p.name} {p.expected()}" for p in find_method(method).parameters if p.kind == "float"
     )
     return InputError(
         f"parameters of method {method!r} for '{name or 'the tensor'}': expected {ranges}, got "
@@ -116,7 +118,7 @@ def run(
     Random masks are drawn from a seed of torch's generator, so that ``--random-seed`` and
     ``torch.manual_seed`` hold, and the next tensor gets another.
     """
-    rescale = METHODS[method].find("rescale")
+    rescale = find_method(method).find("rescale")
     random = rescale is not None and rescale.random_trim
     wanted = [t for t in experts if t.requires_grad] if torch.is_grad_enabled() else []
     if wanted:

@@ -30,9 +30,8 @@ from torch import Tensor
 from magic_fast.errors import InputError
 from magic_fast.integrations.mergekit import calls
 from magic_fast.integrations.mergekit.replacing import Replaced, replace_in
-from magic_fast.methods.catalog import ROWS
-from magic_fast.methods.parameters import MethodSpec
-from magic_fast.methods.parameters import ParameterSpec as Described
+from magic_fast.methods.spec import MethodSpec
+from magic_fast.methods.spec import ParameterSpec as Described
 
 
 class OurParameter(ParameterSpec):  # type: ignore[misc]
@@ -108,15 +107,16 @@ class NewMethod(GroupMergeMethod):  # type: ignore[misc]
     """A method of ours that mergekit lacks."""
 
     def __init__(self, ours: MethodSpec) -> None:
-        paper, most = ROWS[ours.name], ours.max_experts
         own = [p for p in ours.parameters if p.name != "scope"]  # of pcb: one tensor at a time
         self.spec = MergeMethodSpec(
             name=ours.name,
-            pretty_name=paper.paper,
-            reference_url=f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else None,
+            pretty_name=ours.paper.title,
+            reference_url=f"https://arxiv.org/abs/{ours.paper.arxiv}" if ours.paper.arxiv else None,
             parameters=(*map(_parameter, own), _CALIBRATE),
             contract=InputContract(
-                base=BasePolicy.REQUIRED, min_non_base=ours.min_experts, max_non_base=most
+                base=BasePolicy.REQUIRED,
+                min_non_base=ours.min_experts,
+                max_non_base=ours.max_experts,
             ),
         )
         self._fixed = {"scope": "tensor"} if ours.find("scope") else {}

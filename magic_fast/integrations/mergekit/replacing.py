@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from magic_fast.integrations.mergekit import calls
-from magic_fast.methods.parameters import MethodSpec
+from magic_fast.methods.spec import MethodSpec
 
 
 @dataclass(frozen=True)

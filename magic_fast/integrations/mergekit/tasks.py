@@ -18,8 +18,8 @@ from torch import Tensor
 from magic_fast.errors import InputError
 from magic_fast.integrations.mergekit import calls
 from magic_fast.integrations.mergekit.replacing import Replaced, replace_in
-from magic_fast.methods.catalog import ROWS
-from magic_fast.methods.parameters import METHODS, MethodSpec, ParameterSpec
+from magic_fast.methods.registry import find_method
+from magic_fast.methods.spec import MethodSpec, ParameterSpec
 
 _CALIBRATE = ConfigParameterDef(name="calibrate", required=False, default_value=None)
 _KINDS = {"bool": bool, "int": int, "rescale": bool}  # what a number stands for
@@ -33,7 +33,7 @@ def _value(ours: ParameterSpec | None, value: Any) -> Any:
 
 
 def _values(method: str, given: ImmutableMap) -> dict[str, Any]:
-    spec = METHODS[method]
+    spec = find_method(method)
     return {k: _value(spec.find(k), v) for k, v in given.items() if k != "calibrate"}
 
 
@@ -157,10 +157,10 @@ class NewMethod(MergeMethod):  # type: ignore[misc]
         return self._spec.name
 
     def pretty_name(self) -> str | None:
-        return ROWS[self._spec.name].paper
+        return self._spec.paper.title
 
     def reference_url(self) -> str | None:
-        number = ROWS[self._spec.name].arxiv
+        number = self._spec.paper.arxiv
         return f"https://arxiv.org/abs/{number}" if number else None
 
     def _declared(self, per_model: bool) -> list[ConfigParameterDef]:

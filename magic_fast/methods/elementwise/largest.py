@@ -1,0 +1,36 @@
+"""The largest change of each entry: MagMax, and EMR's unified model."""
+
+from __future__ import annotations
+
+from magic_fast.methods.elementwise.parts import Arguments, sum_of
+from magic_fast.methods.parameters import ALIGN, scale
+from magic_fast.methods.spec import MethodSpec, Paper
+from magic_fast.recipe import Recipe, Reduce, ZeroVote
+
+
+def _magmax(k: int, p: Arguments) -> Recipe:
+    return sum_of(k, p, reduce=Reduce.MAX)
+
+
+def _emr_unified(k: int, p: Arguments) -> Recipe:
+    return sum_of(k, p, votes=True, zero_vote=ZeroVote.NEGATIVE, reduce=Reduce.MAX)
+
+
+METHODS = (
+    MethodSpec(
+        "magmax",
+        (scale(0.5), ALIGN),
+        recipe=_magmax,
+        summary="the largest change of each entry",
+        use_when="experts learnt one after the other",
+        paper=Paper("MagMax", "2407.06322"),
+    ),
+    MethodSpec(
+        "emr_unified",
+        (scale(), ALIGN),
+        recipe=_emr_unified,
+        summary="sign vote, then the largest change that agrees",
+        use_when="one model for all tasks, untuned",
+        paper=Paper("EMR-Merging", "2405.17461"),
+    ),
+)
