@@ -56,5 +56,6 @@ from magic_fast.errors import InternalError as InternalError
 from magic_fast.errors import MagicFastError as MagicFastError
 from magic_fast.errors import NonFiniteError as NonFiniteError
 from magic_fast.errors import OutputError as OutputError
+from magic_fast.methods.registration import register_method as register_method
 from magic_fast.ops.registry import backends as backends
 from magic_fast.ops.registry import register_backend as register_backend

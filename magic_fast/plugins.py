@@ -1,10 +1,11 @@
-"""What others add: the checks of a registration, and the entry points of installed packages, which
-are loaded once; a broken one is named and left out."""
+"""What others add: entry points of installed packages and modules that ``MAGIC_FAST_PLUGINS`` names,
+each loaded once, and the checks that registrations share."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any
@@ -16,16 +17,21 @@ log = logging.getLogger("magic_fast")
 
 @cache
 def entry_points_of(group: str) -> tuple[dict[str, object], dict[str, str]]:
-    """What installed packages offer under ``group``, for example ``magic_fast.backends``.
+    """What installed packages offer under ``group``, for example ``magic_fast.backends``; modules
+    of ``MAGIC_FAST_PLUGINS`` are imported before.
 
     The first call imports what the entry points name, so call it on first use of a registry, not
     on import. Both dictionaries are shared by all callers; leave them as they are.
 
     Returns:
         (Name → the loaded object, name → the reason it is left out), each in alphabetical order.
+
+    Raises:
+        InputError: ``MAGIC_FAST_PLUGINS`` names a module that cannot be imported.
     """
     from importlib.metadata import entry_points
 
+    _import_named_modules()
     offered = sorted(entry_points(group=group), key=lambda entry: (entry.name, entry.value))
     values: dict[str, set[str]] = {}
     for entry in offered:
@@ -47,6 +53,19 @@ def entry_points_of(group: str) -> tuple[dict[str, object], dict[str, str]]:
             left_out[entry.name] = reason
             log.warning("entry point %s of %s is left out: %s", entry.name, group, reason)
     return loaded, left_out
+
+
+def _import_named_modules() -> None:
+    """Imports what ``MAGIC_FAST_PLUGINS`` names, separated by commas (as pytest has
+    ``PYTEST_PLUGINS``). The user asks for these by name, so a broken one is an error."""
+    for name in os.environ.get("MAGIC_FAST_PLUGINS", "").replace(",", " ").split():
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of any kind: it is code of others
+            raise InputError(
+                f"MAGIC_FAST_PLUGINS: expected modules that can be imported, got {name!r}: "
+                f"{type(error).__name__}: {error}. Correct it, or put its folder on PYTHONPATH."
+            ) from error
 
 
 def check_registration(

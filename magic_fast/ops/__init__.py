@@ -137,7 +137,7 @@ def run_function(
 ) -> list[Stats]:
     """Runs methods that are no recipe: ``function`` gives the merged tensor of a job before
     rounding; the calibration, the rounding and the checks are those of every merge."""
-    from magic_fast.ops.torch.backend import TorchBackend
+    from magic_fast.ops.torch.backend import TorchBackend, first_nonfinite
 
     _check_nonfinite_word(nonfinite)
     if backend not in (None, "auto", "torch"):
@@ -151,6 +151,8 @@ def run_function(
         stats.append(TorchBackend().finish(job, function(job)))
         stats[-1].backend = TorchBackend.name
         if nonfinite == "error":
+            if job.out is not None and stats[-1].overflow < 0:  # NaN made of finite values
+                stats[-1].first_nonfinite += (first_nonfinite(job.out),)
             raise_nonfinite(job, stats[-1])
     return stats
 

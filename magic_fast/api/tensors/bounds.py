@@ -59,4 +59,6 @@ def bound(job: Job, largest: float, *, is_recipe: bool) -> float:
         factor /= min((q - e if q < 1 else 1.0 for q, e in pairs), default=1.0)
     elif recipe.rescale is not Rescale.NONE:
         factor *= max(1.0, n * largest / 1e-7)  # restored norms of less than 1e-7 are left alone
+    if recipe.alone is not None:
+        factor *= 1 + abs(recipe.alone.r) * recipe.alone.alpha
     return float(largest * (1 + 2 * sum(weights) * factor * abs(recipe.scale)))

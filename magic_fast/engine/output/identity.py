@@ -16,6 +16,7 @@ from magic_fast.checkpoint import Checkpoint, InputFile, ShardPlan, changed_inpu
 from magic_fast.checkpoint.plan import FORMAT_METADATA
 from magic_fast.engine.plan.devices import backend_name
 from magic_fast.engine.plan.plan import MergePlan
+from magic_fast.methods.registry import registered
 
 LABEL = "magic_fast"  # key of the identity in the header of an output that is a single file
 
@@ -103,7 +104,9 @@ def identity_of(plan: MergePlan, nonfinite: str = "error") -> Identity:
         headers.update(shard.file.encode() + b"\0" + shard.header)
     return Identity(
         plan.recipe_text,
-        {k: plain(v) for k, v in plan.settings.items()} | {"nonfinite": nonfinite},
+        {k: plain(v) for k, v in plan.settings.items()}
+        | {"nonfinite": nonfinite}
+        | _code_of(plan.method),
         digest(plan.decisions()),
         headers.hexdigest(),
         tuple(
@@ -114,6 +117,12 @@ def identity_of(plan: MergePlan, nonfinite: str = "error") -> Identity:
         backend_name(plan.backend, plan.device),
         plan.device,
     )
+
+
+def _code_of(method: str) -> dict[str, str]:
+    """What tells the code of a user's function from another's; a recipe stands in the steps."""
+    spec = registered().get(method)
+    return {} if spec is None or spec.source is None else {"method_source": spec.source()}
 
 
 def name_of(reference: str, path: str, is_file: bool) -> str:
