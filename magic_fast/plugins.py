@@ -1,4 +1,4 @@
-"""What others add: entry points of installed packages and modules that ``MAGIC_FAST_PLUGINS`` names,
+"""What others add: entry points of installed packages, modules that ``MAGIC_FAST_PLUGINS`` names,
 each loaded once, and the checks that registrations share."""
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, overload
 
 from magic_fast.errors import InputError, MagicFastError
-from magic_fast.methods.registry import built_in, register, registered
+from magic_fast.methods.registry import is_built_in, register, registered
 from magic_fast.methods.signature import Signature, read_signature, source_of
 from magic_fast.methods.spec import MethodSpec, Paper
 from magic_fast.ops.job import Job
@@ -128,7 +128,7 @@ def _refuse_taken(name: str, home: str) -> None:
     """Refuses a name that the package or another function has. A function may replace itself, as
     when a notebook's cell runs again."""
     other = registered().get(name)
-    if name in built_in() or (other is not None and other.home != home):
+    if is_built_in(name) or (other is not None and other.home != home):
         whose = f"{other.home} registered" if other is not None else "magic_fast itself has"
         raise InputError(
             f"name of a new method: expected one that is free, got {name!r}, which {whose}. "

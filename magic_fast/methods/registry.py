@@ -15,40 +15,49 @@ from magic_fast.plugins import entry_points_of
 
 GROUP = "magic_fast.methods"
 
-#: The modules with methods, in the order in which documents list them; each has ``METHODS``.
-_MODULES = (
-    "elementwise.sums",
-    "elementwise.ties",
-    "elementwise.dare",
-    "elementwise.della",
-    "elementwise.breadcrumbs",
-    "elementwise.largest",
-    "elementwise.consensus",
-    "elementwise.sce",
-    "elementwise.ram",
-    "elementwise.pcb",
-    "elementwise.nearswap",
-    "elementwise.arcee_fusion",
-    "geometric",
-    "spectral",
-)
+#: Module → the methods in its ``METHODS``, in the order in which documents list them. A module is
+#: imported when one of them is looked up.
+_MODULES = {
+    "elementwise.sums": ("linear", "average", "task_arithmetic", "passthrough"),
+    "elementwise.ties": ("ties", "magnitude_prune"),
+    "elementwise.dare": ("dare_linear", "dare_ties"),
+    "elementwise.della": ("della", "della_linear"),
+    "elementwise.breadcrumbs": ("breadcrumbs", "breadcrumbs_ties"),
+    "elementwise.largest": ("magmax", "emr_unified"),
+    "elementwise.consensus": ("consensus_ta",),
+    "elementwise.sce": ("sce",),
+    "elementwise.ram": ("ram", "ramplus_tl"),
+    "elementwise.pcb": ("pcb",),
+    "elementwise.nearswap": ("nearswap",),
+    "elementwise.arcee_fusion": ("arcee_fusion",),
+    "geometric": ("slerp", "nuslerp", "multislerp", "karcher", "model_stock"),
+    "spectral": ("iso_c", "iso_cts", "tsv_m", "star"),
+}
+_HOMES = {name: module for module, inside in _MODULES.items() for name in inside}
+_loaded: dict[str, MethodSpec] = {}
 _registered: dict[str, MethodSpec] = {}
 
 
-def _methods_of(module: str) -> tuple[MethodSpec, ...]:
-    methods: tuple[MethodSpec, ...] = import_module(f"magic_fast.methods.{module}").METHODS
-    return methods
+def _methods_of(module: str) -> dict[str, MethodSpec]:
+    specs: tuple[MethodSpec, ...] = import_module(f"magic_fast.methods.{module}").METHODS
+    return {spec.name: spec for spec in specs}
 
 
-@cache
-def built_in() -> Mapping[str, MethodSpec]:
+def _built_in(name: str) -> MethodSpec | None:
+    if name not in _loaded and name in _HOMES:
+        for other, spec in _methods_of(_HOMES[name]).items():
+            _loaded.setdefault(other, spec)
+    return _loaded.get(name)
+
+
+def built_in() -> dict[str, MethodSpec]:
     """The methods of the package by their names."""
-    return {spec.name: spec for module in _MODULES for spec in _methods_of(module)}
+    return {name: spec for name in _HOMES if (spec := _built_in(name)) is not None}
 
 
 @cache
 def _steps() -> Mapping[str, MethodSpec]:
-    return {spec.name: spec for spec in _methods_of("steps")}
+    return _methods_of("steps")
 
 
 def methods() -> dict[str, MethodSpec]:
@@ -64,7 +73,7 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> MethodSpec | None:
     """The method of that name, or None. Installed packages are only asked for unknown names."""
-    known = built_in().get(name) or _registered.get(name)
+    known = _built_in(name) or _registered.get(name)
     return known or methods().get(name)
 
 
@@ -107,6 +116,11 @@ def known_parameters() -> frozenset[str]:
 def registered() -> Mapping[str, MethodSpec]:
     """The methods that were registered so far."""
     return _registered
+
+
+def is_built_in(name: str) -> bool:
+    """Whether the package has a method of that name."""
+    return name in _HOMES
 
 
 def register(spec: MethodSpec) -> None:

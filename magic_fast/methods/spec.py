@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
-from magic_fast.ops.directions import Directions
-from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, per_expert
+
+if TYPE_CHECKING:
+    from magic_fast.ops.directions import Directions
+    from magic_fast.ops.job import Job
 
 Value = float | int | bool | str
 Scope = Literal["per_tensor", "per_model"]

@@ -17,7 +17,7 @@ from api.networks import Network, copies, networks
 from magic_fast.api.tensors import bounds
 from magic_fast.api.tensors import merge_into as merging_into
 from magic_fast.errors import BackendError, InputError, NonFiniteError
-from magic_fast.methods.registry import built_in
+from magic_fast.methods import registry
 
 METHODS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.3},
@@ -223,8 +223,8 @@ def test_no_result_exceeds_its_bound(word: str) -> None:
     model = Network(9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging_into, "bound", kept)
-        spec = replace(built_in()[method], may_refuse=False)
-        patch.setitem(built_in(), method, spec)  # type: ignore[arg-type]
+        spec = replace(registry.find_method(method), may_refuse=False)
+        patch.setitem(registry._loaded, method, spec)
         mf.merge_into(model, base, experts, method, **parameters)
     assert len(seen) == 7
     for name, found in seen:

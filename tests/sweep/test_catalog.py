@@ -19,7 +19,7 @@ from magic_fast.cli import main
 from magic_fast.cli.calibrate import refuse_idle
 from magic_fast.cli.program import build_parser
 from magic_fast.config.calibrate import CalibrateConfig
-from magic_fast.methods import catalog
+from magic_fast.methods import catalog, registry
 from magic_fast.methods.registry import built_in, names
 from magic_fast.recipe import Variant
 
@@ -27,6 +27,8 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def test_every_method_has_its_row() -> None:
+    inside = [name for module in registry._MODULES for name in registry._methods_of(module)]
+    assert list(registry._HOMES) == inside
     for name, spec in built_in().items():
         assert name == spec.name and spec.summary and spec.use_when and spec.paper.title, name
         ways = [spec.recipe, spec.directions, spec.function]
