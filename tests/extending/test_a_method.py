@@ -174,7 +174,7 @@ def test_recipes_stream_and_functions_hold(tiny_models: Path, tmp_path: Path) ->
     ):
         plan = mf.plan_checkpoints(config_of(method, tiny_models), tmp_path / "out")
         found = modes(plan.steps, 1 << 20, "cpu", None)
-        assert set(found.values()) == {(mode, words)}
+        assert {(way.mode, way.why) for way in found.values()} == {(mode, words)}
 
 
 @pytest.mark.parametrize("method", EXAMPLES)
