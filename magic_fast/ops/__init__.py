@@ -137,7 +137,8 @@ def run_function(
 ) -> list[Stats]:
     """Runs methods that are no recipe: ``function`` gives the merged tensor of a job before
     rounding; the calibration, the rounding and the checks are those of every merge."""
-    from magic_fast.ops.torch.backend import TorchBackend, first_nonfinite
+    from magic_fast.ops.slabs import first_nonfinite
+    from magic_fast.ops.torch.backend import TorchBackend
 
     _check_nonfinite_word(nonfinite)
     if backend not in (None, "auto", "torch"):
