@@ -58,13 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
             alpha=arguments.alpha,
             beta=arguments.beta,
             num_blocks=arguments.num_blocks,
-            device=arguments.device,
-            backend=arguments.backend,
-            executor=arguments.executor,
-            max_shard_size=arguments.max_shard_size,
-            memory=arguments.memory,
-            resume=arguments.resume,
             progress=report,
+            **options.run_options(arguments),
         )
     output.show_report(calibrated, quiet=arguments.quiet, json=arguments.json)
     return 0

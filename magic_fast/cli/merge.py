@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from magic_fast.cli.progress import progress
 if TYPE_CHECKING:
     from magic_fast.config import MergeConfig
     from magic_fast.config.series import Merge
+    from magic_fast.engine.plan.plan import MergePlan
 
 
 def add_parser(commands: Any) -> None:
@@ -60,15 +62,11 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
     from magic_fast.config.series import is_series
-    from magic_fast.engine.execute.registry import executor_for
     from magic_fast.errors import InputError
 
     instead = {"preset": arguments.preset, "out_dtype": arguments.out_dtype}
     settings = {
-        "device": arguments.device,
-        "backend": arguments.backend,
-        "max_shard_size": arguments.max_shard_size,
-        "memory": arguments.memory,
+        **options.run_options(arguments),
         "seed": arguments.seed,
         "compat": arguments.compat,
         "calibrate": arguments.calibrate,
@@ -81,24 +79,38 @@ def run(arguments: argparse.Namespace) -> int:
             f"--intermediate for {arguments.config}: expected several documents, got one. "
             "Remove the option."
         )
-    settings["resume"] = arguments.resume
     config = read_config(arguments.config, **instead)
     if arguments.dry_run:
-        plan = mf.plan_checkpoints(config, arguments.out, **settings)
-        output.show_plan(plan, json=arguments.json)
-        executor_for(arguments.executor, [plan])
+        dry_run(
+            config,
+            arguments.out,
+            lambda plan: output.show_plan(plan, json=arguments.json),
+            settings,
+        )
         return 0
     quiet, style = arguments.quiet, arguments.progress
     with progress(quiet=quiet, title="merge", style=style) as report:
-        merged = mf.merge_checkpoints(
-            config,
-            arguments.out,
-            executor=arguments.executor,
-            progress=report,
-            **settings,
-        )
+        merged = mf.merge_checkpoints(config, arguments.out, progress=report, **settings)
     output.show_report(merged, quiet=arguments.quiet, json=arguments.json)
     return 0
+
+
+def dry_run(
+    config: MergeConfig,
+    out: str | Path,
+    show: Callable[[MergePlan], None],
+    settings: Mapping[str, Any],
+) -> None:
+    """Shows the plan of a merge, then refuses it where its executor cannot run it."""
+    import magic_fast as mf
+    from magic_fast.engine.execute.registry import executor_for
+    from magic_fast.planning.options import RunOptions
+
+    planning = dict(settings)
+    executor = planning.pop("executor", RunOptions.executor)
+    plan = mf.plan_checkpoints(config, out, **planning)
+    show(plan)
+    executor_for(executor, [plan])
 
 
 def run_series(
@@ -118,8 +130,6 @@ def run_series(
             merges,
             arguments.out,
             intermediate=arguments.intermediate,
-            resume=arguments.resume,
-            executor=arguments.executor,
             progress=report,
             **settings,
         )
@@ -135,9 +145,6 @@ def show_series(
     merges: list[Merge], arguments: argparse.Namespace, settings: dict[str, Any]
 ) -> None:
     """What each merge would do; of one that uses others' results, only what can be known."""
-    import magic_fast as mf
-    from magic_fast.engine.execute.registry import executor_for
-
     told = []
     for merge in merges:
         method = merge.config.merge_method
@@ -148,11 +155,13 @@ def show_series(
         if not merge.uses:
             folder = Path(arguments.intermediate or Path(arguments.out).parent)
             place = folder / merge.name if merge.name is not None else arguments.out
-            plan = mf.plan_checkpoints(merge.config, place, **settings)
-            known["plan"] = plan.describe()
-            if not arguments.json:
-                output.show_plan(plan, json=False)
-            executor_for(arguments.executor, [plan])
+
+            def show(plan: MergePlan, known: dict[str, Any] = known) -> None:
+                known["plan"] = plan.describe()
+                if not arguments.json:
+                    output.show_plan(plan, json=False)
+
+            dry_run(merge.config, place, show, settings)
         told.append(known)
     if arguments.json:
         options.print_json({"merges": told})

@@ -43,25 +43,39 @@ def machine_readable(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
+#: Options of a run on checkpoints. What the user leaves out is not in the namespace: the library
+#: has the defaults.
+_RUN = ("device", "backend", "executor", "max_shard_size", "memory", "resume")
+
+
+def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of a run on checkpoints that the user gave, by the names that the library has."""
+    return {name: getattr(arguments, name) for name in _RUN if hasattr(arguments, name)}
+
+
 def device(parser: argparse.ArgumentParser) -> None:
     """Where it runs, with how much memory, and into how large files."""
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda (all GPUs), cuda:N or auto (default)"
+        "--device",
+        default=argparse.SUPPRESS,
+        help="cpu, cuda (all GPUs), cuda:N or auto (default)",
     )
     parser.add_argument(
         "--backend",
+        default=argparse.SUPPRESS,
         help="refused where it cannot run (default: the fastest that can; see doctor)",
     )
     parser.add_argument(
         "--max-shard-size",
         type=size,
-        default="5GB",
+        default=argparse.SUPPRESS,
         metavar="SIZE",
         help="of an output file (5GB)",
     )
     parser.add_argument(
         "--memory",
         type=size,
+        default=argparse.SUPPRESS,
         metavar="SIZE",
         help="for buffers, whatever the size of the models (128MiB). A tensor that must be held "
         "whole and needs more is refused; without this option, one that needs more than is free",
@@ -72,7 +86,7 @@ def executor(parser: argparse.ArgumentParser) -> None:
     """What runs the plan."""
     parser.add_argument(
         "--executor",
-        default="auto",
+        default=argparse.SUPPRESS,
         metavar="NAME",
         help="what runs the plan: local (this process, on the CPU), gpu (this process, on its "
         "GPUs), or an executor that an installed package adds (default: local or gpu, by the "
@@ -87,6 +101,7 @@ def execution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
+        default=argparse.SUPPRESS,
         help="continue the interrupted run of this configuration; a finished OUT is verified",
     )
     progress(parser)

@@ -59,15 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
             config,
             arguments.out,
             settings,
-            device=arguments.device,
-            backend=arguments.backend,
-            executor=arguments.executor,
-            max_shard_size=arguments.max_shard_size,
-            memory=arguments.memory,
             compat=arguments.compat,
             calibrate=arguments.calibrate,
             allow_embedding_truncation=arguments.allow_embedding_truncation,
             progress=report,
+            **options.run_options(arguments),
         )
     if arguments.json:
         options.print_json(swept.as_dict())

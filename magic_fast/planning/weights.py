@@ -9,8 +9,9 @@ from typing import Any
 from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.checkpoint import Checkpoint
-from magic_fast.engine import Step, common_shape
+from magic_fast.engine import MergePlan, Step, common_shape, place
 from magic_fast.engine.plan.step import FLOATS
+from magic_fast.planning.options import RunOptions
 from magic_fast.planning.steps import input_of
 from magic_fast.recipe import Recipe
 
@@ -73,3 +74,38 @@ def weight_steps(
             )
         )  # fmt: skip
     return steps
+
+
+def plan_calibration(
+    steps: Sequence[Step],
+    models: Mapping[str, Checkpoint],
+    out: str,
+    options: RunOptions,
+    *,
+    donor: str,
+    settings: Mapping[str, Any],
+    text: str,
+    warnings: Sequence[str] = (),
+) -> MergePlan:
+    """The plan of a calibration that writes to ``out``.
+
+    Args:
+        steps: of each tensor of the merged model.
+        models: reference → checkpoint, opened.
+        donor: the merged model, whose small files come along.
+        settings, text: of the calibration, by the names users know and for the model card.
+    """
+    return MergePlan(
+        "calibrate",
+        steps,
+        place(steps, out, options.max_shard_size),
+        models,
+        donor,
+        out,
+        recipe_text=text,
+        settings=settings,
+        warnings=list(warnings),
+        backend=options.backend,
+        memory=options.memory,
+        device=options.device,
+    )

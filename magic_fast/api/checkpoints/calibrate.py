@@ -10,17 +10,18 @@ from magic_fast.api.checkpoints.calibrate_features import FeatureJob
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.calibration.feature import FeatureCalibration, as_features
 from magic_fast.calibration.samples import Sampling
-from magic_fast.engine import MergePlan, MergeReport, place
+from magic_fast.engine import MergeReport
 from magic_fast.engine.execute.executor import Executor
 from magic_fast.engine.execute.registry import refuse_executor
 from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
+from magic_fast.planning.options import ProgressCall, RunOptions
 from magic_fast.planning.outputs import check_disk, check_out, is_whole
-from magic_fast.planning.run import ProgressCall, run_and_close
+from magic_fast.planning.run import run_and_close
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.spectrum import lines_steps, svc_steps
-from magic_fast.planning.weights import calibration_text, weight_steps
+from magic_fast.planning.weights import calibration_text, plan_calibration, weight_steps
 
 SPACES = ("weight", "feature", "dual", "svc", "lines")
 _WITH_DATA = ("feature", "dual")
@@ -42,12 +43,12 @@ def calibrate_checkpoints(
     alpha: float | None = None,
     beta: float | None = None,
     num_blocks: int | None = None,
-    device: str = "auto",
+    device: str = RunOptions.device,
     backend: str | None = None,
-    executor: str | Executor = "auto",
-    max_shard_size: int = 5 * 10**9,
+    executor: str | Executor = RunOptions.executor,
+    max_shard_size: int = RunOptions.max_shard_size,
     memory: int | None = None,
-    nonfinite: str = "error",
+    nonfinite: str = RunOptions.nonfinite,
     resume: bool = False,
     progress: ProgressCall | None = None,
 ) -> MergeReport:
@@ -97,9 +98,10 @@ def calibrate_checkpoints(
     _refuse_numbers(space, alpha=alpha, beta=beta, num_blocks=num_blocks)
     names = [str(merged), str(base), *(str(e) for e in experts)]
     target = check_out(out, resume)
-    device = device_of(device)
-    refuse_backend(backend, device)
-    options: dict[str, Any] = {"backend": backend, "memory": memory, "device": device}
+    options = RunOptions(
+        device_of(device), backend, executor, max_shard_size, memory, nonfinite, resume, progress
+    )
+    refuse_backend(backend, options.device)
     models = open_named(names)
     try:
         if space not in _WITH_DATA:
@@ -112,30 +114,21 @@ def calibrate_checkpoints(
             else:
                 steps, numbers = lines_steps(models, names, alpha, beta, num_blocks)
                 chosen = {"space": space, **numbers}
-            plan = MergePlan(
-                "calibrate",
-                steps,
-                place(steps, target, max_shard_size),
-                models,
-                str(merged),
-                target,
-                recipe_text=calibration_text(names, **chosen),
-                settings=chosen,
-                **options,
+            text = calibration_text(names, **chosen)
+            plan = plan_calibration(
+                steps, models, target, options, donor=names[0], settings=chosen, text=text
             )
             if not is_whole(Path(target)):
                 check_disk(plan)
-            return run_and_close(plan, nonfinite, resume, progress, executor=executor)
+            return run_and_close(plan, options)
         from magic_fast.api.checkpoints.feature_model import FeatureSpace
 
         found = as_features(features)
         assert data is not None
         sampling = Sampling(samples, batch_size, max_length)
-        work = FeatureSpace(models, names, data, found, sampling, device, progress)
-        job = FeatureJob(
-            names, target, settings if space == "dual" else None, found, sampling, data, options,
-            max_shard_size, nonfinite, resume, progress, executor,
-        )  # fmt: skip
+        work = FeatureSpace(models, names, data, found, sampling, options.device, progress)
+        weights = settings if space == "dual" else None
+        job = FeatureJob(names, target, weights, found, sampling, data, options)
         return job.run(work, models)
     finally:
         for model in models.values():

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.checkpoint import Checkpoint, OutputFolder, open_checkpoint
-from magic_fast.engine import MergePlan, MergeReport, Written, place
-from magic_fast.engine.execute.executor import Executor
+from magic_fast.engine import MergePlan, MergeReport, Written
 from magic_fast.engine.output.finished import finished
 from magic_fast.engine.output.record import write_small_files
-from magic_fast.engine.run import Finish
 from magic_fast.errors import InputError
+from magic_fast.planning.options import RunOptions
 from magic_fast.planning.outputs import check_disk, is_whole
-from magic_fast.planning.run import ProgressCall, run_and_close
-from magic_fast.planning.weights import calibration_text, weight_steps
+from magic_fast.planning.run import run_and_close
+from magic_fast.planning.weights import calibration_text, plan_calibration, weight_steps
 
 if TYPE_CHECKING:
     from magic_fast.api.checkpoints.feature_model import FeatureSpace
@@ -39,16 +38,9 @@ class FeatureJob:
         features: FeatureCalibration,
         sampling: Any,
         data: Mapping[str, Any],
-        options: Mapping[str, Any],
-        max_shard_size: int,
-        nonfinite: str,
-        resume: bool,
-        progress: ProgressCall | None,
-        executor: str | Executor,
+        options: RunOptions,
     ) -> None:
-        self._names, self._out, self._options = list(names), out, dict(options)
-        self._max_shard_size, self._nonfinite = max_shard_size, nonfinite
-        self._resume, self._progress, self._executor = resume, progress, executor
+        self._names, self._out, self._options = list(names), out, options
         if weights is not None and weights.sensitive is None and features.sensitive is not None:
             weights = replace(weights, sensitive=features.sensitive)
         self._weights = weights
@@ -63,7 +55,7 @@ class FeatureJob:
             "data": work.digest(),
             "models": hashlib.sha256(repr(files).encode()).hexdigest(),
         }
-        if self._resume and is_whole(Path(self._out)):
+        if self._options.resume and is_whole(Path(self._out)):
             return finished(self._out, self._text, self._settings)
         started = time.monotonic()
         middle, whole = (_beside(self._out, purpose) for purpose in ("wsc", "whole"))
@@ -86,23 +78,22 @@ class FeatureJob:
     def _first(self, middle: str, models: Mapping[str, Checkpoint]) -> MergeReport:
         """WSC into a checkpoint beside OUT, in float32 what it changes."""
         assert self._weights is not None
-        if not self._resume:
+        if not self._options.resume:
             shutil.rmtree(middle, ignore_errors=True)
         steps = weight_steps(models, self._names, self._weights, wide=True)
-        plan = MergePlan(
-            "calibrate",
+        settings = {"calibrate": self._weights}
+        plan = plan_calibration(
             steps,
-            place(steps, middle, self._max_shard_size),
             models,
-            self._names[0],
             middle,
-            recipe_text=calibration_text(self._names, calibrate=self._weights),
-            settings={"calibrate": self._weights},
-            **self._options,
+            self._options,
+            donor=self._names[0],
+            settings=settings,
+            text=calibration_text(self._names, **settings),
         )
         if not is_whole(Path(middle)):
             check_disk(plan)
-        return self._execute(plan)
+        return run_and_close(plan, self._options)
 
     def _second(
         self,
@@ -112,31 +103,24 @@ class FeatureJob:
         first: MergeReport | None,
     ) -> MergeReport:
         steps, layers = work.steps(models, whole)
-        plan = MergePlan(
-            "calibrate",
+        plan = plan_calibration(
             steps,
-            place(steps, self._out, self._max_shard_size),
             work.models,
-            self._names[0],
             self._out,
-            recipe_text=self._text,
+            self._options,
+            donor=self._names[0],
             settings=self._settings,
+            text=self._text,
             warnings=work.warnings,
-            **self._options,
         )
         check_disk(plan)
         finish = partial(_finish, layers, first)
-        report = self._execute(plan, finish)
+        report = run_and_close(plan, self._options, finish)
         report.bytes_read += work.bytes_read
         if first is not None:
             report.bytes_read += first.bytes_read
             report.bytes_written += first.bytes_written
         return report
-
-    def _execute(self, plan: MergePlan, finish: Finish = write_small_files) -> MergeReport:
-        return run_and_close(
-            plan, self._nonfinite, self._resume, self._progress, finish, self._executor
-        )
 
 
 def _finish(

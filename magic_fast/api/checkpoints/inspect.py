@@ -11,7 +11,7 @@ from magic_fast.engine import Progress, common_shape
 from magic_fast.engine.output.verify import read_record
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
-from magic_fast.planning.run import ProgressCall
+from magic_fast.planning.options import ProgressCall
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.steps import input_of, read_tensor
 

@@ -11,17 +11,18 @@ from magic_fast.config import MergeConfig
 from magic_fast.engine import (
     MergePlan,
     MergeReport,
-    place,
 )
 from magic_fast.engine.execute.executor import Executor
 from magic_fast.engine.execute.registry import refuse_executor
 from magic_fast.engine.plan.devices import device_of
 from magic_fast.ops import refuse_backend
+from magic_fast.planning.merge import ONE_EXPERT, merges_one_expert, plan_merge
+from magic_fast.planning.options import ProgressCall, RunOptions
 from magic_fast.planning.outputs import check_disk, check_out, is_whole
 from magic_fast.planning.pause_gc import no_collection
-from magic_fast.planning.run import ProgressCall, run_and_close
+from magic_fast.planning.run import run_and_close
 from magic_fast.planning.sources import open_models, read_config
-from magic_fast.planning.steps import calibration_of, steps_of
+from magic_fast.planning.steps import calibration_of
 from magic_fast.planning.vocabulary import align
 
 
@@ -30,9 +31,9 @@ def plan_checkpoints(
     config: str | Path | MergeConfig | Mapping[str, Any],
     out: str | Path,
     *,
-    device: str = "auto",
+    device: str = RunOptions.device,
     backend: str | None = None,
-    max_shard_size: int = 5 * 10**9,
+    max_shard_size: int = RunOptions.max_shard_size,
     memory: int | None = None,
     seed: int | None = None,
     compat: str | None = None,
@@ -44,53 +45,27 @@ def plan_checkpoints(
     :func:`merge_checkpoints`."""
     settings = read_config(config)
     target = check_out(out, resume)
-    place_of_work = device_of(device)
-    refuse_backend(backend, place_of_work)
+    options = RunOptions(
+        device=device_of(device), backend=backend, max_shard_size=max_shard_size, memory=memory
+    )
+    refuse_backend(backend, options.device)
     models = open_models({r: settings.resolve_model(r) for r in settings.model_references})
     try:
         calibration = as_calibration(calibrate) or calibration_of(settings)
-        chosen_seed = seed if seed is not None else (settings.seed or 0)
         aligned = align(settings, models)
         models = aligned.models
-        steps, vocab_size = steps_of(
+        plan = plan_merge(
             settings,
-            models,
-            calibration,
-            seed=chosen_seed,
-            compat=compat,
-            allow_truncation=allow_embedding_truncation,
-        )
-        warnings = list(settings.warnings)
-        if calibration is not None and max((len(s.experts) for s in steps), default=0) == 1:
-            warnings.append(
-                "calibrating the merge of one expert gives back a full-size task vector"
-            )
-        plan = MergePlan(
-            settings.merge_method,
-            steps,
-            place(steps, target, max_shard_size),
-            models,
-            settings.donor,
+            aligned,
             target,
-            backend,
-            settings.num_layers,
-            vocab_size or aligned.rows,
-            settings.to_yaml(),
-            warnings,
-            memory,
-            place_of_work,
-            {
-                "seed": chosen_seed,
-                "calibrate": calibration,
-                "preset": settings.preset,
-                "dtype": settings.dtype,
-                "out_dtype": settings.out_dtype,
-                "compat": compat,
-                "allow_embedding_truncation": allow_embedding_truncation,
-                **aligned.settings,
-            },
-            aligned.tokenizer,
+            options,
+            calibration=calibration,
+            seed=seed if seed is not None else (settings.seed or 0),
+            compat=compat,
+            allow_embedding_truncation=allow_embedding_truncation,
         )
+        if calibration is not None and merges_one_expert(plan.steps):
+            plan.warnings.append(ONE_EXPERT)
         if not is_whole(Path(target)):
             check_disk(plan)
     except BaseException:
@@ -104,16 +79,16 @@ def merge_checkpoints(
     config: str | Path | MergeConfig | Mapping[str, Any],
     out: str | Path,
     *,
-    device: str = "auto",
+    device: str = RunOptions.device,
     backend: str | None = None,
-    executor: str | Executor = "auto",
-    max_shard_size: int = 5 * 10**9,
+    executor: str | Executor = RunOptions.executor,
+    max_shard_size: int = RunOptions.max_shard_size,
     memory: int | None = None,
     seed: int | None = None,
     compat: str | None = None,
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
     allow_embedding_truncation: bool = False,
-    nonfinite: str = "error",
+    nonfinite: str = RunOptions.nonfinite,
     resume: bool = False,
     progress: ProgressCall | None = None,
 ) -> MergeReport:
@@ -166,4 +141,5 @@ def merge_checkpoints(
         allow_embedding_truncation=allow_embedding_truncation,
         resume=resume,
     )
-    return run_and_close(plan, nonfinite, resume, progress, executor=executor)
+    options = RunOptions(executor=executor, nonfinite=nonfinite, resume=resume, progress=progress)
+    return run_and_close(plan, options)

@@ -11,7 +11,7 @@ from typing import Any
 
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.config import MergeConfig
-from magic_fast.engine import MergePlan, MergeReport, place
+from magic_fast.engine import MergePlan, MergeReport
 from magic_fast.engine.execute.executor import Executor
 from magic_fast.engine.execute.registry import refuse_executor
 from magic_fast.engine.output.record import write_small_files
@@ -21,10 +21,11 @@ from magic_fast.engine.run import run_sweep
 from magic_fast.errors import InputError, OutputError
 from magic_fast.ops import refuse_backend
 from magic_fast.planning.combinations import Combination, check_settings, combinations, configure
+from magic_fast.planning.merge import ONE_EXPERT, merges_one_expert, plan_merge
+from magic_fast.planning.options import ProgressCall, RunOptions
 from magic_fast.planning.outputs import check_out
-from magic_fast.planning.run import ProgressCall
 from magic_fast.planning.sources import open_models, read_config
-from magic_fast.planning.steps import calibration_of, steps_of
+from magic_fast.planning.steps import calibration_of
 from magic_fast.planning.vocabulary import align
 
 INDEX = "sweep.json"
@@ -57,15 +58,15 @@ def sweep_checkpoints(
     out: str | Path,
     settings: Mapping[str, Sequence[Any]],
     *,
-    device: str = "auto",
+    device: str = RunOptions.device,
     backend: str | None = None,
-    executor: str | Executor = "auto",
-    max_shard_size: int = 5 * 10**9,
+    executor: str | Executor = RunOptions.executor,
+    max_shard_size: int = RunOptions.max_shard_size,
     memory: int | None = None,
     compat: str | None = None,
     calibrate: str | WeightCalibration | Mapping[str, Any] | None = None,
     allow_embedding_truncation: bool = False,
-    nonfinite: str = "error",
+    nonfinite: str = RunOptions.nonfinite,
     progress: ProgressCall | None = None,
 ) -> SweepReport:
     """Merges checkpoints once for every combination of values, reading them once.
@@ -101,40 +102,28 @@ def sweep_checkpoints(
     if Path(out).suffix == ".safetensors":
         raise InputError(f"output for a sweep: expected a folder, got the file {str(out)!r}.")
     target = check_out(out, False)
-    place_of_work = device_of(device)
-    refuse_backend(backend, place_of_work)
+    options = RunOptions(
+        device=device_of(device), backend=backend, max_shard_size=max_shard_size, memory=memory
+    )
+    refuse_backend(backend, options.device)
     configs = [configure(own, combination) for combination in chosen]
     models = open_models({r: own.resolve_model(r) for r in own.model_references})
     try:
         aligned = align(own, models)
         models = aligned.models
-        plans = []
-        for combination, each in zip(chosen, configs, strict=True):
-            calibration = as_calibration(calibrate) or calibration_of(each)
-            steps, vocab_size = steps_of(
+        plans = [
+            plan_merge(
                 each,
-                models,
-                calibration,
+                aligned,
+                str(Path(target) / combination.name),
+                options,
+                calibration=as_calibration(calibrate) or calibration_of(each),
                 seed=each.seed or 0,
                 compat=compat,
-                allow_truncation=allow_embedding_truncation,
+                allow_embedding_truncation=allow_embedding_truncation,
             )
-            folder = str(Path(target) / combination.name)
-            plans.append(
-                MergePlan(
-                    each.merge_method, steps, place(steps, folder, max_shard_size), models,
-                    each.donor, folder, backend, each.num_layers,
-                    vocab_size or aligned.rows, each.to_yaml(),
-                    list(each.warnings), memory, place_of_work,
-                    {
-                        "seed": each.seed or 0, "calibrate": calibration, "preset": each.preset,
-                        "dtype": each.dtype, "out_dtype": each.out_dtype, "compat": compat,
-                        "allow_embedding_truncation": allow_embedding_truncation,
-                        **aligned.settings,
-                    },
-                    aligned.tokenizer,
-                )
-            )  # fmt: skip
+            for combination, each in zip(chosen, configs, strict=True)
+        ]
         warnings = _warnings(plans, settings)
         _check_disk(plans, target)
 
@@ -171,8 +160,8 @@ def _check_disk(plans: Sequence[MergePlan], out: str) -> None:
 def _warnings(plans: Sequence[MergePlan], settings: Mapping[str, Sequence[Any]]) -> list[str]:
     found = list(dict.fromkeys(w for plan in plans for w in plan.warnings))
     steps = [step for step in plans[0].steps if step.calibration is not None]
-    if steps and max(len(step.experts) for step in steps) == 1:
-        found.append("calibrating the merge of one expert gives back a full-size task vector")
+    if steps and merges_one_expert(steps):
+        found.append(ONE_EXPERT)
     swept = {name.removeprefix("parameters.") for name, values in settings.items() if values[1:]}
     if steps and swept & {"lambda", "scale"}:
         found.append(
