@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,6 +25,7 @@ from magic_fast.calibration.builtin import ON_MERGED_MODELS
 from magic_fast.calibration.registry import is_variant, variants
 from magic_fast.calibration.values import default_of, settings_of, words_of
 from magic_fast.calibration.weight import WeightCalibration
+from magic_fast.config.references import require_file
 
 
 class Strict(BaseModel):
@@ -181,3 +183,17 @@ class CalibrateConfig(_Settings):  # type: ignore[misc]
         """
         values: dict[str, Any] = self.model_dump(mode="python")
         return values
+
+    def arguments_in(self, folder: Path | None) -> dict[str, Any]:
+        """:meth:`as_dict` with the file of scores found, here or in ``folder``.
+
+        Raises:
+            ConfigError: the file is in neither place.
+        """
+        arguments = self.as_dict()
+        if isinstance(self.sensitive, SensitiveScores):
+            path = require_file(
+                self.sensitive.path, folder, key="calibrate.sensitive", what="a JSON file of scores"
+            )
+            arguments["sensitive"]["path"] = str(path)
+        return arguments

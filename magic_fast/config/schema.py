@@ -37,7 +37,7 @@ from magic_fast.config.faults import translate
 from magic_fast.config.modules import REST
 from magic_fast.config.problems import Origin, Problem, raise_problems
 from magic_fast.config.problems import Path as YamlPath
-from magic_fast.config.references import require_file, require_model
+from magic_fast.config.references import require_model
 from magic_fast.config.semantics import Checker
 from magic_fast.config.tokens import Reference, TokenEntry, TokenizerEntry, TokenSource
 from magic_fast.errors import ConfigError
@@ -261,18 +261,7 @@ class MergeConfig(Node):
         Raises:
             ConfigError: the file is neither in the current directory nor in the YAML's folder.
         """
-        if self.calibrate is None:
-            return None
-        arguments = self.calibrate.as_dict()
-        if isinstance(self.calibrate.sensitive, SensitiveScores):
-            path = require_file(
-                self.calibrate.sensitive.path,
-                self._folder,
-                key="calibrate.sensitive",
-                what="a JSON file of scores",
-            )
-            arguments["sensitive"]["path"] = str(path)
-        return arguments
+        return None if self.calibrate is None else self.calibrate.arguments_in(self._folder)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without what is left at its default: what :meth:`from_dict` takes."""

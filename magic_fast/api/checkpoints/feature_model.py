@@ -55,7 +55,7 @@ class FeatureSpace:
         data: Mapping[str, Any],
         settings: FeatureCalibration,
         sampling: Sampling,
-        device: str = "cpu",
+        device: str,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._models, self._names = dict(models), list(names)

@@ -22,6 +22,7 @@ from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.huggingface import models as hf_models
 from magic_fast.huggingface.data import read_batches
+from magic_fast.planning.options import RunOptions
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.steps import input_of, read_tensor
 from magic_fast.reference.sensitivity import enlarged
@@ -44,7 +45,7 @@ def sensitive_layers_of_checkpoints(
     samples: int = Sampling.samples,
     batch_size: int = Sampling.batch_size,
     max_length: int = Sampling.max_length,
-    device: str = "auto",
+    device: str = RunOptions.device,
     progress: Progress | None = None,
 ) -> SensitivityReport:
     """:func:`sensitive_layers` by the divergence of the outputs, on checkpoints of an architecture

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
+from magic_fast.api.options import MergeOptions
 from magic_fast.api.results import CalibrationReport, TensorCalibration
 from magic_fast.api.tensors.models import Named, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration, as_calibration
@@ -27,7 +28,7 @@ def calibrate_weights(
     row_axis: int | tuple[int, ...] | None = None,
     backend: str | None = None,
     out: Any = None,
-    nonfinite: str = "error",
+    nonfinite: str = MergeOptions.nonfinite,
     name: str = "",
     model_type: str | None = None,
 ) -> tuple[Any, CalibrationReport]:

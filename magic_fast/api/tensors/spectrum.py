@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
+from magic_fast.api.options import MergeOptions
 from magic_fast.api.tensors.models import Named, models_of, state_dict_of
 from magic_fast.calibration.spectrum import SVC_ALPHA, check_lines, check_svc
 from magic_fast.errors import InputError
@@ -28,7 +29,7 @@ def svc(
     *,
     alpha: float = SVC_ALPHA,
     out: Any = None,
-    nonfinite: str = "error",
+    nonfinite: str = MergeOptions.nonfinite,
     name: str = "",
 ) -> Any:
     """The merged model with every singular value of its task vectors divided by how far the experts
@@ -74,7 +75,7 @@ def lines(
     num_blocks: int,
     alpha: float | None = None,
     out: Any = None,
-    nonfinite: str = "error",
+    nonfinite: str = MergeOptions.nonfinite,
     name: str = "",
 ) -> Any:
     """The merged model with its task vector scaled by depth: alpha + beta·l/(num_blocks − 1) in
