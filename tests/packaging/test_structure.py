@@ -1,4 +1,4 @@
-"""No circle of files, no long file, no full folder, and no room that calls a backend by its name."""
+"""No circle of files, no long file, no full folder, no room that calls a backend by its name."""
 
 from __future__ import annotations
 
