@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from magic_fast.ops.registry import SPECS, backends
+from magic_fast.ops.registry import backends, specs
 
 ENVIRONMENT = "MAGIC_FAST_TEST_BACKENDS"
 
@@ -14,7 +14,7 @@ ENVIRONMENT = "MAGIC_FAST_TEST_BACKENDS"
 def chosen_backends() -> list[str]:
     """Names of the backends under test. An empty selection or an unknown name is an error: a run
     with nothing in it must not pass."""
-    known = [spec.name for spec in SPECS]
+    known = [spec.name for spec in specs()]
     text = os.environ.get(ENVIRONMENT)
     if text is None:
         return known
