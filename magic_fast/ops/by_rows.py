@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from magic_fast.ops.backend import Backend, Capable
+from magic_fast.ops.backend import Backend, Capable, merge_many
 from magic_fast.ops.job import Array, Job, Stats, View
 from magic_fast.ops.slabs import first_nonfinite, join_slabs, slabs_of
 from magic_fast.recipe import Granularity, Recipe, RowCalibration, Selection, TrimRule
@@ -85,13 +85,6 @@ class ByRowSums:
         stats.kept = ()
         return stats
 
-    def row_stats(self, job: Job, merged: Array) -> tuple[Any, Any, Any]:
-        found: tuple[Any, Any, Any] = self._backend.row_stats(job, merged)
-        return found
-
-    def scale(self, job: Job, merged: Array, coefficient: Any) -> None:
-        self._backend.scale(job, merged, coefficient)
-
     def _run(self, job: Job, *, given: bool) -> Stats:
         """``given``: the last expert is the model merged elsewhere."""
         c = job.calibration
@@ -125,7 +118,7 @@ class ByRowSums:
                 Job(None, [x, job.base], _MINUS, tau, job.name)
                 for x, tau in zip(job.experts, taus, strict=True)
             ]
-            parts = [self._backend.merge(pair) for pair in pairs]
+            parts = merge_many(self._backend, pairs)
             found.first_nonfinite = tuple(part.first_nonfinite[0] for part in parts)
             found.base_nonfinite = max(part.first_nonfinite[1] for part in parts)
         if given:

@@ -129,7 +129,7 @@ def _why_not(
         return f"the tensors are on {where}, it runs on {', '.join(devices)}"
     if not spec.streams and isinstance(job.experts[0], View):
         return "it takes torch tensors only"
-    if not offers(backend, primitive):
+    if not offers(as_run(backend, job), primitive):
         return f"it has no {primitive}"
     return why_unsupported(backend, job)
 

@@ -26,6 +26,7 @@ from magic_fast.cli import main
 from magic_fast.config import MergeConfig
 from magic_fast.engine.plan.modes import Mode
 from magic_fast.errors import BackendError
+from magic_fast.ops.registry import implementation
 from magic_fast.plugins import entry_points_of
 from magic_fast.recipe import EpsMode, Granularity, Variant
 from support.backends import available_backends, backend_params
@@ -138,6 +139,42 @@ def test_bits_of_a_built_in_variant(backend: str) -> None:
         a, b = found.tensors[0], wanted.tensors[0]
         torch.testing.assert_close(a.coefficient, b.coefficient, rtol=1e-6, atol=0)
         assert a.magnitude_after == pytest.approx(b.magnitude_after, rel=1e-6)
+
+
+class Plain:
+    """What is required of a backend, and nothing beside: no sums of rows, no calibrations."""
+
+    name = "plain"
+
+    def __init__(self) -> None:
+        core = implementation("native")
+        self.select, self.merge, self._core = core.select, core.merge, core
+
+    def why_not(self) -> str | None:
+        return None
+
+    def supports(self, job: ops.Job) -> str | None:
+        return "it calibrates nothing" if job.calibration else self._core.supports(job)
+
+
+@pytest.mark.skipif("native" not in available_backends(), reason="its core is what merges here")
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_a_backend_that_merges_and_no_more(own_registry: None, granularity: str) -> None:
+    mf.register_backend("plain", Plain, devices=("cpu",))
+    settings = {"variant": "median_norm", "granularity": granularity}
+    base, experts = draw(3, (1100, 1000), torch.bfloat16)
+    merged = mf.merge(base, experts, "ties")
+    results = [
+        (
+            mf.merge(base, experts, "ties", calibrate=settings, backend=name),
+            mf.calibrate_weights(base, experts, merged, calibration=settings, backend=name)[0],
+        )
+        for name in ("plain", "native")
+    ]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=torch.finfo(got.dtype).eps, atol=0)
+    with pytest.raises(BackendError, match="it calibrates nothing"):
+        mf.merge(base, experts, "ties", calibrate="sphere", backend="plain")
 
 
 def test_models_and_settings() -> None:
@@ -295,7 +332,7 @@ def test_checkpoints(models: Models, name: str, tmp_path: Path) -> None:
     """Row sums stream in pieces, whole tensors are held; the bits are those of tensors."""
     config = models.config("ties", parameters=TIES, calibrate=name)
     plan = mf.plan_checkpoints(config, tmp_path / "out", memory=4 * MIB)
-    modes = {mode for mode, _ in plan.budget.modes.values()}
+    modes = {way.mode for way in plan.budget.modes.values()}
     report = mf.merge_checkpoints(config, tmp_path / "out", memory=4 * MIB)
     want = models.merged("ties", calibrate=name, density=0.3, weights=[0.7] * 3)
     assert not different(read_out(tmp_path / "out"), want)
