@@ -137,19 +137,17 @@ class Fields {
  public:
   explicit Fields(py::handle job) {
     if (!PyDict_Check(job.ptr())) throw py::value_error("job: expected a dict of its fields.");
-    Py_ssize_t found = 0;
-    for (int i = 0; i < kFields; ++i) {
-      at_[i] = PyDict_GetItem(job.ptr(), field_names()[i]);
-      if (at_[i]) ++found;
-      if (!at_[i] && i < kRequired) refuse("is missing", field_names()[i]);
+    PyObject *name = nullptr, *value = nullptr;
+    Py_ssize_t place = 0;
+    int next = 0;  // they come in the order of the list, some left out
+    while (PyDict_Next(job.ptr(), &place, &name, &value)) {
+      const int field = find(name, next);
+      if (field < 0) refuse("is not known", name);
+      at_[field] = value;
+      next = field + 1;
     }
-    if (found == PyDict_GET_SIZE(job.ptr())) return;
-    for (const auto& item : py::reinterpret_borrow<py::dict>(job)) {
-      bool known = false;
-      for (int i = 0; i < kFields; ++i)
-        known |= PyUnicode_Compare(item.first.ptr(), field_names()[i]) == 0;
-      if (!known) refuse("is not known", item.first);
-    }
+    for (int i = 0; i < kRequired; ++i)
+      if (!at_[i]) refuse("is missing", field_names()[i]);
   }
 
   // None where it was left out.
@@ -162,11 +160,23 @@ class Fields {
   }
 
  private:
+  // Where `name` stands in the list, looked for from `first` on; -1: nowhere.
+  static int find(PyObject* name, int first) {
+    PyObject* const* names = field_names();
+    for (int i = first; i < kFields; ++i)
+      if (names[i] == name) return i;
+    for (int i = 0; i < first; ++i)
+      if (names[i] == name) return i;
+    for (int i = 0; i < kFields; ++i)  // a string of its own
+      if (PyUnicode_Check(name) && PyUnicode_Compare(names[i], name) == 0) return i;
+    return -1;
+  }
+
   [[noreturn]] static void refuse(const char* what, py::handle name) {
     throw py::value_error("job: field '" + py::str(name).cast<std::string>() + "' " + what + ".");
   }
 
-  PyObject* at_[kFields];
+  PyObject* at_[kFields] = {};
 };
 
 struct Batch {

@@ -1,7 +1,6 @@
 """Jobs as the native core takes them: addresses, codes and prepared recipes, by name.
 
-``csrc/bindings/jobs.h`` lists the names, and refuses others. Only addresses go down, so torch is
-never imported here for a caller that has none.
+``csrc/bindings/jobs.h`` lists the names, and refuses others.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from magic_fast.ops.native.results import RowResults
 from magic_fast.recipe import Recipe, RowCalibration, TrimRule
 
 if TYPE_CHECKING:
-    from magic_fast import _native
+    from magic_fast._native import JobFields
+
+_DRAWN = (TrimRule.RANDOM, TrimRule.RANKED)  # a look-up in an enum each time is slow
 
 
 def _rank_cols(job: Job, numel: int) -> int:
@@ -56,7 +57,7 @@ class Call:
         merged: Array | None = None,
         rows: RowResults | None = None,
         total: int | None = None,
-    ) -> _native.JobFields:
+    ) -> JobFields:
         """The fields of ``job`` that act. ``total`` overrides the job's, for counts that run over
         several tensors."""
         recipe, base, out, selection = job.recipe, job.base, job.out, job.selection
@@ -64,7 +65,7 @@ class Call:
         if total is None:
             total = numel if job.total is None else job.total
         addresses, codes = pointers_of(job.experts)
-        fields: _native.JobFields = {
+        fields: JobFields = {
             "plan": self.plan(recipe, total if selection is None else None),
             "numel": numel,
             "offset": job.offset,
@@ -73,10 +74,10 @@ class Call:
             "expert_dtypes": codes,
         }
         rule = recipe.trim.rule
-        if rule is TrimRule.RANDOM or rule is TrimRule.RANKED:
+        if rule in _DRAWN:
             fields["stream"] = job.stream
-        if rule is TrimRule.RANKED:
-            fields["rank_cols"] = _rank_cols(job, numel)
+            if rule is TrimRule.RANKED:
+                fields["rank_cols"] = _rank_cols(job, numel)
         if base is not None:
             fields["base"] = address_of(base)
             fields["base_dtype"] = code_of(base)
