@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-instructions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean FORCE
+.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench architectures suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-instructions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -100,6 +100,10 @@ $(PEERS)-%/.installed: benchmarks/peers-%.txt .ci/constraints.txt
 	$(@D)/bin/python -m pip install --quiet "$$(grep '^torch==' .ci/constraints.txt)"
 	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@
+
+# Every model type of the installed transformers, built without weights: two minutes of one core, no network.
+architectures: venv ## magic_fast/models/architectures.jsonl, what the tensors of each architecture are
+	$(BIN)/python tools/architectures/generate.py
 
 suites: venv ## other libraries' own tests, which ours run with our functions in place
 	$(BIN)/python tests/integrations/fetch_suites.py

@@ -19,6 +19,7 @@ RANK = {
     "kernels": 1,
     "_native": 1,
     "checkpoint": 1,
+    "models": 1,  # what a tensor is to its model
     "ops": 2,
     "spectral": 2,  # factorisations by matrix products
     "methods": 3,

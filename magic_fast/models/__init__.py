@@ -1,0 +1,29 @@
+"""What a tensor is: the one room that knows models (docs/models.md)."""
+
+from magic_fast.models.assign import roles_of
+from magic_fast.models.roles import (
+    MAPS,
+    Block,
+    Experts,
+    Kind,
+    ModelRoles,
+    Role,
+    Source,
+    StackFields,
+    Step,
+    Tensors,
+)
+
+__all__ = [
+    "MAPS",
+    "Block",
+    "Experts",
+    "Kind",
+    "ModelRoles",
+    "Role",
+    "Source",
+    "StackFields",
+    "Step",
+    "Tensors",
+    "roles_of",
+]
