@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,16 @@ from magic_fast.models.conversions import (
     dimensions_in_file,
 )
 from magic_fast.models.lookup import Found, Tree, part_of
-from magic_fast.models.roles import Block, Experts, ModelRoles, Role, Source, Step, Tensors
+from magic_fast.models.roles import (
+    Block,
+    Experts,
+    ModelRoles,
+    Role,
+    Source,
+    StackFields,
+    Step,
+    Tensors,
+)
 from magic_fast.models.table import Entry, entry_of, heading
 
 if TYPE_CHECKING:
@@ -105,6 +115,13 @@ class _Assignment:
     def result(self, model_type: str, source: Source) -> ModelRoles:
         """All roles, and what was assumed."""
         roles = {name: self._role(name) for name in self.tensors}
+        stacks = self.tree.stacks()
+        counts = self._counts(stacks)
+        for name, role in roles.items():
+            if role.block is not None and role.block.number >= counts.get(
+                role.block.stack, math.inf
+            ):
+                roles[name] = replace(role, loaded=False)
         assumed: tuple[str, ...] = ()
         if self.lacking:
             more = f" and {len(self.lacking) - 1} more" if len(self.lacking) > 1 else ""
@@ -120,7 +137,7 @@ class _Assignment:
             assumed=assumed,
             ties=self._ties({role.canonical for role in roles.values()}),
             tied=self._is_tied(),
-            stacks=self.tree.stacks(),
+            stacks=stacks,
         )
 
     def _role(self, name: str) -> Role:
@@ -226,6 +243,15 @@ class _Assignment:
             for match in filter(None, map(numbers.match, names)):
                 result[match[0]] = match.expand(source)
         return {name: source for name, source in result.items() if name != source}
+
+    def _counts(self, stacks: Mapping[str, StackFields]) -> dict[str, int]:
+        """How many layers of each stack the configuration states. More of them (for multi-token
+        prediction) are left aside by transformers."""
+        stated = {
+            stack: part_of(self.config, fields.part).get(fields.count or "")
+            for stack, fields in stacks.items()
+        }
+        return {stack: count for stack, count in stated.items() if isinstance(count, int)}
 
     def _is_tied(self) -> bool:
         """Whether the configuration ties: by its top, by its text part, or by default."""

@@ -108,7 +108,8 @@ class Role:
         layout: the steps from the file's tensor to the parameter; () where they are the same.
         module: the path of the module that owns it.
         owner: the class of that module; "" where the headers alone are known.
-        loaded: whether transformers reads it at all. It leaves ``mtp.*`` and old masks aside.
+        loaded: whether transformers reads it at all. It leaves ``mtp.*``, old masks and layers
+            beyond the configuration's aside.
         experts: how a stack of experts is laid out, or None.
         units_doubt: the reason why ``units`` is not known, or None.
         words_doubt: the reason why ``vocabulary`` may be wrong, or None.

@@ -140,6 +140,17 @@ def test_what_transformers_leaves_aside() -> None:
     assert not roles.assumed
 
 
+def test_layers_beyond_the_configuration_are_left_aside() -> None:
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": ((8, 8), "BF16")
+        for layer in (59, 60, 61)
+        for name in ("self_attn.o_proj", "mlp.experts.3.down_proj")
+    }
+    roles = roles_of({"model_type": "deepseek_v3", "num_hidden_layers": 61}, tensors)
+    for name, role in roles.items():
+        assert role.loaded == ("layers.61." not in name)
+
+
 def test_what_the_tree_lacks_is_told() -> None:
     roles = roles_of({"model_type": "llama"}, {"model.extra.weight": ((8, 8), "F32")})
     assert roles.assumed == (
