@@ -4,6 +4,7 @@ there. No file of the package knows it."""
 from __future__ import annotations
 
 import importlib
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,7 @@ def test_a_package_offers_it(own_registry: None, folder: Path) -> None:
 def test_a_broken_offer_is_named(
     own_registry: None, folder: Path, caplog: pytest.LogCaptureFixture, entry: str, reason: str
 ) -> None:
+    caplog.set_level(logging.WARNING, logger="magic_fast")
     (folder / "toy_backend.py").write_text("raise RuntimeError('no luck')")
     offered_by_a_package(folder, entry)
     status = next(status for status in mf.backends() if status.name == "toy")

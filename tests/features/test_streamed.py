@@ -107,7 +107,7 @@ def test_output_is_whole(tmp_path: Path) -> None:
 def test_interrupted_and_resumed(
     space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from magic_fast.engine.execute import streamed as stages
+    from magic_fast.engine.execute import writer as stages
 
     own = case("llama")
     arguments = save(own, tmp_path)

@@ -195,9 +195,13 @@ def test_what_is_left_to_peft(
 
 
 def test_clamped_as_by_peft() -> None:
+    """PEFT decomposes, from a sum that lies in other memory; LAPACK's last bit depends on that on
+    some CPUs (a Xeon with AMX: 1.3e-7)."""
     own, ours = _both(model_with((4, 4)), ["a", "b"], [0.5, 0.5], "svd", svd_clamp=0.9)
+    eps = torch.finfo(torch.float32).eps
     for name in own:
-        assert all(torch.equal(a, b) for a, b in zip(own[name], ours[name], strict=True))
+        for a, b in zip(own[name], ours[name], strict=True):
+            assert float((a - b).abs().max()) <= 4 * eps * float(a.abs().max()), name
 
 
 def test_an_adapter_that_is_not_finite_is_left_to_peft() -> None:

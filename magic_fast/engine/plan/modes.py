@@ -206,7 +206,8 @@ def working_bytes(step: Step) -> int:
     count, more = len(step.experts), 0
     variant = step.calibration and step.calibration.variant
     stacked = count if isinstance(variant, RowFunction) and variant.whole else 0
-    spec = None if step.recipe is not None else find_step(step.method)
+    named = step.recipe is None and step.method  # copies and calibrations have neither
+    spec = find_step(step.method) if named else None
     if spec is not None and spec.workspace is not None:
         more = spec.workspace(step.arguments, count, len(step.shape))
     return (4 * (count + 2 + stacked) + more) * step.numel
