@@ -66,8 +66,14 @@ class Tree:
             found = list(self._in_base(inner))
             if found:
                 return f"{self.prefix}.{inner}" if self.prefix else inner, found
-        others = heads.values() if architecture not in heads else ()
-        return name, [found for head in others for found in self._in_head(head, name)]
+        chosen = [heads[architecture]] if architecture in heads else list(heads.values())
+        for prefix in ("", *filter(None, self.entry["prefixes"])):  # some have one too many
+            if not prefix or name.startswith(f"{prefix}."):
+                inner = name[len(prefix) + 1 :] if prefix else name
+                found = [one for head in chosen for one in self._in_head(head, inner)]
+                if found:
+                    return inner, found
+        return name, []
 
     def _in_base(self, name: str) -> Iterator[Found]:
         depth = self.prefix.count(".") + 1 if self.prefix else 0
@@ -108,13 +114,19 @@ class Tree:
             yield from tree._find(entry["base"], parts, depth, block)
             return
         name = ".".join(parts)
-        if tree.prefix and name.startswith(f"{tree.prefix}."):
-            below = tree.prefix.count(".") + 1
-            yield from tree._find(entry["base"], parts[below:], depth + below, block)
-        elif not tree.prefix:
-            yield from tree._find(entry["base"], parts, depth, block)
-        for head in (entry.get("heads", {}).get(entry["class"], {}),):
-            yield from tree._find(head, parts, depth, block)
+        for prefix in entry["prefixes"]:
+            below = prefix.count(".") + 1 if prefix else 0
+            if not prefix or name.startswith(f"{prefix}."):
+                found = list(tree._find(entry["base"], parts[below:], depth + below, block))
+                if found:
+                    yield from found
+                    return
+        heads = entry.get("heads", {})
+        for head in (heads.get(entry["class"], {}), *heads.values()):
+            found = list(tree._find(head, parts, depth, block))
+            if found:
+                yield from found
+                return
 
     def _part(self, reference: Sequence[Any]) -> Tree | None:
         """The tree of a part: of the type that the configuration states, or the default one."""

@@ -49,6 +49,12 @@ SAME = [
     ("nemotron_h", ["backbone.layers.0.mixer.in_proj.weight",
                     "model.layers.0.mixer.in_proj.weight"],
      "model.layers.0.mixer.in_proj.weight"),
+    # a backbone, which is a class of another type that is not its base model
+    ("upernet", ["backbone.encoder.stages.0.layers.1.layer.0.convolution.weight"],
+     "backbone.encoder.stages.0.layers.1.layer.0.convolution.weight"),
+    # renamings that leave the prefix of the base model before a tensor of the head
+    ("rf_detr", ["segmentation_head.query_features_proj.weight", "query_features_proj.weight"],
+     "query_features_proj.weight"),
     ("gpt_neox", ["embed_out.weight", "lm_head.weight"], "lm_head.weight"),
 ]  # fmt: skip
 
@@ -57,7 +63,8 @@ SAME = [
 def test_names_of_one_parameter(model_type: str, names: list[str], canonical: str) -> None:
     config = VLM if model_type == "llava" else {}
     for name in names:
-        found = role(model_type, name, 8, 8, **config)
+        shape = (8, 8, 3, 3) if "convolution" in name else (8, 8)
+        found = role(model_type, name, *shape, **config)
         assert (found.canonical, found.targets) == (canonical, (canonical,)), name
         assert found.owner, name
         assert found.layout == ()
