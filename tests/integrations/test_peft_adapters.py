@@ -195,8 +195,8 @@ def test_what_is_left_to_peft(
 
 
 def test_clamped_as_by_peft() -> None:
-    """PEFT decomposes, from a sum that lies in other memory; LAPACK's last bit depends on that on
-    some CPUs (a Xeon with AMX: 1.3e-7)."""
+    """PEFT's own code decomposes in both. Equal bits on some CPUs; on a Xeon with AMX factors A
+    differ by 1.3e-7, and why is not known."""
     own, ours = _both(model_with((4, 4)), ["a", "b"], [0.5, 0.5], "svd", svd_clamp=0.9)
     eps = torch.finfo(torch.float32).eps
     for name in own:
