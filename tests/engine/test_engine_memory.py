@@ -49,9 +49,11 @@ def write_large(folder: Path, rows: int, cols: int, layers: int = 1) -> str:
 
 
 def peak_of(config: str, out: Path, memory: int, *, torch: bool = False) -> int:
+    """The peak of a merge in a process of its own, whose large arrays are mapped one by one: glibc
+    otherwise learns to take them from its heap, and how full that gets differs from run to run."""
     ended = subprocess.run(
         [sys.executable, str(PROGRAM), config, str(out), str(memory)],
-        env=environment(),
+        env=environment(MALLOC_MMAP_THRESHOLD_=str(MIB)),
         capture_output=True,
         text=True,
     )
@@ -105,4 +107,4 @@ def test_decompositions_take_what_the_plan_says(method: str, svd: str, tmp_path:
         config.write_text(text.replace("{density: 0.2, weight: 0.5}", choice))
         held.append(mf.plan_checkpoints(config, folder / "no").budget.held)
         peaks.append(peak_of(str(config), folder / "out", 2048 * MIB, torch=True))
-    assert 0 < peaks[1] - peaks[0] <= 1.1 * (held[1] - held[0])  # a tenth for the allocator
+    assert 0 < peaks[1] - peaks[0] <= held[1] - held[0]
