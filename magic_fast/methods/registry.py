@@ -73,7 +73,7 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> MethodSpec | None:
     """The method of that name, or None. Installed packages are only asked for unknown names."""
-    known = _built_in(name) or _registered.get(name)
+    known = _loaded.get(name) or _built_in(name) or _registered.get(name)
     return known or methods().get(name)
 
 
@@ -92,7 +92,7 @@ def find_method(name: str, *, beside: Collection[str] = ()) -> MethodSpec:
     Raises:
         InputError: there is none; the message lists the names and suggests a close one.
     """
-    spec = get(name)
+    spec = _loaded.get(name) or get(name)
     if spec is not None:
         return spec
     known = [*names(), *beside]

@@ -20,11 +20,22 @@ _TORCH_WORDS = {
 }
 
 
+class _Words(dict[object, str]):
+    """By safetensors' word or dtype of torch, which is met once and kept."""
+
+    def __missing__(self, dtype: object) -> str:
+        word = str(dtype)
+        self[dtype] = word = _TORCH_WORDS.get(word, word)
+        return word
+
+
+_WORDS = _Words()
+
+
 def dtype_word(array: Any) -> str:
     """safetensors' word for the dtype of a torch tensor or a View; other dtypes keep torch's
     word."""
-    word = str(array.dtype)
-    return _TORCH_WORDS.get(word, word)
+    return _WORDS[array.dtype]
 
 
 def _label(job: Job) -> str:
@@ -36,6 +47,8 @@ def extent_of(array: Any) -> tuple[int, int]:
     if hasattr(array, "ptr"):
         size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}[array.dtype]
         return array.ptr, array.ptr + array.numel * size
+    if array.is_contiguous():
+        return (start := array.data_ptr()), start + array.nbytes
     if array.numel() == 0:
         return 0, 0
     span = sum((n - 1) * abs(s) for n, s in zip(array.shape, array.stride(), strict=True)) + 1
@@ -121,12 +134,12 @@ def check(job: Job) -> None:
 
 
 def _check_devices(job: Job, named: Sequence[tuple[str, Any]]) -> None:
-    where = [(what, str(getattr(a, "device", "cpu"))) for what, a in named]
+    where = [(what, getattr(a, "device", "cpu")) for what, a in named]
     if job.out is not None:
-        where.append(("out", str(getattr(job.out, "device", "cpu"))))
+        where.append(("out", getattr(job.out, "device", "cpu")))
+    other, first = where[0]
     for what, device in where:
-        if device != where[0][1]:
+        if device != first and str(device) != str(first):  # words of devices are slow to make
             raise InputError(
-                f"device of {what} for {_label(job)}: expected {where[0][1]} as of "
-                f"{where[0][0]}, got {device}."
+                f"device of {what} for {_label(job)}: expected {first} as of {other}, got {device}."
             )

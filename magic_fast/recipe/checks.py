@@ -17,8 +17,8 @@ def per_expert(value: float | Sequence[float], num_experts: int, what: str) -> t
     if isinstance(value, int | float):
         return (float(value),) * num_experts
     values = tuple(float(v) for v in value)
-    check(
-        len(values) == num_experts,
-        f"{what}: expected one number or one per expert ({num_experts}), got {len(values)}.",
-    )
+    if len(values) != num_experts:
+        raise InputError(
+            f"{what}: expected one number or one per expert ({num_experts}), got {len(values)}."
+        )
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from magic_fast.errors import InputError
 from magic_fast.recipe.checks import check
 from magic_fast.recipe.stages import Alone, Consensus, Trim
 from magic_fast.recipe.words import (
@@ -58,27 +59,30 @@ class Recipe:
     def __post_init__(self) -> None:
         k = self.num_experts
         check(k >= 1, "experts: expected at least one, got none.")
+        # numbers are spelled only where one is wrong: that takes longer than all comparisons
         for i, w in enumerate(self.weights):
-            check(math.isfinite(w), f"weight of expert {i}: expected a finite number, got {w!r}.")
-        check(math.isfinite(self.scale), f"scale: expected a finite number, got {self.scale!r}.")
+            if not math.isfinite(w):
+                raise InputError(f"weight of expert {i}: expected a finite number, got {w!r}.")
+        if not math.isfinite(self.scale):
+            raise InputError(f"scale: expected a finite number, got {self.scale!r}.")
         t = self.trim
         for what, values, needed in (
             ("density", t.density, t.rule not in _WITHOUT_DENSITY),
             ("gamma", t.gamma, t.rule is TrimRule.BAND),
             ("epsilon", t.epsilon, t.rule in (TrimRule.RANKED, TrimRule.THRESHOLD)),
         ):
-            check(
-                not needed or len(values) == k,
-                f"{what}: expected one number per expert ({k}), got {len(values)}.",
-            )
+            if needed and len(values) != k:
+                raise InputError(
+                    f"{what}: expected one number per expert ({k}), got {len(values)}."
+                )
         check(
             (self.contributors is Contributors.AGREEING) <= (self.vote is not Vote.NONE),
             "contributors='agreeing': expected a vote, got vote='none'.",
         )
-        check(
-            t.rule is not TrimRule.VARIANCE or len(set(t.density)) == 1,
-            f"density of the trim 'variance': expected one for all experts, got {t.density}.",
-        )
+        if t.rule is TrimRule.VARIANCE and len(set(t.density)) != 1:
+            raise InputError(
+                f"density of the trim 'variance': expected one for all experts, got {t.density}."
+            )
         voted = self.vote is Vote.MASS and self.vote_on is VoteOn.UNWEIGHTED
         agreeing = voted and self.contributors is Contributors.AGREEING
         check(

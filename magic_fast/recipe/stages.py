@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from magic_fast.recipe.checks import check
+from magic_fast.errors import InputError
 from magic_fast.recipe.words import CountRule, TieRule, TrimRule, TrimScope
 
 
@@ -49,36 +49,36 @@ class Trim:
             return
         if self.rule is TrimRule.THRESHOLD:
             for k, e in enumerate(self.epsilon):
-                check(
-                    0 <= e < math.inf,
-                    f"epsilon of expert {k}: expected a finite number >= 0, got {e!r}.",
-                )
+                if not 0 <= e < math.inf:
+                    raise InputError(
+                        f"epsilon of expert {k}: expected a finite number >= 0, got {e!r}."
+                    )
             return
         for k, q in enumerate(self.density):
             if self.rule is TrimRule.STD:
-                check(
-                    q >= 0 and math.isfinite(q),
-                    f"threshold of expert {k}: expected >= 0, got {q!r}.",
-                )
+                if not 0 <= q < math.inf:
+                    raise InputError(f"threshold of expert {k}: expected >= 0, got {q!r}.")
                 continue
-            check(
-                isinstance(q, int | float) and 0 < q <= 1,
-                f"density of expert {k}: expected a fraction in (0, 1], got {q!r}. "
-                "It is the kept fraction, never a percentage.",
-            )
+            if not (isinstance(q, int | float) and 0 < q <= 1):
+                raise InputError(
+                    f"density of expert {k}: expected a fraction in (0, 1], got {q!r}. "
+                    "It is the kept fraction, never a percentage."
+                )
             if q == 1:
                 continue
             if self.rule is TrimRule.RANKED:
                 e = self.epsilon[k]
-                check(
-                    0 <= e and 0 < q - e and q + e < 1,
-                    f"epsilon of expert {k}: expected 0 < density − epsilon and density + "
-                    "epsilon < 1, "
-                    f"got density {q!r} and epsilon {e!r}.",
-                )
+                if not (0 <= e and 0 < q - e and q + e < 1):
+                    raise InputError(
+                        f"epsilon of expert {k}: expected 0 < density − epsilon and density + "
+                        f"epsilon < 1, got density {q!r} and epsilon {e!r}."
+                    )
             if self.rule is TrimRule.BAND:
                 g = self.gamma[k]
-                check(0 <= g < 1, f"gamma of expert {k}: expected a fraction in [0, 1), got {g!r}.")
+                if not 0 <= g < 1:
+                    raise InputError(
+                        f"gamma of expert {k}: expected a fraction in [0, 1), got {g!r}."
+                    )
 
     def active(self, k: int) -> bool:
         """Whether expert ``k`` loses any entry at all under this trim (a density of 1 skips it)."""

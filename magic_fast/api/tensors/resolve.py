@@ -120,7 +120,8 @@ def resolve(
         )
     if calibration is not None and num_experts == 1:
         log.warning("calibrating the merge of one expert gives back a full-size task vector")
-    options = replace(options, backend=options.chosen_backend)
+    if options.details:
+        options = replace(options, backend=options.chosen_backend)
     return Call(method, arguments, recipe, calibration, options, model_type)
 
 
