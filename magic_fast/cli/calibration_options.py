@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from magic_fast.calibration.builtin import SPACES
-from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.registry import is_variant, variants
-from magic_fast.calibration.samples import Sampling
-from magic_fast.calibration.spectrum import SVC_ALPHA
 from magic_fast.calibration.values import default_of, settings_of, words_of
 from magic_fast.calibration.weight import WeightCalibration
 from magic_fast.cli.options import positive
@@ -51,6 +48,8 @@ def weight_calibration(parser: argparse.ArgumentParser) -> None:
 
 def feature_calibration(parser: argparse.ArgumentParser) -> None:
     """How FSC runs, and on what."""
+    from magic_fast.calibration.feature import FeatureCalibration
+
     group = parser.add_argument_group("calibration in feature space (FSC, DSC)")
     group.add_argument(
         "--space",
@@ -103,6 +102,8 @@ def _written(default: Any) -> str:
 
 def spectrum_and_depth(parser: argparse.ArgumentParser) -> None:
     """The numbers of ``--space svc`` and ``--space lines``."""
+    from magic_fast.calibration.spectrum import SVC_ALPHA
+
     group = parser.add_argument_group("singular values and depth (svc, lines)")
     group.add_argument(
         "--alpha",
@@ -118,6 +119,8 @@ def spectrum_and_depth(parser: argparse.ArgumentParser) -> None:
 
 def samples(group: Any, tasks: str) -> None:
     """What a model runs on."""
+    from magic_fast.calibration.samples import Sampling
+
     group.add_argument(
         "--data",
         action="append",

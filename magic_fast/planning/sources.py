@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from magic_fast.checkpoint import Checkpoint
+from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.config import MergeConfig
 from magic_fast.config.references import find_model
-from magic_fast.engine.sources.adapted import open_model
 from magic_fast.planning.pause_gc import no_collection
 
 
@@ -36,6 +36,15 @@ def open_models(references: Mapping[str, tuple[Path, Path | None]]) -> dict[str,
             model.close()
         raise
     return models
+
+
+def open_model(path: Path, adapter: Path | None = None) -> Checkpoint:
+    """`open_checkpoint`, with an adapter on it where one is named."""
+    if adapter is None:
+        return open_checkpoint(path)
+    from magic_fast.engine.sources.adapted import open_adapted
+
+    return open_adapted(partial(open_checkpoint, path), adapter)
 
 
 def open_named(names: Iterable[str]) -> dict[str, Checkpoint]:

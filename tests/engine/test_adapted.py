@@ -16,8 +16,9 @@ import magic_fast as mf
 from adapters.adapter_files import Lora, draw_lora, write_ia3, write_peft
 from engine.engine_models import MIB, different, read_out, write_model
 from magic_fast.cli import main
-from magic_fast.engine.sources.adapted import AdaptedCheckpoint, open_model
+from magic_fast.engine.sources.adapted import AdaptedCheckpoint
 from magic_fast.errors import CheckpointError, ConfigError
+from magic_fast.planning.sources import open_model
 
 SHAPES = {
     "model.embed_tokens": (90, 24),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from magic_fast.adapters import Adapter, AdapterModule, open_adapter
 from magic_fast.adapters.names import weight_names
-from magic_fast.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from magic_fast.checkpoint import Checkpoint, TensorInfo
 from magic_fast.engine.output.recheck import refuse_changed_files
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.engine.plan.units import element_size
@@ -126,21 +126,13 @@ class AdaptedCheckpoint(Checkpoint):
 
     def opener(self) -> Callable[[], Checkpoint]:
         """What opens it again, in another process too."""
-        return partial(_open_adapted, self._own.opener(), self._adapter.path)
+        return partial(open_adapted, self._own.opener(), self._adapter.path)
 
 
-def open_model(
-    path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None
-) -> Checkpoint:
-    """`open_checkpoint`, with an adapter on it where one is named."""
-    if adapter is None:
-        return open_checkpoint(path)
-    return _open_adapted(partial(open_checkpoint, path), adapter)
-
-
-def _open_adapted(
+def open_adapted(
     opener: Callable[[], Checkpoint], adapter: str | os.PathLike[str]
 ) -> AdaptedCheckpoint:
+    """The checkpoint that ``opener`` opens, with an adapter on it."""
     opened = open_adapter(os.path.abspath(os.path.expanduser(adapter)))
     try:
         own = opener()
