@@ -195,13 +195,11 @@ def test_what_is_left_to_peft(
 
 
 def test_clamped_as_by_peft() -> None:
-    """PEFT's own code decomposes in both. Equal bits on some CPUs; on a Xeon with AMX factors A
-    differ by 1.3e-7, and why is not known."""
+    """PEFT's own code runs, with the arguments that it was given: the thin decomposition differs
+    from the full one in last bits on some CPUs (a Xeon with AMX)."""
     own, ours = _both(model_with((4, 4)), ["a", "b"], [0.5, 0.5], "svd", svd_clamp=0.9)
-    eps = torch.finfo(torch.float32).eps
     for name in own:
-        for a, b in zip(own[name], ours[name], strict=True):
-            assert float((a - b).abs().max()) <= 4 * eps * float(a.abs().max()), name
+        assert all(torch.equal(a, b) for a, b in zip(own[name], ours[name], strict=True))
 
 
 def test_an_adapter_that_is_not_finite_is_left_to_peft() -> None:

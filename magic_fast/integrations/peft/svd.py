@@ -129,8 +129,9 @@ def replacement(power: int) -> Method:
             if found is not None:
                 down, up = found
                 return down.reshape(target_lora_A.shape), up.reshape(target_lora_B.shape)
-        if full_matrices and new_rank <= min(target_lora_A[0].numel(), target_lora_B.shape[0]):
-            full_matrices = False  # the leading vectors are the same
+        least = min(target_lora_A[0].numel(), target_lora_B.shape[0])
+        if full_matrices and clamp is None and new_rank <= least:
+            full_matrices = False  # the leading vectors are the same but for LAPACK's last bit
         return own(
             self, combination_type, adapters, weights, new_rank, target, target_lora_A,
             target_lora_B, density, majority_sign_method, clamp, full_matrices=full_matrices,
