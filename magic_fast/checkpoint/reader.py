@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
+
+from magic_fast.models import ModelRoles, roles_of
 
 from .file_reader import PREFIX_BYTES, FileReader
 from .hashing import InputFile
@@ -75,6 +77,11 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, {len(self.tensors)} tensors, {len(self.files)} files)"
+
+    @cached_property
+    def roles(self) -> ModelRoles:
+        """What each stored tensor is to the model (docs/models.md)."""
+        return roles_of(self.config, {n: (i.shape, i.dtype) for n, i in self._stored.items()})
 
     @property
     def is_file(self) -> bool:
