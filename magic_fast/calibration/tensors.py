@@ -7,16 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from magic_fast.errors import InputError
+from magic_fast.models import Kind, Role, roles_of
 
-# Embeddings and heads: their rows are tokens or classes, not units of a hidden layer.
-_EMBEDDING_OR_HEAD = re.compile(
-    r"(^|\.)([a-z0-9_]*embed[a-z0-9_]*|wte|wpe|shared|lm_head|classifier|score)(\.|$)",
-    re.IGNORECASE,
-)
-# Architectures whose projections are stored [in, out] (transformers' Conv1D).
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
-_EXPERT_STACK = re.compile(r"(^|\.)experts(\.|$)")
+_HEADS = (Kind.HEAD, Kind.CLASSIFIER)  # their rows are words or classes, no units of a layer
 
 
 def is_calibratable_magic(name: str, shape: Sequence[int]) -> bool:
@@ -27,16 +20,19 @@ def is_calibratable_magic(name: str, shape: Sequence[int]) -> bool:
     return "weight" in name and "ln" not in name and len(shape) == 2
 
 
-def is_calibratable_general(name: str, shape: Sequence[int]) -> bool:
-    """Every weight of two or more dimensions except embeddings and heads; a bare tensor ('') of
-    two or more.
+def is_calibratable_general(name: str, shape: Sequence[int], role: Role | None = None) -> bool:
+    """Every tensor of two or more dimensions that has output units, but no head; a bare tensor ('')
+    of two or more. Without ``role`` its header tells.
 
     >>> is_calibratable_general("model.layers.0.mlp.up_proj.weight", (8, 4))
     True
     >>> is_calibratable_general("model.embed_tokens.weight", (8, 4))
     False
     """
-    return len(shape) >= 2 and _EMBEDDING_OR_HEAD.search(name) is None
+    if len(shape) < 2 or not name:
+        return len(shape) >= 2
+    role = role or roles_of({}, {name: (tuple(shape), "F32")})[name]
+    return role.units != () and role.kind not in _HEADS
 
 
 @dataclass(frozen=True)
@@ -62,18 +58,19 @@ class TensorFilter:
                     f"error: {e}. Escape special characters with a backslash."
                 ) from None
 
-    def __call__(self, name: str, shape: Sequence[int]) -> bool:
+    def __call__(self, name: str, shape: Sequence[int], role: Role | None = None) -> bool:
         if any(re.search(p, name) for p in self.exclude):
             return False
         if self.include:
             return len(shape) >= 1 and any(re.search(p, name) for p in self.include)
-        return is_calibratable_general(name, shape)
+        return is_calibratable_general(name, shape, role)
 
 
-def row_axes(name: str, dims: int, model_type: str | None) -> tuple[int, ...]:
-    """Axes of the output units, by the layout of the model."""
-    if model_type in _CONV1D_MODELS and dims == 2 and _CONV1D_NAMES.search(name):
-        return (1,)
-    if dims == 3 and _EXPERT_STACK.search(name):
-        return (0, 1)
-    return (0,)
+def row_axes(name: str, role: Role | None) -> tuple[int, ...]:
+    """Axes of the output units; the first of a tensor without such units, and of one that comes
+    without a model.
+
+    Raises:
+        InputError: they are not known.
+    """
+    return (0,) if role is None else role.unit_axes(name) or (0,)

@@ -25,6 +25,7 @@ from magic_fast.calibration.tensors import (
 )
 from magic_fast.calibration.values import check_settings, default_of, known_settings, setting
 from magic_fast.errors import InputError
+from magic_fast.models import Role
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 
 
@@ -46,7 +47,7 @@ class WeightCalibration:
         direction: ``auto`` follows ``sensitive``; ``free``, ``grow`` and ``shrink`` force one side.
         sensitive: names of tensors (or of modules, for all in them) that may only shrink while all
             others may only grow; None: two-sided; an empty list is a list. Their order is nothing.
-        row_axis: axis (or axes) of output units; None: by the model's layout, else 0.
+        row_axis: axis (or axes) of output units; None: by what the tensor is to its model.
 
     >>> WeightCalibration(variant="sphere", p=1).variant
     <Variant.SPHERE: 'sphere'>
@@ -119,14 +120,14 @@ class WeightCalibration:
                 f"got '{self.granularity}'. Leave it out."
             )
 
-    def selects(self, name: str, shape: Sequence[int]) -> bool:
+    def selects(self, name: str, shape: Sequence[int], role: Role | None = None) -> bool:
         """Whether the tensor is calibrated at all."""
         if self.tensors == "general":
-            return is_calibratable_general(name, shape)
+            return is_calibratable_general(name, shape, role)
         if self.tensors == "magic":
             return is_calibratable_magic(name, shape)
         assert isinstance(self.tensors, TensorFilter)
-        return self.tensors(name, shape)
+        return self.tensors(name, shape, role)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Refuses sensitive names that the model does not have."""
@@ -145,13 +146,20 @@ class WeightCalibration:
         shape: Sequence[int],
         weights: Sequence[float],
         *,
-        model_type: str | None = None,
+        role: Role | None = None,
         row_axis: int | tuple[int, ...] | None = None,
     ) -> RowCalibration | None:
-        """What the kernels need for one tensor, or None where it is not calibrated."""
-        if not self.selects(name, shape) or math.prod(shape) == 0:
+        """What the kernels need for one tensor, or None where it is not calibrated.
+
+        Args:
+            role: what the tensor is to its model; None of one that comes without a model.
+
+        Raises:
+            InputError: the axes of its output units are not known.
+        """
+        if not self.selects(name, shape, role) or math.prod(shape) == 0:
             return None
-        axes = self._axes(name, shape, model_type, row_axis)
+        axes = self._axes(name, shape, role, row_axis)
         rows = math.prod(shape[a] for a in axes)
         direction = self.direction
         if direction is Direction.AUTO:
@@ -183,13 +191,15 @@ class WeightCalibration:
         self,
         name: str,
         shape: Sequence[int],
-        model_type: str | None,
+        role: Role | None,
         row_axis: int | tuple[int, ...] | None,
     ) -> tuple[int, ...]:
         chosen = row_axis if row_axis is not None else self.row_axis
         dims = len(shape)
+        if chosen is None and self.granularity is Granularity.TENSOR:
+            return (0,)
         if chosen is None:
-            return row_axes(name, dims, model_type)
+            return row_axes(name, role)
         axes = (chosen,) if isinstance(chosen, int) else tuple(chosen)
         for a in axes:
             if not -dims <= a < dims:

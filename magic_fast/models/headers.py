@@ -32,12 +32,15 @@ _WORDS = re.compile(
 )
 _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|output_layer|unembed|shared_head\.head|predictions\.decoder)\.weight$"
-    r"|^(output|head|decoder)\.weight$"
 )
+_ENDS = re.compile(r"^(output|head|decoder)\.weight$")  # a head if as long as the vocabulary
 _HEAD_BIAS = re.compile(
     r"(^|\.)(lm_head(\.decoder)?|embed_out|predictions(\.decoder)?)\.bias$|^decoder\.bias$"
 )
-_CLASSES = re.compile(r"(^|\.)(classifier|score|qa_outputs|classification_head\.out_proj)\.weight$")
+_LOOKED_UP = re.compile(r"(^|\.)\w*embed\w*(\.weight)?$", re.IGNORECASE)  # of words or of others
+_CLASSES = re.compile(
+    r"(^|\.)((classifier|score)(\.|$)|(qa_outputs|classification_head\.out_proj)\.)"
+)
 _TOKENS = re.compile(r"token|cls|query|queries|latent|probe|newline")
 _ROUTER = re.compile(r"(^|\.)(router|(mlp|block_sparse_moe|moe|ffn)\.gate)(\.\w+)?\.weight$")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_fc|c_proj|q_attn)\.weight$")
@@ -109,16 +112,16 @@ class Headers:
             return (Kind.NORM if _NORM.search(name) else Kind.SCALE), (), None
         if _PLACES.search(name):
             return Kind.POSITION, (), None
-        if _HEAD.search(name):
+        if _HEAD.search(name) or (_ENDS.search(name) and shape[0] in self.vocabulary):
             return Kind.HEAD, (0,), None
-        if _WORDS.search(name):
+        if _WORDS.search(name) or (len(shape) == 2 and _LOOKED_UP.search(name)):
             return Kind.EMBEDDING, (), None
         if _EXPERTS.search(name) and len(shape) == 3:
             return Kind.MATRIX, None, (
                 f"a stack of matrices {list(shape)} of a model that is not known, of which axis 1 "
                 "or axis 2 may count output units"
             )  # fmt: skip
-        if not name.endswith("weight"):
+        if not name.endswith("weight") and len(shape) == 3:
             kind = Kind.TOKEN if _TOKENS.search(name) else Kind.PARAMETER
             known = kind is Kind.TOKEN
             return kind, () if known else None, None if known else (
@@ -165,7 +168,7 @@ class Headers:
         if name.endswith("final_logits_bias"):
             return len(shape) - 1
         fits = bool(shape) and (not self.vocabulary or shape[0] in self.vocabulary)
-        heads = kind in (Kind.EMBEDDING, Kind.HEAD) or _HEAD_BIAS.search(name) is not None
+        heads = kind is Kind.HEAD or _WORDS.search(name) or _HEAD_BIAS.search(name)
         return 0 if fits and heads else None
 
 

@@ -129,6 +129,19 @@ class Role:
     units_doubt: str | None = None
     words_doubt: str | None = None
 
+    def unit_axes(self, name: str) -> tuple[int, ...]:
+        """``units``, of the tensor that a file calls ``name``.
+
+        Raises:
+            InputError: they are not known.
+        """
+        if self.units is None:
+            raise InputError(
+                f"output units of {name!r}: expected a model whose layout is known, got "
+                f"{self.units_doubt}. Name the axis with row_axis, or leave the tensor out."
+            )
+        return self.units
+
 
 class Source(str, Enum):
     """Where the roles come from."""
@@ -186,18 +199,8 @@ class ModelRoles(Mapping[str, Role]):
         return len(self._roles)
 
     def unit_axes(self, name: str) -> tuple[int, ...]:
-        """The axes of tensor ``name`` that count output units.
-
-        Raises:
-            InputError: they are not known.
-        """
-        role = self._roles[name]
-        if role.units is None:
-            raise InputError(
-                f"output units of {name!r}: expected a model whose layout is known, got "
-                f"{role.units_doubt}. Name the axis with row_axis, or leave the tensor out."
-            )
-        return role.units
+        """As of :meth:`Role.unit_axes`."""
+        return self._roles[name].unit_axes(name)
 
     def vocabulary_axis(self, name: str) -> int | None:
         """The axis of tensor ``name`` whose places are words, or None where it has none.

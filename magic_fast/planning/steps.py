@@ -120,7 +120,6 @@ class _Builder:
         self._seed = seed
         self._compat = compat
         self._allow_truncation = allow_truncation
-        self._model_type = models[config.donor].config.get("model_type")
         self._method = find_method(config.merge_method)
         self._whole = self._method.base == "none"
         self.vocab_size: int | None = None
@@ -180,7 +179,7 @@ class _Builder:
         resolved = None
         if self._calibration is not None and base is not None:
             resolved = self._calibration.resolve(
-                tensor.name, shape, weights, model_type=self._model_type
+                tensor.name, shape, weights, role=self._models[base.model].roles[base.info.name]
             )
         if self._whole and resolved is None:
             base = None

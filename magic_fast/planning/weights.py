@@ -50,7 +50,7 @@ def weight_steps(
     """One step a tensor; ``wide`` keeps what is calibrated in float32."""
     merged, base, *experts = names
     settings.check_names(models[merged])
-    model_type = models[merged].config.get("model_type")
+    roles = models[merged].roles
     recipe = Recipe(weights=(1.0,) * len(experts))
     steps = []
     for name in models[merged]:
@@ -60,7 +60,7 @@ def weight_steps(
         if own.info.dtype not in FLOATS:
             steps.append(plain)
             continue
-        resolved = settings.resolve(name, own.info.shape, recipe.weights, model_type=model_type)
+        resolved = settings.resolve(name, own.info.shape, recipe.weights, role=roles[name])
         if resolved is None:
             steps.append(plain)
             continue

@@ -94,12 +94,14 @@ def test_rows_follow_the_layout_of_the_model() -> None:
     """GPT-2 stores projections [in, out]: a column that vanished is one unit of four, not a third
     of every row."""
     from magic_fast.api.tensors.stats import statistics_of
+    from magic_fast.models import roles_of
 
     name = "h.0.mlp.c_fc.weight"
+    role = roles_of({"model_type": "gpt2"}, {name: ((3, 4), "F32")})[name]
     expert = torch.ones(3, 4)
     merged = expert.clone()
     merged[:, 0] = 0
-    found = statistics_of(torch.zeros(3, 4), [expert], merged, name, model_type="gpt2")
+    found = statistics_of(torch.zeros(3, 4), [expert], merged, name, role=role)
     assert found.row_deviation == pytest.approx(0.25)
 
 

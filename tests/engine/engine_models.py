@@ -32,7 +32,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "model.layers.0.temperature": (),
     "model.layers.1.mlp.down_proj.weight": (64, 128),
     "model.layers.1.long.bias": (200_003,),
-    "model.layers.1.mlp.experts.weight": (5, 61, 401),
+    "model.layers.1.mlp.conv1d.weight": (5, 61, 401),
     "model.norm.weight": (64,),
 }
 

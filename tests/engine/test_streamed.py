@@ -149,9 +149,24 @@ def test_rows_of_gpt2(tmp_path: Path) -> None:
     models = Models(tmp_path / "m", {name: (301, 701)}, config={"model_type": "gpt2"})
     config = models.config("task_arithmetic", parameters={"weight": 0.4}, calibrate="wsc")
     want = models.merged("task_arithmetic", weights=0.4, calibrate="wsc", row_axis=1)
-    assert different(models.merged("task_arithmetic", weights=0.4, calibrate="wsc"), want)
+    rows = models.merged("task_arithmetic", weights=0.4, calibrate="wsc", row_axis=0)
+    assert different(rows, want)
     report = check(models, tmp_path / "out", config, want, memory=4 * MIB)
     assert report.tensors[0].rows == 701
+
+
+@pytest.mark.parametrize(
+    ("model_type", "axes"), [("mixtral", (0, 1)), ("gpt_oss", (0, 2)), ("llama4_text", (0, 2))]
+)
+def test_rows_of_experts(model_type: str, axes: tuple[int, ...], tmp_path: Path) -> None:
+    """Stacks are [expert, out, in] or [expert, in, out]."""
+    inside = "feed_forward" if model_type == "llama4_text" else "mlp"
+    shapes = {f"model.layers.0.{inside}.experts.down_proj": (4, 96, 1013)}
+    models = Models(tmp_path / "m", shapes, config={"model_type": model_type})
+    config = models.config("task_arithmetic", parameters={"weight": 0.4}, calibrate="wsc")
+    want = models.merged("task_arithmetic", weights=0.4, calibrate="wsc", row_axis=axes)
+    report = check(models, tmp_path / "out", config, want, memory=4 * MIB)
+    assert report.tensors[0].rows == 4 * (96 if axes == (0, 1) else 1013)
 
 
 def test_double_precision_is_merged_in_torch(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ SHAPES = {
     "model.layers.0.empty.weight": (0, 8),
     "model.layers.0.temperature": (),
     "model.layers.1.long.bias": (400_003,),
-    "model.layers.1.mlp.experts.weight": (5, 181, 401),
+    "model.layers.1.mlp.conv1d.weight": (5, 181, 401),
     "model.layers.1.conv.weight": (64, 33, 5, 7),
 }
 METHODS: dict[str, tuple[str, int, dict[str, Any]]] = {

@@ -90,8 +90,8 @@ def test_one_sentence_says_what_was_assumed() -> None:
          "a convolution [8, 4, 2, 2] that may be transposed"),
         ("h.0.attn.c_proj.weight", (8, 8),
          "a matrix [8, 8] that may be stored [in, out], as GPT-2's are"),
-        ("layers.0.mixing", (8, 8),
-         "a parameter [8, 8] that is used in a way that its name does not tell"),
+        ("layers.0.mixing", (8, 4, 8),
+         "a parameter [8, 4, 8] that is used in a way that its name does not tell"),
     ],
 )  # fmt: skip
 def test_axes_that_nothing_tells_are_refused_on_use(

@@ -124,7 +124,7 @@ CALIBRATIONS: Mapping[str, dict[str, Any]] = {
     "shrink": {"direction": "shrink"},
     "sensitive": {"sensitive": ("model.layers.0.mlp.up_proj.weight",)},
     "magic_tensors": {"tensors": "magic"},
-    "patterns": {"tensors": mf.TensorFilter(include=("mlp",), exclude=("experts",))},
+    "patterns": {"tensors": mf.TensorFilter(include=("mlp",), exclude=("conv1d",))},
     "exact": {"variant": "manifold_exact"},
     "sphere": {"variant": "sphere"},
     "sphere_1": {"variant": "sphere", "p": 1},

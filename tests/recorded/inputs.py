@@ -29,7 +29,7 @@ MIXES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "mixed": (("bf16",), ("f32", "bf16"), ("f16",), ("bf16", "f16", "f32")),
 }
 
-#: A convolution, a stack of experts, a scalar, an empty tensor, vectors.
+#: Convolutions, a scalar, an empty tensor, vectors.
 SHAPES: Shapes = {
     "model.embed_tokens.weight": (20, 12),
     "model.layers.0.mlp.up_proj.weight": (9, 34),
@@ -38,7 +38,7 @@ SHAPES: Shapes = {
     "model.layers.0.empty.weight": (0, 8),
     "model.layers.1.mlp.down_proj.weight": (34, 9),
     "model.layers.1.conv.weight": (6, 3, 3, 3),
-    "model.layers.1.mlp.experts.weight": (2, 5, 21),
+    "model.layers.1.mlp.conv1d.weight": (2, 5, 21),
     "model.norm.weight": (12,),
 }
 #: More than one block of sums (65 536 elements) and of memory, of lengths that nothing divides.
@@ -48,7 +48,7 @@ LARGE: Shapes = {
     "model.layers.0.input_layernorm.weight": (77,),
     "model.layers.1.mlp.down_proj.weight": (64, 128),
     "model.layers.1.long.bias": (90_003,),
-    "model.layers.1.mlp.experts.weight": (5, 11, 101),
+    "model.layers.1.mlp.conv1d.weight": (5, 11, 101),
     "lm_head.weight": (64, 40),
 }
 #: What the GPUs' kernels get, which run here a thread at a time.

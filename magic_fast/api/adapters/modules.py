@@ -212,7 +212,9 @@ def _calibrated(
     if asked.calibration is None:
         return made, None
     weight, shape = f"{module.name}.weight", weight_shape(module)
-    calibration = asked.calibration.resolve(weight, shape, asked.counting)
+    settings = asked.calibration  # changes are [out, in], whatever their weight is
+    axes = 0 if settings.row_axis is None else settings.row_axis
+    calibration = settings.resolve(weight, shape, asked.counting, row_axis=axes)
     if calibration is None:
         return made, TensorCalibration(weight, shape, False)
     by_column = calibration.axes == (1,) and len(shape) == 2

@@ -58,14 +58,14 @@ def inspect_checkpoints(
         }
         total = sum(i.nbytes for row in rows.values() for i in row)
         recorded = {t["name"]: t for t in record_of(merged).get("tensors", ())}
-        model_type = models[names[0]].config.get("model_type")
+        roles = models[names[0]].roles
         for name, row in rows.items():
             common_shape(name, row)
             tensors = [read_tensor(models, i.model, name) for i in row]
             own = tensors[1 : 1 + len(experts)]
             rest = [*tensors[1 + len(experts) :], None, None]
             found.append(
-                statistics_of(tensors[0], own, rest[0], name, before=rest[1], model_type=model_type)
+                statistics_of(tensors[0], own, rest[0], name, before=rest[1], role=roles[name])
             )
             _add_recorded(found[-1], recorded.get(name, {}))
             done += sum(i.nbytes for i in row)

@@ -14,6 +14,7 @@ from magic_fast.api.results import CalibrationReport, TensorCalibration
 from magic_fast.api.tensors.models import Named, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
+from magic_fast.models.memory import roles_in_memory
 from magic_fast.ops.job import Job, count_repaired
 from magic_fast.recipe import Recipe
 
@@ -68,8 +69,7 @@ def calibrate_weights(
     if not table.bare:
         settings.check_names(table.names)
     recipe = Recipe(weights=(1.0,) * len(models) if weights is None else tuple(weights))
-    if model_type is None:
-        model_type = getattr(getattr(merged, "config", None), "model_type", None)
+    roles = roles_in_memory(merged, table.first, model_type)
     report = CalibrationReport()
     results: dict[str, Tensor] = {}
     for tensor_name in table.names:
@@ -81,7 +81,7 @@ def calibrate_weights(
         resolved = None
         if copied is None:
             resolved = settings.resolve(
-                label, shape, recipe.weights, model_type=model_type, row_axis=row_axis
+                label, shape, recipe.weights, role=roles.get(tensor_name), row_axis=row_axis
             )
         if resolved is None:
             results[tensor_name] = row[0].clone() if target is None else target.copy_(row[0])

@@ -13,7 +13,6 @@ from magic_fast.api.tensors.models import (
     Named,
     Tensors,
     first_of_tied,
-    model_type_of,
     models_of,
     module_like,
     state_dict_of,
@@ -29,6 +28,7 @@ from magic_fast.api.tensors.resolve import (
     masks_of,
     numbers_of,
     resolve,
+    roles_of,
 )
 from magic_fast.errors import InputError
 from magic_fast.ops.job import Job
@@ -116,7 +116,7 @@ def merge(
             compat=compat,
             details=details,
         ),
-        model_type=model_type_of(like) if isinstance(like, nn.Module) else None,
+        like=like if isinstance(like, nn.Module) else None,
     )
     check_calibration(call, base is not None)
     if out is not None or not isinstance(like, nn.Module):
@@ -211,6 +211,7 @@ def _run(
     table = Named(labelled)
     if call.calibration is not None and not table.bare:
         call.calibration.check_names(table.names)
+    roles = roles_of(call, table)
     results: dict[str, Tensor] = {}
     jobs: list[Job] = []
     for name in table.names:
@@ -227,7 +228,7 @@ def _run(
             target = torch.empty(row[0].shape, dtype=dtype, device=row[0].device)
         results[name] = target
         label = name or call.options.name
-        jobs.append(job_of(call, label, start, own, target, k_masks=masks_of(call, name)))
+        jobs.append(job_of(call, label, start, own, target, masks_of(call, name), roles.get(name)))
     stats = execute(jobs, call)
     merged = results[""] if table.bare else {n: results[n] for n in table.names}
     if not call.options.details:

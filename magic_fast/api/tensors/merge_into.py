@@ -9,14 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from magic_fast.api.options import Calibrate, MergeOptions, Weights
 from magic_fast.api.tensors.bounds import bound, largest_input
 from magic_fast.api.tensors.models import (
     Named,
     first_of_tied,
-    model_type_of,
     models_of,
     state_dict_of,
     tied_groups,
@@ -29,6 +28,7 @@ from magic_fast.api.tensors.resolve import (
     numbers_of,
     prepare,
     resolve,
+    roles_of,
     run,
 )
 from magic_fast.errors import InputError
@@ -110,7 +110,7 @@ def merge_into(
             seed=seed,
             compat=compat,
         ),
-        model_type=model_type_of(model),
+        like=model if isinstance(model, nn.Module) else None,
     )
     check_calibration(call, base is not None)
     rows = [(f"experts[{k}]", e) for k, e in enumerate(models)]
@@ -132,7 +132,7 @@ def _jobs(
     table: Named, places: Mapping[str, Tensor], call: Call, has_base: bool
 ) -> tuple[list[tuple[Job, Tensor]], list[tuple[Tensor, Tensor]]]:
     """(job, where its result goes) of every floating tensor; (place, value) of the others."""
-    jobs, copies = [], []
+    jobs, copies, roles = [], [], roles_of(call, table)
     for name in table.names:
         row, place = table.row(name), places[name]
         copied = table.copied(name)
@@ -151,7 +151,7 @@ def _jobs(
             copies.append((place, copied))
             continue
         start, own = (row[0], row[1:]) if has_base else (None, row)
-        job = job_of(call, name, start, own, None, k_masks=None)
+        job = job_of(call, name, start, own, None, None, roles.get(name))
         check(job)
         jobs.append((job, place))
     if call.recipe is not None:

@@ -90,6 +90,11 @@ class Named:
     def names(self) -> list[str]:
         return list(self._dicts[0][1])
 
+    @property
+    def first(self) -> Mapping[str, Tensor]:
+        """The tensors of the first model by their names; none of a bare tensor."""
+        return {} if self.bare else self._dicts[0][1]
+
     def row(self, name: str) -> list[Tensor]:
         """The tensor of that name in every model, in order."""
         return [tensors[name] for _, tensors in self._dicts]
@@ -116,12 +121,6 @@ class Named:
                     "got others. Integer tensors are not merged; they must agree."
                 )
         return row[0]
-
-
-def model_type_of(model: object) -> str | None:
-    """transformers' name of the architecture, or None."""
-    found = getattr(getattr(model, "config", None), "model_type", None)
-    return found if isinstance(found, str) else None
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:

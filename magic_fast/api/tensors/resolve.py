@@ -9,17 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from magic_fast import ops
 from magic_fast.api.options import MergeOptions, Weights
 from magic_fast.api.results import MergeResult
+from magic_fast.api.tensors.models import Named
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import resolve_arguments
 from magic_fast.methods.presets import build_recipe
 from magic_fast.methods.registry import find_method
 from magic_fast.methods.spec import MethodSpec, Question
+from magic_fast.models import Role
+from magic_fast.models.memory import roles_in_memory
 from magic_fast.ops.job import Job, Stats
 from magic_fast.recipe import Recipe
 
@@ -37,8 +40,7 @@ class Call:
         recipe: of an element-wise method; None for the others.
         calibration: WSC, or None.
         options: everything else; ``backend`` is filled in.
-        model_type: transformers' name of a module's architecture, which tells the axis of its
-            output units, or None.
+        like: the module that the tensors are of, which tells what each is, or None.
     """
 
     method: str
@@ -46,7 +48,7 @@ class Call:
     recipe: Recipe | None
     calibration: WeightCalibration | None
     options: MergeOptions
-    model_type: str | None = None
+    like: nn.Module | None = None
 
     @property
     def spec(self) -> MethodSpec:
@@ -97,7 +99,7 @@ def resolve(
     num_experts: int,
     options: MergeOptions,
     *,
-    model_type: str | None = None,
+    like: nn.Module | None = None,
 ) -> Call:
     """Names and values of a call, checked; ``given`` has the method's own parameters."""
     preset, seed, masks = options.preset or DEFAULT_PRESET, options.seed, options.masks
@@ -122,7 +124,12 @@ def resolve(
         log.warning("calibrating the merge of one expert gives back a full-size task vector")
     if options.details:
         options = replace(options, backend=options.chosen_backend)
-    return Call(method, arguments, recipe, calibration, options, model_type)
+    return Call(method, arguments, recipe, calibration, options, like)
+
+
+def roles_of(call: Call, table: Named) -> dict[str, Role]:
+    """What the tensors are, where that is asked: by a calibration."""
+    return {} if call.calibration is None else roles_in_memory(call.like, table.first)
 
 
 def masks_of(call: Call, name: str) -> list[Tensor | None] | None:
@@ -141,6 +148,7 @@ def job_of(
     experts: Sequence[Tensor],
     out: Tensor | None,
     k_masks: list[Tensor | None] | None,
+    role: Role | None = None,
 ) -> Job:
     weights = call.arguments.get("weights", (1.0,) * len(experts))
     if call.recipe is not None:
@@ -148,9 +156,8 @@ def job_of(
     calibration = None
     if call.calibration is not None:
         calibration = call.calibration.resolve(
-            name, tuple(experts[0].shape), weights, model_type=call.model_type,
-            row_axis=call.options.row_axis,
-        )  # fmt: skip
+            name, tuple(experts[0].shape), weights, role=role, row_axis=call.options.row_axis
+        )
     recipe = call.recipe or Recipe(weights=weights)
     return Job(
         base,

@@ -15,6 +15,8 @@ from magic_fast.api.tensors.models import Named, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration
 from magic_fast.engine import quantiles_of
 from magic_fast.errors import InputError
+from magic_fast.models import Role
+from magic_fast.models.memory import roles_in_memory
 from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe, RowCalibration, Selection
 from magic_fast.reference import calibration
@@ -65,12 +67,12 @@ def statistics_of(
     name: str = "",
     *,
     before: Tensor | None = None,
-    model_type: str | None = None,
+    role: Role | None = None,
 ) -> TensorStatistics:
-    """Statistics of one tensor, sums in float64; ``model_type`` tells which axis its rows are."""
+    """Statistics of one tensor, sums in float64; ``role`` tells which axis its rows are."""
     taus = reference.task_vectors(base, experts, reference.decision_dtype(base, experts))
     shape = tuple(experts[0].shape)
-    rows = WeightCalibration().resolve(name, shape, (1.0,) * len(taus), model_type=model_type)
+    rows = WeightCalibration().resolve(name, shape, (1.0,) * len(taus), role=role)
     sums = _sums(base, experts, experts[0] if merged is None else merged, rows)
     total = sums.gram.sum(0)
     norms = total.diagonal().sqrt()
@@ -148,13 +150,15 @@ def task_vector_stats(base: Any, experts: Any, merged: Any = None) -> Any:
         labelled.append(("merged", state_dict_of(merged, "merged")))
     table = Named(labelled)
     found = {}
+    roles = roles_in_memory(base, table.first)
     for name in table.names:
         row = table.row(name)
         if not row[0].is_floating_point():
             continue
         own, rest = row[: len(models)], row[len(models) :]
         start = rest.pop(0) if base is not None else None
-        found[name] = statistics_of(start, own, rest[0] if rest else None, name)
+        end = rest[0] if rest else None
+        found[name] = statistics_of(start, own, end, name, role=roles.get(name))
     return found[""] if table.bare else found
 
 

@@ -18,6 +18,8 @@ from magic_fast.errors import InputError
 from magic_fast.methods.arguments import python_name
 from magic_fast.methods.registry import find_method, methods
 from magic_fast.methods.spec import MethodSpec, ParameterSpec
+from magic_fast.models import roles_of
+from magic_fast.models.memory import plain_config
 from magic_fast.planning.steps import calibration_from
 
 #: Methods of mergekit that run here; the others stay its own (TIES is timed by make bench-dropin).
@@ -189,19 +191,17 @@ def row_axis_of(
     models: Sequence[Any], name: str | None, shape: Sequence[int], calibrate: WeightCalibration
 ) -> tuple[int, ...] | None:
     """Axes of the output units by the layout of the models, which mergekit's references name."""
-    resolved = calibrate.resolve(
-        name or "", shape, (1.0,) * len(models), model_type=_model_type(models[0])
-    )
+    role = None
+    if name:
+        role = roles_of(_config(models[0]), {name: (tuple(shape), "F32")})[name]
+    resolved = calibrate.resolve(name or "", shape, (1.0,) * len(models), role=role)
     return None if resolved is None else resolved.axes
 
 
 @lru_cache(maxsize=16)
-def _model_type(model: Any) -> str | None:
-    """``model_type`` of a ModelReference; None for inputs that are no checkpoint."""
-    if not hasattr(model, "config"):
-        return None
+def _config(model: Any) -> Mapping[str, Any]:
+    """The configuration of a ModelReference; an empty one for inputs that are no checkpoint."""
     try:
-        found = getattr(model.config(), "model_type", None)
+        return plain_config(model)
     except (OSError, ValueError):  # no config.json, or one that needs code of its own
-        return None
-    return found if isinstance(found, str) else None
+        return {}
