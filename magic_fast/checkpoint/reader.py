@@ -131,9 +131,8 @@ class Checkpoint:
 
     def read(self, name: str) -> bytearray:
         """All bytes of a tensor, little-endian, row-major."""
-        info = self.resolve(name)
-        data = bytearray(info.nbytes)
-        self._reader.read_into(info, data)
+        data = bytearray(self.resolve(name).nbytes)
+        self.read_into(name, data)
         return data
 
     def opener(self) -> Callable[[], Checkpoint]:

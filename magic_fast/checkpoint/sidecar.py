@@ -55,6 +55,7 @@ _AUTO_MAP_FILES = (
 )
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+_VOCABULARY_KEYS = ("vocab_size", "vocab_size_per_layer_input")
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 #: safetensors' dtype names as configurations spell them.
 CONFIG_DTYPES: Mapping[str, str] = {
@@ -115,7 +116,8 @@ def updated_config(
             leaves it.
         num_layers: replaces ``num_hidden_layers`` or its kin, at the top and in the text part. None
             leaves it.
-        vocab_size: replaces ``vocab_size`` where it is there. None leaves it.
+        vocab_size: replaces ``vocab_size`` and its kin where they are there, at the top and in the
+            text part. None leaves it.
 
     >>> updated_config({"torch_dtype": "float32", "n_layer": 4}, "BF16", 6)
     {'torch_dtype': 'bfloat16', 'n_layer': 6}
@@ -134,7 +136,7 @@ def updated_config(
             _replace(part, _LAYER_KEYS, num_layers, int)
     if vocab_size is not None:
         for part in (result, *(result.get(key) for key in _TEXT_CONFIGS)):
-            _replace(part, ("vocab_size",), vocab_size, int)
+            _replace(part, _VOCABULARY_KEYS, vocab_size, int)
     return result
 
 

@@ -72,6 +72,11 @@ class Headers:
         sizes = frozenset(
             part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)
         )
+        lengths = {
+            shape[0] for name, (shape, _) in tensors.items() if shape and _WORDS.search(name)
+        }
+        if lengths and not lengths & sizes:
+            sizes = frozenset()  # the embeddings were resized, and the configuration does not say
         shapes = {
             shape for name, (shape, _) in tensors.items()
             if _WIDENS.search(name) and len(shape) == 2 and shape[0] != shape[1]

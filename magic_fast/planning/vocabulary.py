@@ -21,7 +21,7 @@ from magic_fast.config import MergeConfig
 from magic_fast.config.chat_templates import TEMPLATES
 from magic_fast.config.tokens import TokenEntry, TokenSource
 from magic_fast.engine.output.identity import digest
-from magic_fast.engine.sources.vocabulary import AlignedCheckpoint, Row, vocabulary_tensors
+from magic_fast.engine.sources.vocabulary import AlignedCheckpoint, Row, vocabulary_axes
 from magic_fast.errors import CheckpointError, ConfigError, InputError
 
 
@@ -179,7 +179,9 @@ class _Table:
 
 
 def _rows_stored(name: str, model: Checkpoint) -> int:
-    found: Sequence[int] = [info.shape[0] for info in vocabulary_tensors(model).values()]
+    found: Sequence[int] = [
+        model.tensors[tensor].shape[axis] for tensor, axis in vocabulary_axes(model).items()
+    ]
     if not found:
         raise InputError(
             f"embeddings of {name}: expected a tensor such as model.embed_tokens.weight, got none. "
