@@ -106,8 +106,10 @@ def updated_config(
     dtype: str | None = None,
     num_layers: int | None = None,
     vocab_size: int | None = None,
+    untied: bool = False,
 ) -> dict[str, Any]:
-    """A copy of ``config.json`` with dtype and depth of the result, and nothing else changed.
+    """A copy of ``config.json`` with dtype, depth, vocabulary and ties of the result, and nothing
+    else changed.
 
     Args:
         config: not modified.
@@ -118,6 +120,7 @@ def updated_config(
             leaves it.
         vocab_size: replaces ``vocab_size`` and its kin where they are there, at the top and in the
             text part. None leaves it.
+        untied: head and embedding are no longer tied, at the top and wherever it was said.
 
     >>> updated_config({"torch_dtype": "float32", "n_layer": 4}, "BF16", 6)
     {'torch_dtype': 'bfloat16', 'n_layer': 6}
@@ -137,6 +140,10 @@ def updated_config(
     if vocab_size is not None:
         for part in (result, *(result.get(key) for key in _TEXT_CONFIGS)):
             _replace(part, _VOCABULARY_KEYS, vocab_size, int)
+    if untied:
+        for part in parts:
+            _replace(part, ("tie_word_embeddings",), False, bool)
+        result["tie_word_embeddings"] = False
     return result
 
 
@@ -148,6 +155,7 @@ def copy_sidecars(
     num_layers: int | None = None,
     vocab_size: int | None = None,
     tokenizer: OutputTokenizer | None = None,
+    untied: bool = False,
 ) -> list[str]:
     """Copy small files, the configuration by way of `updated_config`, the tokenizer's as
     ``tokenizer`` says; returns their names.
@@ -170,7 +178,7 @@ def copy_sidecars(
     for name, text in texts.items():
         output.write_text(name, text)
     names = sorted({*places, *texts})
-    config = updated_config(source.config, dtype, num_layers, vocab_size)
+    config = updated_config(source.config, dtype, num_layers, vocab_size, untied)
     if config != source.config:
         output.write_text(CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -60,11 +60,12 @@ def roles_of(config: Mapping[str, Any], tensors: Tensors) -> ModelRoles:
 
         headers = Headers.of(tensors, config)
         return ModelRoles(
-            {name: headers.role(name) for name in tensors},
+            tensors,
+            headers.role,
             model_type=model_type,
             architecture="",
             source=Source.HEADERS,
-            assumed=(_unknown_type(model_type),),
+            lacking=lambda: (_unknown_type(model_type),),
         )
     return _Assignment(entry, config, tensors).result(model_type, source)
 
@@ -92,7 +93,7 @@ class _Assignment:
         plain = [*self.tree.conversions(self.architecture), *heading()["legacy"]]
         self.conversions = Conversions(plain, tensors)
         self.ignored = re.compile("|".join(f"(?:{p})" for p in entry.get("ignored", ())) or "$^")
-        self.lacking: list[str] = []
+        self.lacking: set[str] = set()
         self._layers: dict[tuple[str, str, tuple[int, ...]], Role] = {}
 
     def _stands(self, name: str) -> bool:
@@ -113,29 +114,25 @@ class _Assignment:
         return Headers.of(self.tensors, self.config)
 
     def result(self, model_type: str, source: Source) -> ModelRoles:
-        """All roles, and what was assumed."""
-        roles = {name: self._role(name) for name in self.tensors}
+        """The roles of all tensors."""
         stacks = self.tree.stacks()
         counts = self._counts(stacks)
-        for name, role in roles.items():
-            if role.block is not None and role.block.number >= counts.get(
-                role.block.stack, math.inf
-            ):
-                roles[name] = replace(role, loaded=False)
-        assumed: tuple[str, ...] = ()
-        if self.lacking:
-            more = f" and {len(self.lacking) - 1} more" if len(self.lacking) > 1 else ""
-            assumed = (
-                f"{self.lacking[0]}{more}: not in the module tree of {self.architecture}, taken "
-                "for what the headers show",
-            )
+
+        def role_of(name: str) -> Role:
+            role = self._role(name)
+            block = role.block
+            if block is not None and block.number >= counts.get(block.stack, math.inf):
+                return replace(role, loaded=False)
+            return role
+
         return ModelRoles(
-            roles,
+            self.tensors,
+            role_of,
             model_type=model_type,
             architecture=self.architecture,
             source=source,
-            assumed=assumed,
-            ties=self._ties({role.canonical for role in roles.values()}),
+            lacking=self._assumed,
+            ties=self._ties(role_of),
             tied=self._is_tied(),
             stacks=stacks,
         )
@@ -175,7 +172,7 @@ class _Assignment:
         canonical, _ = self.tree.place(converted.name, self.architecture)
         left_aside = self.ignored.search(converted.name) is not None
         if not left_aside:
-            self.lacking.append(name)
+            self.lacking.add(name)
         return replace(by_header, canonical=canonical, loaded=not left_aside), False
 
     def _role_of(
@@ -231,10 +228,23 @@ class _Assignment:
         steps = tuple(s for s in converted.steps if turned or s is not step)
         return steps, None
 
-    def _ties(self, names: set[str]) -> dict[str, str]:
+    def _assumed(self) -> tuple[str, ...]:
+        if not self.lacking:
+            return ()
+        more = f" and {len(self.lacking) - 1} more" if len(self.lacking) > 1 else ""
+        first = next(name for name in self.tensors if name in self.lacking)
+        return (
+            f"{first}{more}: not in the module tree of {self.architecture}, taken for "
+            "what the headers show",
+        )
+
+    def _ties(self, role_of: Callable[[str], Role]) -> dict[str, str]:
         """Canonical name → the name whose values it has, by the class."""
         ties = self.entry.get("ties", {}).get(self.architecture, {})
         result: dict[str, str] = {}
+        names: set[str] = set()
+        if any("*" in pattern for pattern in ties):
+            names = {role_of(name).canonical for name in self.tensors}
         for pattern, source in ties.items():
             if "*" not in pattern:
                 result[pattern] = source

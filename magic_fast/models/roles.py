@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -155,13 +155,17 @@ class Source(str, Enum):
 
 
 class ModelRoles(Mapping[str, Role]):
-    """The role of each tensor of one model, by its name in the file.
+    """The role of each tensor of one model, by its name in the file, found when it is asked for.
+
+    Args:
+        names: of the tensors.
+        role: finds one's role.
+        lacking: those that have been met and are not in the model's tree, in words.
 
     Attributes:
         model_type: of its configuration; "" without one.
         architecture: the class of transformers, or "".
         source: where the roles come from.
-        assumed: what was assumed, in words; empty where all is known.
         ties: canonical name → the canonical name whose values it has, as the model's class ties
             them.
         tied: whether the configuration asks for ``ties``.
@@ -170,37 +174,55 @@ class ModelRoles(Mapping[str, Role]):
 
     def __init__(
         self,
-        roles: Mapping[str, Role],
+        names: Iterable[str],
+        role: Callable[[str], Role],
         *,
         model_type: str,
         architecture: str,
         source: Source,
-        assumed: tuple[str, ...] = (),
+        lacking: Callable[[], tuple[str, ...]] = tuple,
         ties: Mapping[str, str] | None = None,
         tied: bool = False,
         stacks: Mapping[str, StackFields] | None = None,
     ) -> None:
-        self._roles = dict(roles)
+        self._names = dict.fromkeys(names)
+        self._role = role
+        self._found: dict[str, Role] = {}
+        self._lacking = lacking
         self.model_type = model_type
         self.architecture = architecture
         self.source = source
-        self.assumed = assumed
         self.ties = dict(ties or {})
         self.tied = tied
         self.stacks = dict(stacks or {})
 
     def __getitem__(self, name: str) -> Role:
-        return self._roles[name]
+        role = self._found.get(name)
+        if role is None:
+            if name not in self._names:
+                raise KeyError(name)
+            role = self._found[name] = self._role(name)
+        return role
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._roles)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._roles)
+        return len(self._names)
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What was assumed of some tensor, in words; empty where all is known."""
+        for name in self:
+            self[name]
+        return self._lacking()
 
     def unit_axes(self, name: str) -> tuple[int, ...]:
         """As of :meth:`Role.unit_axes`."""
-        return self._roles[name].unit_axes(name)
+        return self[name].unit_axes(name)
 
     def vocabulary_axis(self, name: str) -> int | None:
         """The axis of tensor ``name`` whose places are words, or None where it has none.
@@ -208,7 +230,7 @@ class ModelRoles(Mapping[str, Role]):
         Raises:
             InputError: it is not known.
         """
-        role = self._roles[name]
+        role = self[name]
         if role.words_doubt is not None:
             raise InputError(
                 f"vocabulary of {name!r}: expected a tensor whose role is known, got "
@@ -220,7 +242,7 @@ class ModelRoles(Mapping[str, Role]):
     def tie_of(self, name: str) -> str | None:
         """The canonical name of the parameter that tensor ``name`` shares its values with where
         the configuration ties them, or None."""
-        canonical = self._roles[name].canonical
+        canonical = self[name].canonical
         if canonical in self.ties.values():
             return canonical
         return self.ties.get(canonical)

@@ -64,11 +64,12 @@ def plan_merge(
         config.num_layers,
         vocab_size or aligned.rows,
         config.to_yaml(),
-        list(config.warnings),
+        [*config.warnings, *aligned.warnings],
         options.memory,
         options.device,
         settings,
         aligned.tokenizer,
+        aligned.untied,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from magic_fast.checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from magic_fast.config.tokens import TokenEntry, TokenSource
 from magic_fast.engine.output.identity import digest
 from magic_fast.engine.sources.vocabulary import AlignedCheckpoint, Row, vocabulary_axes
 from magic_fast.errors import CheckpointError, ConfigError, InputError
+from magic_fast.planning.ties import settle_ties
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,21 @@ class Aligned:
         rows: of the result's embeddings, None where they are as they are stored.
         tokenizer: None for the donor's.
         settings: what tells one such merge from another.
+        untied: whether weights that a configuration ties are apart in the result.
+        warnings: what the user should know.
     """
 
     models: dict[str, Checkpoint]
     rows: int | None = None
     tokenizer: OutputTokenizer | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    untied: bool = False
+    warnings: Sequence[str] = ()
 
 
 def align(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
-    """The models with their embeddings in the rows of the vocabulary that ``config`` asks for.
+    """The models with the same weights tied, and their embeddings in the rows of the vocabulary
+    that ``config`` asks for.
 
     A model's own tokens keep their rows. One that it lacks gets the base model's; where that lacks
     it too, the average of the models that have it (mergekit's documented rule).
@@ -53,6 +59,12 @@ def align(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
         CheckpointError: a model without ``tokenizer.json``.
         InputError: a model without embeddings.
     """
+    ties = settle_ties(models)
+    aligned = _aligned(config, ties.models)
+    return replace(aligned, untied=ties.untied, warnings=ties.warnings)
+
+
+def _aligned(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
     donor = _with_folder(config, models)
     template = _template(config, models)
     if config.vocabulary is None:
@@ -76,11 +88,11 @@ def align(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
         models[source], None if final.rows == tokenizers[source].rows else final, template
     )
     rows = {name: table.rows(name) for name in models}
-    aligned: dict[str, Checkpoint] = {
+    in_rows: dict[str, Checkpoint] = {
         name: AlignedCheckpoint(model, rows[name], models) for name, model in models.items()
     }
     known = digest(repr([rows[name] for name in models]) + repr(sorted(made.texts.items())))
-    return Aligned(aligned, table.count, made, {"tokenizer": known})
+    return Aligned(in_rows, table.count, made, {"tokenizer": known})
 
 
 def _by_row(vocabulary: Mapping[str, int]) -> list[str]:

@@ -61,6 +61,7 @@ def write_small_files(
             num_layers=plan.num_layers,
             vocab_size=plan.vocab_size,
             tokenizer=plan.tokenizer,
+            untied=plan.untied,
         )
     versions = _versions()
     output.write_text(

@@ -37,6 +37,7 @@ class MergePlan:
             held whole as much as the machine has free.
         device: where it is merged.
         settings: what decides values beside ``recipe_text``, by the names users know.
+        untied: whether weights that the donor's configuration ties are apart in the result.
     """
 
     method: str
@@ -54,6 +55,7 @@ class MergePlan:
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: OutputTokenizer | None = None
+    untied: bool = False
 
     def decisions(self) -> str:
         """What is done to each tensor, as text: the same for the same merge, wherever its files
