@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from magic_fast.errors import InputError
 
@@ -42,8 +43,7 @@ class Kind(str, Enum):
 MAPS = frozenset({Kind.MATRIX, Kind.CONVOLUTION, Kind.HEAD, Kind.CLASSIFIER, Kind.ROUTER})
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A place in a stack of layers: ``model.layers``, 7."""
 
     stack: str
@@ -75,8 +75,7 @@ class Step:
     other: int = 0
 
 
-@dataclass(frozen=True)
-class Experts:
+class Experts(NamedTuple):
     """How a module lays out its stacks of experts.
 
     Attributes:
