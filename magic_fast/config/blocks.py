@@ -26,9 +26,6 @@ _BEFORE = re.compile(
     r"|multi_modal|mm_proj|projector"
 )
 
-#: Buffers that are computed from the configuration; models may store them or not.
-_DERIVED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids)$")
-
 
 @dataclass(frozen=True)
 class Stack:
@@ -92,11 +89,6 @@ def comes_before(name: str) -> bool:
     (True, False)
     """
     return _AFTER.search(name) is None and _BEFORE.search(name) is not None
-
-
-def is_derived(name: str) -> bool:
-    """Whether a tensor is a buffer that any model can recompute, so that it may be missing."""
-    return _DERIVED.search(name) is not None
 
 
 def declared_layers(config: Mapping[str, Any]) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from magic_fast.config.blocks import (
     Stack,
@@ -89,18 +89,35 @@ def _whole_models(donor: str, part: Part, presence: Presence) -> Iterator[Output
             "%s has %d blocks %s*, its config.json says %d layers.",
             donor, main.count, main.prefix, declared,
         )  # fmt: skip
-    dropped = set()
-    for other in dict.fromkeys(one.model for one in group.members if one.model != donor):
+    others = dict.fromkeys(one.model for one in group.members if one.model != donor)
+    kept: set[str] = set()
+    if any(one.is_base and one.model == donor for one in group.members) and others:
+        alone = [name for name in names if not any(presence.has(name, m) for m in others)]
+        kept = {name for name in alone if not presence.is_derived(name, donor)}
+    dropped, left = set(), set()
+    for other in others:
         stored = presence.stored(other)
         for name in stored.keys() - names.keys():
-            presence.check(name, donor, name, other)
-        for name in names.keys() - stored.keys():
+            if not presence.check(name, donor, name, other):
+                left.add(name)
+        for name in names.keys() - stored.keys() - kept:
             if not presence.check(name, other, name, donor):
                 dropped.add(name)
     presence.raise_missing()
+    _say(f"stay as in {donor}, as no other model has them", [n for n in names if n in kept])
+    _say("are left out, as not all models have them and none needs them", sorted(left | dropped))
     for name in names:
-        if name not in dropped:
+        if name in kept:
+            yield group.base_alone(name, structure.position(name))
+        elif name not in dropped:
             yield group.output(name, structure.position(name))
+
+
+def _say(what: str, names: Sequence[str]) -> None:
+    """One line of tensors that are not merged."""
+    if names:
+        more = ", …" if len(names) > 3 else ""
+        _LOG.warning("%d tensors %s: %s%s", len(names), what, ", ".join(names[:3]), more)
 
 
 class _Slices:

@@ -24,6 +24,12 @@ class ModelView(Protocol):
     def has(self, name: str) -> bool:
         """Whether ``name`` is stored, or is tied to a tensor that is."""
 
+    def is_derived(self, name: str) -> bool:
+        """Whether a stored tensor is a buffer that follows from the configuration."""
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether a stored tensor is not left aside when the model is loaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:

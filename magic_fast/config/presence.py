@@ -6,7 +6,6 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from magic_fast.config.blocks import is_derived
 from magic_fast.config.outputs import ModelView
 from magic_fast.errors import CheckpointError
 
@@ -35,6 +34,14 @@ class Presence:
             self._stored[model] = dict.fromkeys(self._models[model].names())
         return self._stored[model]
 
+    def has(self, name: str, model: str) -> bool:
+        """Whether ``model`` stores ``name`` or has it tied to another tensor."""
+        return name in self.stored(model) or self._models[model].has(name)
+
+    def is_derived(self, name: str, model: str) -> bool:
+        """Whether ``name`` is a buffer that follows from the configuration of ``model``."""
+        return self._models[model].is_derived(name)
+
     def config(self, model: str) -> Mapping[str, Any]:
         """Parsed ``config.json`` of ``model``."""
         return self._models[model].config
@@ -42,15 +49,14 @@ class Presence:
     def check(self, name: str, model: str, other_name: str, other: str) -> bool:
         """Whether ``model`` has ``name``, which ``other`` stores as ``other_name``.
 
-        A lack is noted for :meth:`raise_missing`, unless the tensor is a buffer that the
-        configuration determines.
+        A lack is noted for :meth:`raise_missing`, unless the other model can do without it.
         """
         if name in self.stored(model):
             return True
         if self._models[model].has(name):
             self._note_tied(name, model, other)
             return True
-        if not is_derived(name):
+        if not self.is_derived(other_name, other) and self._models[other].is_loaded(other_name):
             as_in = other if name == other_name else f"{other_name} of {other}"
             self._missing.setdefault((model, name), as_in)
         return False

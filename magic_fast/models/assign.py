@@ -31,7 +31,7 @@ from magic_fast.models.table import Entry, entry_of, heading
 if TYPE_CHECKING:
     from magic_fast.models.headers import Headers
 
-_WRAPPERS = re.compile(r"^(module\.)+|(^|(?<=\.))_orig_mod\.")
+_WRAPPERS = re.compile(r"^((_forward_)?module\.)+|(^|(?<=\.))_orig_mod\.")
 _NUMBER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
@@ -59,9 +59,14 @@ def roles_of(config: Mapping[str, Any], tensors: Tensors) -> ModelRoles:
         from magic_fast.models.headers import Headers
 
         headers = Headers.of(tensors, config)
+
+        def role_of(name: str) -> Role:
+            plain = _WRAPPERS.sub("", name)
+            return replace(headers.role(name), canonical=plain, targets=(plain,))
+
         return ModelRoles(
             tensors,
-            headers.role,
+            role_of,
             model_type=model_type,
             architecture="",
             source=Source.HEADERS,

@@ -15,6 +15,7 @@ from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.methods.presets import build_recipe
 from magic_fast.methods.registry import find_method
+from magic_fast.models import Kind
 from magic_fast.planning.pause_gc import no_collection
 from magic_fast.planning.shared_settings import refuse_uneven
 from magic_fast.recipe import Recipe
@@ -41,6 +42,12 @@ class View:
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint
+
+    def is_derived(self, name: str) -> bool:
+        return self.checkpoint.roles[name].kind is Kind.DERIVED
+
+    def is_loaded(self, name: str) -> bool:
+        return self.checkpoint.roles[name].loaded
 
 
 def input_of(models: Mapping[str, Checkpoint], model: str, name: str) -> Input:

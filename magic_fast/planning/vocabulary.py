@@ -23,6 +23,7 @@ from magic_fast.config.tokens import TokenEntry, TokenSource
 from magic_fast.engine.output.identity import digest
 from magic_fast.engine.sources.vocabulary import AlignedCheckpoint, Row, vocabulary_axes
 from magic_fast.errors import CheckpointError, ConfigError, InputError
+from magic_fast.planning.names import settle_names
 from magic_fast.planning.ties import settle_ties
 
 
@@ -59,7 +60,7 @@ def align(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
         CheckpointError: a model without ``tokenizer.json``.
         InputError: a model without embeddings.
     """
-    ties = settle_ties(models)
+    ties = settle_ties(settle_names(models, config.donor))
     aligned = _aligned(config, ties.models)
     return replace(aligned, untied=ties.untied, warnings=ties.warnings)
 

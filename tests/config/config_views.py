@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from magic_fast.models import Kind, roles_of
+
 GOLDEN = Path(
     os.environ.get("MAGIC_FAST_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden")
 )
@@ -33,6 +35,12 @@ class View:
 
     def has(self, name: str) -> bool:
         return name in self._all
+
+    def is_derived(self, name: str) -> bool:
+        return roles_of({}, {name: ((), "F32")})[name].kind is Kind.DERIVED
+
+    def is_loaded(self, name: str) -> bool:
+        return True
 
 
 def llama_names(layers: int, *, head: bool = True, block: Iterable[str] = BLOCK) -> list[str]:

@@ -376,6 +376,23 @@ def test_a_missing_tensor_names_tensor_and_model(holder: str) -> None:
     assert f"missing tensor for {lacking}: expected {UP.format(1)} as in" in message
 
 
+def test_what_no_expert_has_stays_as_in_the_base(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers for multi-token prediction: nothing changes them, and that is said once."""
+    more = ["mtp.fc.weight", "mtp.norm.weight"]
+    with caplog.at_level(logging.WARNING, logger="magic_fast"):
+        found = layout(task_arithmetic(), {"base": View([*llama_names(3), *more], {})})
+    assert list(found) == [*llama_names(3), *more]
+    for name in more:
+        assert found[name].experts == () and found[name].base is not None
+    assert "2 tensors stay as in base, as no other model has them: mtp.fc.weight" in caplog.text
+
+
+def test_what_one_expert_has_is_not_the_bases_alone() -> None:
+    views = {m: View([*llama_names(3), "mtp.fc.weight"], {}) for m in ("base", "a")}
+    with pytest.raises(CheckpointError, match=r"missing tensor for b: expected mtp.fc.weight"):
+        layout(task_arithmetic(), views)
+
+
 @pytest.mark.parametrize("lacking", ["base", "a"])
 def test_a_missing_tensor_of_a_slice(lacking: str) -> None:
     views = {lacking: View([n for n in llama_names(3) if n != UP.format(2)], llama(3).config)}
