@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,7 +18,10 @@ from .strict_json import load_json_object
 from .tokenizer import OutputTokenizer
 from .writer import OutputFolder
 
+_LOG = logging.getLogger("magic_fast")
+
 CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 #: The tokenizer's files.
 TOKENIZER: tuple[str, ...] = (
     "tokenizer*",
@@ -29,24 +34,49 @@ TOKENIZER: tuple[str, ...] = (
     "*.tiktoken",
     "chat_template.*",
     "additional_chat_templates/*.jinja",
+    "tekken.json",
 )
-#: Names to copy, beside `CONFIG_NAME`.
-PATTERNS: tuple[str, ...] = (
-    *TOKENIZER,
-    "generation_config.json",
-    "*preprocessor_config.json",
-    "processor_config.json",
-)
-_NEVER = (
+#: What never comes along: weights in any format and their indices, ...
+_WEIGHTS = (
     *PICKLE_SUFFIXES,
     ".safetensors",
     ".index.json",
     ".gguf",
+    ".ggml",
     ".h5",
+    ".keras",
+    ".pb",
     ".msgpack",
     ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".tflite",
+    ".mlmodel",
+    ".nemo",
     ".npz",
+    ".npy",
 )
+#: ... the state and the logs of a training, what is written anew, and what belongs to a repository.
+_LEFT = (
+    "trainer_state.json",
+    "trainer_log*",
+    "training_*",
+    "*_results.json",
+    "optimizer*",
+    "scheduler*",
+    "rng_state*",
+    "zero_to_fp32.py",
+    "latest",
+    "events.out.tfevents*",
+    "adapter_config.json",
+    "README*",
+    "magic_fast.json",
+    ".*",
+    "*.lock",
+    "*.log",
+)
+_LEFT_FOLDERS = (".*", "__pycache__", "checkpoint-*", "global_step*", "runs", "logs", "wandb")
+_LARGEST = 200_000_000  # bytes of a file that is small
 _AUTO_MAP_FILES = (
     CONFIG_NAME,
     "tokenizer_config.json",
@@ -54,6 +84,7 @@ _AUTO_MAP_FILES = (
     "processor_config.json",
 )
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_TOKEN_ID = re.compile(r"_token_(id|ids|index)$")
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _VOCABULARY_KEYS = ("vocab_size", "vocab_size_per_layer_input")
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
@@ -78,27 +109,39 @@ def sidecar_source(base: Checkpoint | None, models: Sequence[Checkpoint]) -> Che
 def sidecar_files(folder: str) -> list[str]:
     """Names of the small files in a model's folder that go along with its weights, sorted.
 
-    Weights, their indices, training states and READMEs never do; Python files only where a
-    configuration's ``auto_map`` asks for them.
+    All do but weights, their indices, training states, READMEs and what lies in folders of these;
+    Python files only where a configuration's ``auto_map`` asks for them. What is larger than
+    200 MB stays behind, with a warning.
 
     Raises:
         CheckpointError: the folder or one of its configurations cannot be read.
     """
-    patterns = (*PATTERNS, CONFIG_NAME)
-    if any("auto_map" in _json(os.path.join(folder, name)) for name in _AUTO_MAP_FILES):
-        patterns = (*patterns, "*.py")
+    code = any("auto_map" in _json(os.path.join(folder, name)) for name in _AUTO_MAP_FILES)
+    names = []
     with reading(folder):
-        names = os.listdir(folder)
-        templates = os.path.join(folder, "additional_chat_templates")
-        if os.path.isdir(templates):
-            names += [f"additional_chat_templates/{name}" for name in os.listdir(templates)]
-    return sorted(
-        name
-        for name in names
-        if _matches(name, patterns)
-        and not name.endswith(_NEVER)
-        and os.path.isfile(os.path.join(folder, name))
-    )
+        for place, folders, files in os.walk(folder):
+            inside = place != folder
+            if inside and any(name.endswith(_WEIGHTS) for name in files):
+                folders.clear()
+                continue
+            folders[:] = sorted(name for name in folders if not _matches(name, _LEFT_FOLDERS))
+            names += [
+                os.path.relpath(os.path.join(place, name), folder)
+                for name in files
+                if _comes_along(os.path.join(place, name), code)
+            ]
+    return sorted(names)
+
+
+def _comes_along(path: str, code: bool) -> bool:
+    name = os.path.basename(path)
+    left = name.endswith(_WEIGHTS) or _matches(name, _LEFT) or (name.endswith(".py") and not code)
+    if left or not os.path.isfile(path):
+        return False
+    size = os.path.getsize(path)
+    if size > _LARGEST:
+        _LOG.warning("%s stays behind: it has %.0f MB, more than a small file.", path, size / 1e6)
+    return size <= _LARGEST
 
 
 def updated_config(
@@ -167,9 +210,11 @@ def copy_sidecars(
         return []
     places = {name: source.folder for name in sidecar_files(source.folder)}
     if tokenizer is not None:
-        places = {name: place for name, place in places.items() if not _matches(name, TOKENIZER)}
+        others = tokenizer.folder != source.folder
+        patterns = (*TOKENIZER, GENERATION_NAME) if others else TOKENIZER
+        places = {name: place for name, place in places.items() if not _matches(name, patterns)}
         for name in sidecar_files(tokenizer.folder):
-            if _matches(name, TOKENIZER) and not _matches(name, tokenizer.left_out):
+            if _matches(name, patterns) and not _matches(name, tokenizer.left_out):
                 places[name] = tokenizer.folder
     texts = {} if tokenizer is None else tokenizer.texts
     for name, place in places.items():
@@ -179,9 +224,26 @@ def copy_sidecars(
         output.write_text(name, text)
     names = sorted({*places, *texts})
     config = updated_config(source.config, dtype, num_layers, vocab_size, untied)
+    if tokenizer is not None:
+        config = _with_token_ids(config, tokenizer.config)
     if config != source.config:
         output.write_text(CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return names
+
+
+def _with_token_ids(config: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the numbers of tokens that another one has, at the top and in the text
+    part: they are rows of the tokenizer that comes along."""
+    ids = {key: value for key, value in other.items() if _TOKEN_ID.search(key)}
+    result = {**config, **ids}
+    for name in _TEXT_CONFIGS:
+        part = result.get(name)
+        if isinstance(part, dict):
+            theirs = other.get(name)
+            known = theirs if isinstance(theirs, Mapping) else other
+            more = {key: value for key, value in known.items() if _TOKEN_ID.search(key)}
+            result[name] = {**part, **{k: v for k, v in more.items() if k in part}}
+    return result
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

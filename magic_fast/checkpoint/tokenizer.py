@@ -56,11 +56,13 @@ class OutputTokenizer:
         folder: the model whose tokenizer files come along.
         texts: files that are written instead of copied.
         left_out: patterns of files that do not come along.
+        config: of that model, whose ``*_token_id`` are rows of this tokenizer.
     """
 
     folder: str
     texts: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_tokenizer(model: Checkpoint) -> Tokenizer:
@@ -153,7 +155,7 @@ def output_tokenizer(
     if config != _config(folder):
         texts[CONFIG_NAME] = _text(config)
     left_out = (*(_STALE if edited is not None else ()), *(_TEMPLATES if template else ()))
-    return OutputTokenizer(folder, texts, left_out)
+    return OutputTokenizer(folder, texts, left_out, source.config)
 
 
 def _flags(record: Mapping[str, Any]) -> dict[str, Any]:

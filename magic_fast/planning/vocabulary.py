@@ -23,6 +23,7 @@ from magic_fast.config.tokens import TokenEntry, TokenSource
 from magic_fast.engine.output.identity import digest
 from magic_fast.engine.sources.vocabulary import AlignedCheckpoint, Row, vocabulary_axes
 from magic_fast.errors import CheckpointError, ConfigError, InputError
+from magic_fast.planning.configurations import compare_configurations
 from magic_fast.planning.names import settle_names
 from magic_fast.planning.ties import settle_ties
 
@@ -60,9 +61,10 @@ def align(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
         CheckpointError: a model without ``tokenizer.json``.
         InputError: a model without embeddings.
     """
+    warnings = compare_configurations(models)
     ties = settle_ties(settle_names(models, config.donor))
     aligned = _aligned(config, ties.models)
-    return replace(aligned, untied=ties.untied, warnings=ties.warnings)
+    return replace(aligned, untied=ties.untied, warnings=[*warnings, *ties.warnings])
 
 
 def _aligned(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:

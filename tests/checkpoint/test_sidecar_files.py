@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -23,6 +24,9 @@ from magic_fast.checkpoint import (
 from magic_fast.errors import CheckpointError
 
 TAKEN = [
+    "1_Pooling/config.json",
+    "LICENSE",
+    "USE_POLICY.md",
     "added_tokens.json",
     "additional_chat_templates/tools.jinja",
     "chat_template.jinja",
@@ -30,11 +34,14 @@ TAKEN = [
     "config.json",
     "generation_config.json",
     "merges.txt",
+    "modules.json",
     "preprocessor_config.json",
     "processor_config.json",
     "qwen.tiktoken",
+    "source.spm",
     "special_tokens_map.json",
     "spiece.model",
+    "tekken.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -44,7 +51,15 @@ TAKEN = [
 ]
 LEFT = [
     ".gitattributes",
+    ".cache/huggingface/x.json",
     "README.md",
+    "checkpoint-500/config.json",
+    "magic_fast.json",
+    "onnx/config.json",
+    "onnx/model.onnx",
+    "original/consolidated.00.pth",
+    "original/params.json",
+    "runs/events.out.tfevents.1",
     "model.safetensors.index.json",
     "optimizer.pt",
     "pytorch_model.bin",
@@ -72,6 +87,15 @@ def test_names(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "vocab.link").symlink_to("gone")
     assert sidecar_files(str(tmp_path)) == TAKEN
+
+
+def test_what_is_not_small_stays_behind_and_is_named(tmp_path, caplog):
+    fill(tmp_path, ["config.json"])
+    with open(tmp_path / "corpus.txt", "wb") as file:
+        file.truncate(200_000_001)
+    with caplog.at_level(logging.WARNING, logger="magic_fast"):
+        assert sidecar_files(str(tmp_path)) == ["config.json"]
+    assert "corpus.txt stays behind: it has 200 MB" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])

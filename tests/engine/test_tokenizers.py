@@ -98,6 +98,24 @@ def test_base_and_model(folder: Path) -> None:
     ).read_bytes()
 
 
+def test_numbers_of_tokens_follow_the_tokenizer(folder: Path) -> None:
+    """Where the tokenizer is another model's, so are the ends of a text."""
+    for number, name in enumerate(TOKENS):
+        path = folder / name / "config.json"
+        stated = {"eos_token_id": number, "pad_token_id": 10 + number}
+        path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+        (folder / name / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": [number]})
+        )
+    for source, number in (("base", 0), ("union", 0), (str(folder / "b"), 1)):
+        out = folder / f"out-{number}-{Path(source).name}"
+        mf.merge_checkpoints(config(folder, tokenizer_source=source), out)
+        stated = json.loads((out / "config.json").read_text())
+        assert (stated["eos_token_id"], stated["pad_token_id"]) == (number, 10 + number)
+        generation = json.loads((out / "generation_config.json").read_text())
+        assert generation == {"eos_token_id": [number]}
+
+
 def test_tokens_and_padding(folder: Path) -> None:
     b, c = str(folder / "b"), str(folder / "c")
     tokens = {
