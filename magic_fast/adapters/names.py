@@ -31,6 +31,7 @@ class Role(str, Enum):
     BIAS = "bias"  # of B
     FOREIGN = "foreign"  # a factor of another decomposition
     WHOLE = "whole"  # a tensor of the model itself, trained beside the factors
+    ORIGINAL = "original"  # the model's own, before it was trained whole
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ _FOREIGN = re.compile(
     r"\.(hada_|lokr_|oft_|boft_|lora_mid|glora_|vera_lambda|lora_E\b|lora_ga|diff\b|norm_)"
 )
 
+_SAVED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
+
 
 def parse_key(key: str) -> Key:
     """What a key of an adapter file stands for.
@@ -82,7 +85,9 @@ def parse_key(key: str) -> Key:
             return Key(name.removesuffix(suffix), role)
     if _FOREIGN.search(name):
         return Key(name, Role.FOREIGN)
-    return Key(name.replace(".base_layer.", "."), Role.WHOLE)
+    if ".original_module." in name:
+        return Key(name, Role.ORIGINAL)
+    return Key(_SAVED.sub(".", name), Role.WHOLE)
 
 
 def style_of(keys: Iterable[str]) -> str:

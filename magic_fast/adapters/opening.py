@@ -170,8 +170,11 @@ def _adapter(
     for key, info in checkpoint.tensors.items():
         parsed = parse_key(key)
         _refuse(parsed, key, path)
+        if parsed.role is Role.ORIGINAL:
+            continue
         if parsed.role is Role.WHOLE:
-            whole[parsed.module] = key
+            if parsed.module not in whole or ".modules_to_save." in key:
+                whole[parsed.module] = key
         else:
             parts.setdefault(parsed.module, {})[parsed.role] = (parsed, info)
     if not is_peft and any(key.startswith(PEFT_PREFIX) for key in checkpoint.tensors):

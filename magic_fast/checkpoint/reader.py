@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from magic_fast.models import ModelRoles, roles_of
 
@@ -25,6 +25,18 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
 
 
+class Resized(NamedTuple):
+    """A vocabulary that is not the one of the configuration.
+
+    Attributes:
+        rows: how many words it has.
+        folder: where its tokenizer lies, or None.
+    """
+
+    rows: int
+    folder: str | None
+
+
 class Checkpoint:
     """A model's tensors by name, each with its place; `open_checkpoint` makes one.
 
@@ -37,7 +49,10 @@ class Checkpoint:
         files: identity of every weights file.
         overhead: bytes that reading takes beside the caller's buffers.
         metadata: the headers' ``__metadata__``, merged.
+        resized: the vocabulary of an adapter that was trained with another one, or None.
     """
+
+    resized: Resized | None = None
 
     def __init__(
         self,

@@ -128,15 +128,19 @@ def template_of(model: Checkpoint) -> str | None:
 
 
 def output_tokenizer(
-    source: Checkpoint, edited: Tokenizer | None = None, template: str | None = None
+    source: Checkpoint,
+    edited: Tokenizer | None = None,
+    template: str | None = None,
+    folder: str | None = None,
 ) -> OutputTokenizer:
     """The tokenizer files of a result that takes them from ``source``.
 
     Args:
         edited: its tokenizer with further tokens, or None where it has those of ``source``.
         template: the chat template, or None for that of ``source``.
+        folder: where the tokenizer lies; None: beside ``source``.
     """
-    folder = source.folder
+    folder = folder or source.folder
     if folder is None:
         got = "a bare file"
         raise problem("Missing tokenizer", source.path, "the folder of a model", got, _ADVICE)

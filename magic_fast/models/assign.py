@@ -191,7 +191,8 @@ class _Assignment:
         one = found[0]
         units = None if one.units is None or doubt else axes_in_file(one.units, steps)
         if len({f.units for f in found}) > 1:
-            units, doubt = None, f"several modules of its place: {_owners(found)}"
+            owners = ", ".join(sorted({f.owner for f in found}))
+            units, doubt = None, f"several modules of its place: {owners}"
         words = None
         if one.vocabulary is not None:
             words = next(iter(axes_in_file((one.vocabulary,), steps) or ()), None)
@@ -289,10 +290,6 @@ def _renumbered(role: Role, number: int) -> Role:
         targets=tuple(layer + target[skip:] for target in role.targets),
         module=layer + role.module[skip:],
     )
-
-
-def _owners(found: list[Found]) -> str:
-    return ", ".join(sorted({f.owner for f in found}))
 
 
 def _unknown_use(found: Found, steps: tuple[Step, ...]) -> str:

@@ -71,10 +71,13 @@ def _aligned(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
     donor = _with_folder(config, models)
     template = _template(config, models)
     if config.vocabulary is None:
-        if template is None:
-            return Aligned(models)
-        made = output_tokenizer(models[donor], template=template)
-        return Aligned(models, None, made, {"chat_template": digest(template)})
+        resized = models[donor].resized
+        count = None if resized is None else resized.rows
+        folder = None if resized is None else resized.folder
+        if template is not None:
+            made = output_tokenizer(models[donor], template=template, folder=folder)
+            return Aligned(models, count, made, {"chat_template": digest(template)})
+        return Aligned(models, count, OutputTokenizer(folder) if folder is not None else None)
     tokenizers = {name: read_tokenizer(model) for name, model in models.items()}
     source = donor if config.vocabulary in ("union", "base") else config.vocabulary
     tokens = config.tokenizer.tokens or {} if config.tokenizer is not None else {}

@@ -157,7 +157,7 @@ def base_copies(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for adapter in adapters:
         for name, key in adapter.whole.items():
-            if ".base_layer." not in key:
+            if not key.endswith(".base_layer.weight"):  # biases there are trained
                 raise CheckpointError(
                     f"tensor '{name}' in {adapter.path}: expected factors only, got a tensor of "
                     "the model that was trained whole. Merge full models: `magic-fast merge` takes "

@@ -4,7 +4,8 @@ and stored nowhere."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -14,14 +15,21 @@ from typing import TYPE_CHECKING, Any
 from magic_fast.adapters import Adapter, AdapterModule, open_adapter
 from magic_fast.adapters.names import weight_names
 from magic_fast.checkpoint import Checkpoint, TensorInfo
+from magic_fast.checkpoint.reader import Resized
+from magic_fast.checkpoint.tokenizer import TOKENIZER_NAME
 from magic_fast.engine.output.recheck import refuse_changed_files
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.engine.plan.units import element_size
 from magic_fast.engine.sources.adapted_rows import Change, RowMaker, right_factor
+from magic_fast.engine.sources.tied import TiedCheckpoint
 from magic_fast.errors import CheckpointError
+from magic_fast.models import Source, roles_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+_LAYER = re.compile(r"[^.]+\.\d+\..*$")
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -48,43 +56,81 @@ class AdaptedCheckpoint(Checkpoint):
                 f"{adapter.kind.upper()}. Merge it into its model first (PEFT's merge_and_unload), "
                 "or merge the adapters by themselves."
             )
-        self._own = own
+        places = _Places(own, adapter)
+        self._own = own = places.own
+        vars(self).update(tensors=own.tensors, aliases=own.aliases)
+        vars(self).pop("roles", None)  # of other names, where ties are opened
         self._adapter = adapter
         self.files = (*own.files, *adapter.files)
         self._stored = dict(own.tensors)
         self._dtypes = dict(self._dtypes)
-        self._changes = {
-            change.stored.name: change
-            for change in (_change_of(m, own, adapter) for m in adapter.modules.values())
-        }
-        for name, change in self._changes.items():
+        self._whole = {places.of(name): key for name, key in adapter.whole.items()}
+        for name, key in self._whole.items():
+            self._stored[name] = replace(adapter.checkpoint.tensors[key], name=name)
+        self._changes: dict[str, Change] = {}
+        for module in adapter.modules.values():
+            name = places.of(f"{module.name}.weight")
+            if name in self._changes:
+                raise CheckpointError(
+                    f"modules '{self._changes[name].module.name}' and '{module.name}' in "
+                    f"{adapter.path}: expected one for each tensor of {own.path}, got both for "
+                    f"'{name}'. Merge the adapter into its model first (PEFT's merge_and_unload)."
+                )
+            change = _change_of(module, self._stored[name], own, adapter)
+            self._changes[name] = change
             self._dtypes[name] = own.stored_dtype(name)
             wide = "F64" if change.stored.dtype == "F64" else "F32"
             nbytes = prod(change.stored.shape) * element_size(wide)
             self._stored[name] = replace(change.stored, dtype=wide, nbytes=nbytes)
-        self._whole = {_whole_name(name, own, adapter): key for name, key in adapter.whole.items()}
-        for name, key in self._whole.items():
-            self._stored[name] = replace(adapter.checkpoint.tensors[key], name=name)
         self.tensors = MappingProxyType(self._stored)
+        self.resized = self._resized()
         self.overhead += max((c.memory for c in self._changes.values()), default=0)
         self._kept: tuple[Any, Any] = (None, None)
+
+    def _resized(self) -> Resized | None:
+        """The vocabulary that the adapter was trained with, where it is not the model's."""
+        for name in self._whole:
+            axis, before = self.roles[name].vocabulary, self._own.resolve(name).shape
+            if axis is not None and (now := self._stored[name].shape) != before:
+                self._check_words(name, now[axis], before[axis])
+                path = self._adapter.path
+                folder = path if os.path.isdir(path) else os.path.dirname(path)
+                has_tokenizer = os.path.isfile(os.path.join(folder, TOKENIZER_NAME))
+                return Resized(now[axis], folder if has_tokenizer else None)
+        return None
+
+    def _check_words(self, name: str, rows: int, before: int) -> None:
+        """Refuses other tensors of words that kept the length of the model's vocabulary."""
+        for other, info in self._stored.items():
+            axis = self.roles[other].vocabulary
+            if axis is not None and info.shape[axis] == before:
+                raise CheckpointError(
+                    f"vocabulary of {self._adapter.path}: expected {rows} words as in '{name}', "
+                    f"got {before} in '{other}', which the adapter does not have. Save it again "
+                    "with that module among modules_to_save, or by its targets."
+                )
 
     def read_into(
         self, name: str, buffer: Buffer, start: int = 0, nbytes: int | None = None
     ) -> int:
         """As of `Checkpoint`, with the adapter applied."""
         info = self.resolve(name)
-        if info.name in self._whole:
-            return self._adapter.checkpoint.read_into(self._whole[info.name], buffer, start, nbytes)
         change = self._changes.get(info.name)
         if change is None:
-            return self._own.read_into(name, buffer, start, nbytes)
+            return self._read_plain(info.name, buffer, start, nbytes)
         count = info.nbytes - start if nbytes is None else nbytes
         view = memoryview(buffer).cast("B")[:count]
         if count:
             self._read_changed(change, info, view, start)
             refuse_changed_files(self._adapter.files)
         return count
+
+    def _read_plain(self, name: str, buffer: Buffer, start: int, nbytes: int | None) -> int:
+        """Bytes of a tensor without its factors: as the adapter's file has it, which may be of
+        another vocabulary, else the model's."""
+        if name in self._whole:
+            return self._adapter.checkpoint.read_into(self._whole[name], buffer, start, nbytes)
+        return self._own.read_into(name, buffer, start, nbytes)
 
     def _read_changed(self, change: Change, info: TensorInfo, view: memoryview, start: int) -> None:
         """Bytes of a changed tensor, in blocks of whole rows, straight into the view where a block
@@ -113,7 +159,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     def read_base(self, change: Change, start: int, data: memoryview) -> None:
         """Bytes of a tensor without the adapter."""
-        self._own.read_into(change.stored.name, data, start, len(data))
+        self._read_plain(change.stored.name, data, start, len(data))
 
     def read_factor(self, info: TensorInfo, start: int, data: memoryview) -> None:
         """Bytes of a factor."""
@@ -146,35 +192,80 @@ def open_adapted(
         raise
 
 
-def _name_of(module: str, names: Iterable[str], own: Checkpoint, adapter: Adapter) -> str:
-    """The one tensor of the model that a module of the adapter changes."""
-    found = weight_names(module, adapter.style, names)
-    if len(found) == 1:
-        return found[0]
-    got = "none of that name" if not found else f"{found[0]} and {found[1]}"
-    raise CheckpointError(
-        f"module '{module}' in {adapter.path}: expected its weight in {own.path}, got {got}. Name "
-        "the model that the adapter was trained on."
-    )
+class _Places:
+    """The tensor of a model that each tensor of an adapter stands for.
+
+    Attributes:
+        own: the model, in which the tied weights that the adapter touches stand apart: what is
+            trained on one of them is not the other's.
+    """
+
+    def __init__(self, own: Checkpoint, adapter: Adapter) -> None:
+        self.own = own
+        self._adapter = adapter
+        names = [*adapter.whole, *(f"{module}.weight" for module in adapter.modules)]
+        self._canonical = {role.canonical: name for name, role in own.roles.items()}
+        asked = roles_of(own.config, {name: ((1, 1), "F32") for name in names})
+        self._asked = {name: role.canonical for name, role in asked.items()}
+        self._untie({self._found(name) for name in names} - {None})
+
+    def of(self, name: str) -> str:
+        """The stored name.
+
+        Raises:
+            CheckpointError: there is none, or no single one.
+        """
+        found = self._found(name)
+        if found is not None:
+            return found
+        stem, _, leaf = name.rpartition(".")
+        near = weight_names(stem, self._adapter.style, self.own.tensors)
+        got = f"{near[0]} and {near[1]}" if len(near) > 1 else "none of that name"
+        what = f"module '{stem}'" if leaf == "weight" else f"tensor '{name}'"
+        raise CheckpointError(
+            f"{what} in {self._adapter.path}: expected its weight in {self.own.path}, got {got}. "
+            "Name the model that the adapter was trained on."
+        )
+
+    def _found(self, name: str) -> str | None:
+        """The name in the model, by itself, by the module tree, else by how it ends."""
+        if name in self.own:
+            return name
+        canonical = self._asked[name]
+        known = self._canonical.get(canonical)
+        if self.own.roles.source is Source.HEADERS and known is None:
+            known = self._by_layer(name)
+        if known is None and canonical in self.own:
+            return canonical
+        if known is not None and not self.own.roles[known].layout:
+            return known
+        stem, _, leaf = name.rpartition(".")
+        near = weight_names(stem, self._adapter.style, self.own.tensors) if leaf == "weight" else []
+        return near[0] if len(near) == 1 else None
+
+    def _by_layer(self, name: str) -> str | None:
+        """Of a model that is not known: the one tensor of that path from the layer's number on."""
+        inside = _LAYER.search(name)
+        near = [n for n in self.own.tensors if inside and n.endswith(f".{inside[0]}")]
+        return near[0] if len(near) == 1 else None
+
+    def _untie(self, touched: set[str | None]) -> None:
+        """Gives the tied weights of which one is touched tensors of their own."""
+        sources = {self.own.resolve(name).name for name in touched if name is not None}
+        shown = {alias: name for alias, name in self.own.aliases.items() if name in sources}
+        shown = {a: n for a, n in shown.items() if self._stands(a)}
+        if shown:
+            self.own = TiedCheckpoint(self.own, {}, shown)
+
+    def _stands(self, alias: str) -> bool:
+        """Whether another name of a tensor is one of the module tree."""
+        ties = self.own.roles.ties
+        return not ties or alias in ties
 
 
-def _whole_name(name: str, own: Checkpoint, adapter: Adapter) -> str:
-    """The stored tensor that one trained whole replaces."""
-    if name in own:
-        return own.resolve(name).name
-    stem, _, leaf = name.rpartition(".")
-    if leaf == "weight":
-        return _name_of(stem, own.tensors, own, adapter)
-    raise CheckpointError(
-        f"tensor '{name}' in {adapter.path}: expected one of {own.path}, got none of that name. "
-        "Name the model that the adapter was trained on."
-    )
-
-
-def _change_of(module: AdapterModule, own: Checkpoint, adapter: Adapter) -> Change:
-    exact = f"{module.name}.weight"
-    name = exact if exact in own else _name_of(module.name, own.tensors, own, adapter)
-    stored = own.resolve(name)
+def _change_of(
+    module: AdapterModule, stored: TensorInfo, own: Checkpoint, adapter: Adapter
+) -> Change:
     up = module.up
     assert up is not None  # of a LoRA
     for info in (stored, module.down, up):
@@ -192,6 +283,7 @@ def _change_of(module: AdapterModule, own: Checkpoint, adapter: Adapter) -> Chan
             f"as in {own.path}, got {list(up.shape)} and {list(module.down.shape)}. Name the model "
             "that the adapter was trained on."
         )
-    if plain and turned:  # square
-        turned = bool(adapter.config.get("fan_in_fan_out"))
+    if plain and turned:  # square: by the class of the module, else by the configuration
+        role = own.roles[stored.name]
+        turned = role.units == (1,) if role.owner else bool(adapter.config.get("fan_in_fan_out"))
     return Change(stored, module, up, turned)
