@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from magic_fast.config.blocks import (
     Stack,
@@ -148,7 +149,11 @@ class _Slices:
         if model not in self.structures:
             names = self.presence.stored(model)
             config = self.presence.config(model) if self.part.counted else {}
-            self.structures[model] = find_blocks(names, config, model)
+            found = find_blocks(names, config, model)
+            if found.main is None and self.part.counted:
+                counted = self.presence.counted_stack(model)
+                found = replace(found, main=found.stacks.get(counted or ""))
+            self.structures[model] = found
         return self.structures[model]
 
     def _stack(self, model: str) -> Stack:

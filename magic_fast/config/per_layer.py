@@ -112,6 +112,13 @@ class _Follower:
         for key in _NUMBERS:
             if isinstance(self.old.get(key), list):
                 self.part[key] = self._mapped(key)
+        if isinstance(self.old.get("per_layer_config"), dict):
+            stated = [(y.part.get("per_layer_config") or {}, y.number) for y in self.layers]
+            self.part["per_layer_config"] = {
+                str(i): fields[str(number)]
+                for i, (fields, number) in enumerate(stated)
+                if str(number) in fields
+            }
         if isinstance(self.old.get("hybrid_override_pattern"), str):
             self.part["hybrid_override_pattern"] = "".join(self._picked("hybrid_override_pattern"))
         for key in listed_by_rule(self.model_type):

@@ -63,6 +63,10 @@ class Presence:
             self._patterns[model] = {_pattern(name) for name in self.stored(model)}
         return self._patterns[model]
 
+    def counted_stack(self, model: str) -> str | None:
+        """As of `ModelView`."""
+        return self._models[model].counted_stack()
+
     def config(self, model: str) -> Mapping[str, Any]:
         """Parsed ``config.json`` of ``model``."""
         return self._models[model].config

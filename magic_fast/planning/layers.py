@@ -7,10 +7,11 @@ from typing import Any
 
 from magic_fast.checkpoint import Checkpoint, sidecar_source
 from magic_fast.config import MergeConfig
-from magic_fast.config.blocks import Structure, declared_part, find_blocks
+from magic_fast.config.blocks import Structure, declared_part
 from magic_fast.config.groups import build_parts
 from magic_fast.config.per_layer import Layer, follow
 from magic_fast.models.lookup import part_of
+from magic_fast.planning.stacks import structure_of
 
 
 def config_of_layers(
@@ -61,7 +62,7 @@ class _Counted:
 
     @classmethod
     def of(cls, model: Checkpoint, name: str) -> _Counted:
-        return cls(model, find_blocks(list(model.tensors), model.config, name))
+        return cls(model, structure_of(model, name))
 
     def layer(self, number: int) -> Layer:
         return Layer(self.part, self.model_type, number, self.count)

@@ -34,6 +34,8 @@ def followed(
         ({"three": [1, 2, 3]}, {"three": [1, 2, 3]}),
         ({"eos_token_id": [1, 2, 3, 4]}, {"eos_token_id": [1, 2, 3, 4]}),
         ({"moe_layers": [0, 1, 2, 3]}, {"moe_layers": [0, 1, 2, 3, 4, 5]}),
+        ({"per_layer_config": {"1": {"x": 7}}}, {"per_layer_config": {"1": {"x": 7},
+                                                                      "3": {"x": 7}}}),
         ({"full_attn_idxs": [1]}, {"full_attn_idxs": [1, 3]}),
         ({"hybrid_override_pattern": "M*-E"}, {"hybrid_override_pattern": "M*-*-E"}),
         (
