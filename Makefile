@@ -104,6 +104,7 @@ $(PEERS)-%/.installed: benchmarks/peers-%.txt .ci/constraints.txt
 # Every model type of the installed transformers, built without weights: two minutes of one core, no network.
 architectures: venv ## magic_fast/models/architectures.jsonl, what the tensors of each architecture are
 	$(BIN)/python tools/architectures/generate.py
+	$(BIN)/python tools/architectures/layer_rules.py
 
 suites: venv ## other libraries' own tests, which ours run with our functions in place
 	$(BIN)/python tests/integrations/fetch_suites.py

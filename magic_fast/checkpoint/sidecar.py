@@ -199,9 +199,10 @@ def copy_sidecars(
     vocab_size: int | None = None,
     tokenizer: OutputTokenizer | None = None,
     untied: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Copy small files, the configuration by way of `updated_config`, the tokenizer's as
-    ``tokenizer`` says; returns their names.
+    """Copy small files, the configuration (``config``, or the source's) by way of
+    `updated_config`, the tokenizer's as ``tokenizer`` says; returns their names.
 
     A configuration that does not change is copied byte for byte. There are none where source or
     output is a single file.
@@ -223,11 +224,12 @@ def copy_sidecars(
     for name, text in texts.items():
         output.write_text(name, text)
     names = sorted({*places, *texts})
-    config = updated_config(source.config, dtype, num_layers, vocab_size, untied)
+    given = source.config if config is None else config
+    written = updated_config(given, dtype, num_layers, vocab_size, untied)
     if tokenizer is not None:
-        config = _with_token_ids(config, tokenizer.config)
-    if config != source.config:
-        output.write_text(CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        written = _with_token_ids(written, tokenizer.config)
+    if written != source.config:
+        output.write_text(CONFIG_NAME, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     return names
 
 

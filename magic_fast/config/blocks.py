@@ -93,13 +93,23 @@ def comes_before(name: str) -> bool:
 
 def declared_layers(config: Mapping[str, Any]) -> int | None:
     """The number of layers that a ``config.json`` states, at its top or in its text part."""
-    parts = [config, *(config.get(key) for key in _TEXT_PARTS)]
-    for part in (part for part in parts if isinstance(part, Mapping)):
+    return _declared(config)[1]
+
+
+def declared_part(config: Mapping[str, Any]) -> str:
+    """The part of a ``config.json`` that states the number of layers; "" for its top."""
+    return _declared(config)[0]
+
+
+def _declared(config: Mapping[str, Any]) -> tuple[str, int | None]:
+    for name, part in (("", config), *((key, config.get(key)) for key in _TEXT_PARTS)):
+        if not isinstance(part, Mapping):
+            continue
         for key in _LAYER_KEYS:
             value = part.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
+                return name, value
+    return "", None
 
 
 def find_blocks(names: Iterable[str], config: Mapping[str, Any], model: str) -> Structure:
@@ -114,7 +124,7 @@ def find_blocks(names: Iterable[str], config: Mapping[str, Any], model: str) -> 
         model: for messages.
 
     Raises:
-        CheckpointError: a block is missing between others of a stack as long as ``config`` says.
+        CheckpointError: a block is missing between others of the stack as long as ``config`` says.
     """
     declared = declared_layers(config)
     found: dict[str, dict[int, list[str]]] = {}
@@ -123,6 +133,7 @@ def find_blocks(names: Iterable[str], config: Mapping[str, Any], model: str) -> 
         if parts is not None:
             found.setdefault(parts[0], {}).setdefault(parts[1], []).append(parts[2])
     stacks = {}
+    holes = []
     for prefix, blocks in found.items():
         length = max(blocks) + 1
         if length != declared and not all(any("." in r for r in rest) for rest in blocks.values()):
@@ -130,11 +141,13 @@ def find_blocks(names: Iterable[str], config: Mapping[str, Any], model: str) -> 
         if length == len(blocks):
             stacks[prefix] = Stack(prefix, tuple(tuple(blocks[i]) for i in range(length)))
         elif length == declared:
-            gap = next(i for i in range(length) if i not in blocks)
-            raise CheckpointError(
-                f"missing block for {model}: expected {prefix}0 to {prefix}{length - 1}, got none "
-                f"of the tensors of {prefix}{gap}. Download the checkpoint again."
-            )
+            holes.append((prefix, next(i for i in range(length) if i not in blocks)))
+    if holes and not any(stack.count == declared for stack in stacks.values()):
+        prefix, gap = holes[0]
+        raise CheckpointError(
+            f"missing block for {model}: expected {prefix}0 to {prefix}{(declared or 0) - 1}, got "
+            f"none of the tensors of {prefix}{gap}. Download the checkpoint again."
+        )
     return Structure(stacks, _main_stack(stacks, declared), declared)
 
 

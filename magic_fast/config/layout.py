@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from magic_fast.config.blocks import (
     Stack,
@@ -92,8 +93,7 @@ def _whole_models(donor: str, part: Part, presence: Presence) -> Iterator[Output
     others = dict.fromkeys(one.model for one in group.members if one.model != donor)
     kept: set[str] = set()
     if any(one.is_base and one.model == donor for one in group.members) and others:
-        alone = [name for name in names if not any(presence.has(name, m) for m in others)]
-        kept = {name for name in alone if not presence.is_derived(name, donor)}
+        kept = {name for name in names if presence.is_of_base_alone(name, donor, others)}
     dropped, left = set(), set()
     for other in others:
         stored = presence.stored(other)
@@ -149,7 +149,11 @@ class _Slices:
         if model not in self.structures:
             names = self.presence.stored(model)
             config = self.presence.config(model) if self.part.counted else {}
-            self.structures[model] = find_blocks(names, config, model)
+            found = find_blocks(names, config, model)
+            if found.main is None and self.part.counted:
+                counted = self.presence.counted_stack(model)
+                found = replace(found, main=found.stacks.get(counted or ""))
+            self.structures[model] = found
         return self.structures[model]
 
     def _stack(self, model: str) -> Stack:
@@ -205,8 +209,14 @@ class _Slices:
             for name in self.presence.stored(model):
                 if not self._in_stack(name) and comes_before(name) == before:
                     self.presence.check(name, self.donor, name, model)
+        kept: list[str] = []
+        if models and any(one.is_base and one.model == self.donor for one in group.members):
+            kept = [n for n in names if self.presence.is_of_base_alone(n, self.donor, models)]
+        _say(f"stay as in {self.donor}, as no other model has them", kept)
         for name in names:
-            if all([self.presence.check(name, m, name, self.donor) for m in models]):
+            if name in kept:
+                yield group.base_alone(name, 0.0)
+            elif all([self.presence.check(name, m, name, self.donor) for m in models]):
                 yield group.output(name, 0.0)
 
     def _layers(self) -> Iterator[OutputTensor]:

@@ -24,6 +24,10 @@ class ModelView(Protocol):
     def has(self, name: str) -> bool:
         """Whether ``name`` is stored, or is tied to a tensor that is."""
 
+    def counted_stack(self) -> str | None:
+        """What stands before a layer's number in the names of the layers that the configuration
+        counts, or None where that is not known."""
+
     def is_derived(self, name: str) -> bool:
         """Whether a stored tensor is a buffer that follows from the configuration."""
 

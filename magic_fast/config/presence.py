@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from magic_fast.config.outputs import ModelView
 from magic_fast.errors import CheckpointError
+from magic_fast.models.matching import common_prefix
 
 _LOG = logging.getLogger("magic_fast")
+_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class Presence:
@@ -20,6 +23,7 @@ class Presence:
         self._stored: dict[str, dict[str, None]] = {}
         self._missing: dict[tuple[str, str], str] = {}
         self._tied: set[tuple[str, str]] = set()
+        self._patterns: dict[str, set[str]] = {}
 
     def only(self, names: Mapping[str, Collection[str]]) -> Presence:
         """The same models, of each of which only ``names[model]`` count as stored."""
@@ -41,6 +45,27 @@ class Presence:
     def is_derived(self, name: str, model: str) -> bool:
         """Whether ``name`` is a buffer that follows from the configuration of ``model``."""
         return self._models[model].is_derived(name)
+
+    def is_of_base_alone(self, name: str, base: str, others: Iterable[str]) -> bool:
+        """Whether none of ``others`` has the base's tensor ``name``, nor would need it.
+
+        A file that has the same tensor of other layers or experts is not complete; buffers that
+        follow from the configuration are nobody's own.
+        """
+        if any(self.has(name, other) for other in others) or self.is_derived(name, base):
+            return False
+        if not self._models[base].is_loaded(name):
+            return True
+        return not any(_pattern(name) in self._patterns_of(other) for other in others)
+
+    def _patterns_of(self, model: str) -> set[str]:
+        if model not in self._patterns:
+            self._patterns[model] = {_pattern(name) for name in self.stored(model)}
+        return self._patterns[model]
+
+    def counted_stack(self, model: str) -> str | None:
+        """As of `ModelView`."""
+        return self._models[model].counted_stack()
 
     def config(self, model: str) -> Mapping[str, Any]:
         """Parsed ``config.json`` of ``model``."""
@@ -76,8 +101,31 @@ class Presence:
             return
         (model, name), as_in = min(self._missing.items())
         more = len(self._missing) - 1
+        other = as_in if as_in in self._models else as_in.partition(" of ")[2]
         raise CheckpointError(
             f"missing tensor for {model}: expected {name} as in {as_in}, got no such tensor"
-            f"{f' ({more} more are missing)' if more else ''}. Check that all checkpoints are "
-            "complete and of one architecture."
+            f"{f' ({more} more are missing)' if more else ''}. {self._difference(model, other)}"
         )
+
+    def _difference(self, model: str, other: str) -> str:
+        """What differs between two models, and what to do."""
+        names, others = self.stored(model), self.stored(other)
+        prefix = common_prefix(others, names)
+        if prefix is not None:
+            few, many = (model, other) if prefix[0] else (other, model)
+            return (
+                f"All names of {many} begin with the prefix {''.join(prefix)!r}, which those of "
+                f"{few} lack, and shapes differ. Merge models of one architecture."
+            )
+        extra = [n for n in names if n not in others and not self.is_derived(n, model)]
+        if not extra:
+            return "Check that all checkpoints are complete and of one architecture."
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        return (
+            f"{model} has {extra[0]}{more} instead, which {other} lacks: another architecture, or "
+            "other names for it that are not known. Merge models of one architecture."
+        )
+
+
+def _pattern(name: str) -> str:
+    return _NUMBERS.sub("*", name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from magic_fast.calibration import WeightCalibration
 from magic_fast.config import MergeConfig
 from magic_fast.engine import MergePlan, Step, place
+from magic_fast.planning.layers import config_of_layers
 from magic_fast.planning.options import RunOptions
 from magic_fast.planning.steps import steps_of
 from magic_fast.planning.vocabulary import Aligned
@@ -43,6 +44,7 @@ def plan_merge(
         compat=compat,
         allow_truncation=allow_embedding_truncation,
     )
+    layers, num_layers = config_of_layers(config, aligned.models)
     settings = {
         "seed": seed,
         "calibrate": calibration,
@@ -61,7 +63,7 @@ def plan_merge(
         config.donor,
         out,
         options.backend,
-        config.num_layers,
+        num_layers,
         vocab_size or aligned.rows,
         config.to_yaml(),
         [*config.warnings, *aligned.warnings],
@@ -70,6 +72,7 @@ def plan_merge(
         settings,
         aligned.tokenizer,
         aligned.untied,
+        layers,
     )
 
 

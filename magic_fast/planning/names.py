@@ -6,8 +6,10 @@ import logging
 from collections.abc import Mapping
 
 from magic_fast.checkpoint import Checkpoint
-from magic_fast.engine.sources.tied import TiedCheckpoint
+from magic_fast.engine.sources.renamed import RenamedCheckpoint
 from magic_fast.errors import CheckpointError
+from magic_fast.models.matching import match
+from magic_fast.models.roles import Tensors
 
 _LOG = logging.getLogger("magic_fast")
 
@@ -18,7 +20,8 @@ def settle_names(models: Mapping[str, Checkpoint], donor: str) -> dict[str, Chec
     Files of one model differ in their names: with and without the prefix of the base model, of
     wrappers (``module.``, ``_orig_mod.``), of a release that nests the parts of a model otherwise.
     Names that differ are matched by the name in transformers' module tree, one to one, where the
-    tensor is the same one as it is stored; what the donor has under its own name stays.
+    tensor is the same one as it is stored, or consists of ranges of bytes of the others (experts
+    stacked or single); what the donor has under its own name stays.
 
     Raises:
         CheckpointError: the same parameters are stored in another layout.
@@ -26,37 +29,36 @@ def settle_names(models: Mapping[str, Checkpoint], donor: str) -> dict[str, Chec
     first = models[donor]
     settled = {}
     for reference, model in models.items():
-        lacking = [name for name in first.tensors if name not in model]
-        renamed = _renamed(first, model, lacking) if lacking else {}
         settled[reference] = model
-        if renamed:
-            name, stored = next(iter(renamed.items()))
+        if model is first or first.tensors.keys() <= model.tensors.keys():
+            continue
+        made = match(first.roles, _headers(first), model.roles, _headers(model))
+        if made:
+            name, one = next(iter(made.items()))
             _LOG.warning(
                 "%s: %d tensors go by the names of %s: %s is %s there.",
-                reference, len(renamed), donor, stored, name,
+                reference, len(made), donor, one.pieces[0].name, name,
             )  # fmt: skip
-            aliases = {stored: name for name, stored in renamed.items()}
-            settled[reference] = TiedCheckpoint(model, aliases, renamed)
+            settled[reference] = RenamedCheckpoint(model, made)
+        _refuse_other_layouts(first, settled[reference])
     return settled
 
 
-def _renamed(first: Checkpoint, model: Checkpoint, lacking: list[str]) -> dict[str, str]:
-    """Name of ``first`` → the stored name of the same tensor in ``model``."""
-    others: dict[str, list[str]] = {}
-    for name in model.tensors:
-        if name not in first.tensors:
-            others.setdefault(model.roles[name].canonical, []).append(name)
-    found = {}
+def _headers(model: Checkpoint) -> Tensors:
+    return {name: (info.shape, info.dtype) for name, info in model.tensors.items()}
+
+
+def _refuse_other_layouts(first: Checkpoint, model: Checkpoint) -> None:
+    """Raises CheckpointError where both have a parameter that is no range of the other's."""
+    lacking = [name for name in first.tensors if name not in model]
+    others = (
+        {model.roles[n].canonical: n for n in model.tensors if n not in first} if lacking else {}
+    )
     for name in lacking:
-        role = first.roles[name]
-        stored = others.get(role.canonical, [])
-        if stored and model.roles[stored[0]].layout != role.layout:
+        stored = others.get(first.roles[name].canonical)
+        if stored is not None and model.roles[stored].layout != first.roles[name].layout:
             raise CheckpointError(
-                f"layout of {model.path}: expected {name} as in {first.path}, got {stored[0]}, "
+                f"layout of {model.path}: expected {name} as in {first.path}, got {stored}, "
                 "which holds the same parameters in another layout. Save both models by one "
                 "release of transformers, in the same format."
             )
-        same = len(stored) == 1 and model.roles[stored[0]].targets == role.targets
-        if same and first.tensors[name].shape == model.tensors[stored[0]].shape:
-            found[name] = stored[0]
-    return found

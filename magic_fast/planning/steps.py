@@ -18,6 +18,7 @@ from magic_fast.methods.registry import find_method
 from magic_fast.models import Kind
 from magic_fast.planning.pause_gc import no_collection
 from magic_fast.planning.shared_settings import refuse_uneven
+from magic_fast.planning.stacks import counted_stack
 from magic_fast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class View:
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint
+
+    def counted_stack(self) -> str | None:
+        return counted_stack(self.checkpoint)
 
     def is_derived(self, name: str) -> bool:
         return self.checkpoint.roles[name].kind is Kind.DERIVED

@@ -36,6 +36,9 @@ class View:
     def has(self, name: str) -> bool:
         return name in self._all
 
+    def counted_stack(self) -> str | None:
+        return None
+
     def is_derived(self, name: str) -> bool:
         return roles_of({}, {name: ((), "F32")})[name].kind is Kind.DERIVED
 

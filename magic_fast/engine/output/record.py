@@ -62,6 +62,7 @@ def write_small_files(
             vocab_size=plan.vocab_size,
             tokenizer=plan.tokenizer,
             untied=plan.untied,
+            config=plan.config,
         )
     versions = _versions()
     output.write_text(

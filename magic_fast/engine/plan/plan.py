@@ -38,6 +38,7 @@ class MergePlan:
         device: where it is merged.
         settings: what decides values beside ``recipe_text``, by the names users know.
         untied: whether weights that the donor's configuration ties are apart in the result.
+        config: the configuration that follows the layers, None where it is as in the file.
     """
 
     method: str
@@ -56,6 +57,7 @@ class MergePlan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: OutputTokenizer | None = None
     untied: bool = False
+    config: Mapping[str, Any] | None = None
 
     def decisions(self) -> str:
         """What is done to each tensor, as text: the same for the same merge, wherever its files
