@@ -21,6 +21,9 @@ _OF_TRAINING: Mapping[str, Any] = {
     "lora_ga_config": None,
 }
 
+#: Of kohya's header; the scaling is in the factors, so that α is the rank.
+_RANK_KEYS = ("ss_network_dim", "ss_network_alpha")
+
 
 def merged_config(
     adapters: Sequence[Adapter], ranks: Mapping[str, int], base_model: str | None
@@ -64,6 +67,23 @@ def _adapted(adapters: Sequence[Adapter]) -> dict[str, Any]:
         forward = [name for name in modules if any(is_forward(a, name) for a in adapters)]
         found["feedforward_modules"] = pattern_of(forward) if forward else []
     return found
+
+
+def merged_header(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, str]:
+    """What a header of kohya's or diffusers' says of the result: the entries ``ss_*`` and
+    ``modelspec.*`` in which all adapters agree, and its rank."""
+    first, *others = (a.checkpoint.metadata for a in adapters)
+    header = {
+        key: value
+        for key, value in first.items()
+        if key.startswith(("ss_", "modelspec.")) and all(o.get(key) == value for o in others)
+    }
+    sizes = set(ranks.values())
+    rank = str(sizes.pop()) if len(sizes) == 1 else "Dynamic"
+    for key in _RANK_KEYS:
+        if any(key in a.checkpoint.metadata for a in adapters):
+            header[key] = rank
+    return header
 
 
 def is_forward(adapter: Adapter, module: str) -> bool:

@@ -76,7 +76,7 @@ def parse_key(key: str) -> Key:
     >>> parse_key("base_model.model.fc1.lora_A.weight")
     Key(module='fc1', role=<Role.DOWN: 'down'>, embedding=False)
     """
-    name = key.removeprefix(PEFT_PREFIX)
+    name = key.removeprefix(PEFT_PREFIX).replace("_orig_mod.", "")  # of torch.compile
     for suffix, role in _EMBEDDING.items():
         if name.endswith(suffix):
             return Key(name.removesuffix(suffix), role, embedding=True)

@@ -262,6 +262,13 @@ def _module(
             )
     key, down = found[Role.DOWN]
     up = found[Role.UP][1]
+    if 0 in (*down.shape, *up.shape):
+        raise CheckpointError(
+            f"module '{name}' in {path}: expected factors with values, got empty ones, "
+            f"{list(down.shape)} and {list(up.shape)}. DeepSpeed ZeRO-3 leaves such files where "
+            "weights were not gathered: save the adapter again with "
+            "stage3_gather_16bit_weights_on_model_save."
+        )
     rank = down.shape[0] if down.shape else 0
     fits = len(down.shape) == len(up.shape) >= 2 and up.shape[1] == rank > 0
     if not fits or set(up.shape[2:]) - {1}:

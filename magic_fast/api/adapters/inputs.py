@@ -128,6 +128,7 @@ def refuse_unlike(opened: Sequence[Adapter], base_model: str | None) -> str | No
                 f"adapter {other.path}: expected {_words(first)} as {first.path} is, got "
                 f"{_words(other)}. Merge adapters of one kind and naming."
             )
+        _refuse_other_prefix(first, other)
     if base_model is not None and first.style == "diffusers":
         raise InputError(
             "base_model for diffusers' files: expected none, got one. They name no base: leave it "
@@ -144,6 +145,23 @@ def refuse_unlike(opened: Sequence[Adapter], base_model: str | None) -> str | No
                 "add up; where the two are the same, name it by base_model."
             )
     return named[0].base_model if named else None
+
+
+_DENOISERS = frozenset({"transformer", "unet", "diffusion_model"})  # the same part of a pipeline
+
+
+def _refuse_other_prefix(first: Adapter, other: Adapter) -> None:
+    """Refuses two names of one module: each would stay a module of its own."""
+    parts = (name.partition(".") for name in first.modules)
+    known = {inner: part for part, _, inner in parts if part in _DENOISERS}
+    for name in other.modules:
+        part, _, inner = name.partition(".")
+        if part in _DENOISERS and known.get(inner, part) != part:
+            raise CheckpointError(
+                f"module '{name}' in {other.path}: expected it as '{known[inner]}.{inner}', as in "
+                f"{first.path}, got names that begin with '{part}.'. One file cannot hold both: "
+                "save the adapters by one library."
+            )
 
 
 def _words(adapter: Adapter) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.adapters import Adapter, open_adapter
-from magic_fast.adapters.merged import merged_config
+from magic_fast.adapters.merged import merged_config, merged_header
 from magic_fast.adapters.opening import (
     CONFIG_NAME,
     DIFFUSERS_NAME,
@@ -268,7 +268,7 @@ def _write(
         if output.is_file:
             name = os.path.basename(output.path)
         specs = [TensorSpec(key, _WORDS[t.dtype], tuple(t.shape)) for key, t in tensors.items()]
-        metadata = dict(FORMAT_METADATA)
+        metadata = {**FORMAT_METADATA, **merged_header(opened, ranks)}
         if report.style == "kohya" and base_model is not None:
             metadata[KOHYA_BASE_KEY] = base_model
         output.create_shards(plan_shards(specs, file_name=name, metadata=metadata))
