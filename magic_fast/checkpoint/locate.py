@@ -22,12 +22,13 @@ MAX_INDEX_BYTES = 100_000_000
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_GGUF = "a GGUF file, whose weights are quantised or laid out for llama.cpp"
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive (a PyTorch pickle checkpoint)",
     b"\x80\x02": "a Python pickle",
     b"\x80\x04": "a Python pickle",
     b"\x80\x05": "a Python pickle",
-    b"GGUF": "a GGUF file",
+    b"GGUF": _GGUF,
     b"<!DOCTYP": "a web page",
     b"<html": "a web page",
 }
@@ -109,6 +110,8 @@ def _bare_file(path: str) -> Located:
             "an index",
             "Name the folder that holds it",
         )
+    with open(path, "rb") as file:
+        refuse_foreign(file.read(len(LFS_PREFIX)), path)
     raise problem(
         "Not a checkpoint",
         path,
@@ -233,6 +236,15 @@ def _no_weights(folder: str, names: list[str]) -> CheckpointError:
     if pickles:
         return problem(
             "Pickle checkpoint", folder, "a .safetensors file", ", ".join(pickles[:4]), _CONVERT
+        )
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return problem(
+            "No weights",
+            folder,
+            "a .safetensors file",
+            f"{gguf[0]}: {_GGUF}",
+            "Download the safetensors files of this model",
         )
     got = ", ".join(names[:8]) + (" …" if len(names) > 8 else "") if names else "an empty folder"
     return problem("No weights", folder, "a .safetensors file", got, "Name the folder of a model")

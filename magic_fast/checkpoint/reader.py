@@ -9,7 +9,8 @@ from functools import cached_property, partial
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from magic_fast.models import ModelRoles, roles_of
+from magic_fast.models import ModelRoles, Quantisation, quantisation_of, roles_of
+from magic_fast.models.quantised import NUMBERS
 
 from .file_reader import PREFIX_BYTES, FileReader
 from .hashing import InputFile
@@ -96,7 +97,17 @@ class Checkpoint:
     @cached_property
     def roles(self) -> ModelRoles:
         """What each stored tensor is to the model (docs/models.md)."""
-        return roles_of(self.config, {n: (i.shape, i.dtype) for n, i in self._stored.items()})
+        return roles_of(self.config, self._headers_of_tensors())
+
+    @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """Its quantised tensors, or None where all are numbers."""
+        if all(info.dtype in NUMBERS for info in self._stored.values()):
+            return None
+        return quantisation_of(self.config, self._headers_of_tensors())
+
+    def _headers_of_tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {name: (info.shape, info.dtype) for name, info in self._stored.items()}
 
     @property
     def is_file(self) -> bool:

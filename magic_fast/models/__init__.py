@@ -1,6 +1,7 @@
 """What a tensor is: the one room that knows models (docs/models.md)."""
 
 from magic_fast.models.assign import roles_of
+from magic_fast.models.quantised import Quantisation, quantisation_of
 from magic_fast.models.roles import (
     MAPS,
     Block,
@@ -20,10 +21,12 @@ __all__ = [
     "Experts",
     "Kind",
     "ModelRoles",
+    "Quantisation",
     "Role",
     "Source",
     "StackFields",
     "Step",
     "Tensors",
+    "quantisation_of",
     "roles_of",
 ]

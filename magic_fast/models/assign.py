@@ -9,13 +9,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from magic_fast.models.conversions import (
-    Conversions,
-    Converted,
-    axes_in_file,
-    dimensions_in_file,
-)
+from magic_fast.models.conversions import Conversions, Converted, axes_in_file, dimensions_in_file
 from magic_fast.models.lookup import Found, Tree, part_of
+from magic_fast.models.quantised import with_quantised
 from magic_fast.models.roles import (
     Block,
     Experts,
@@ -66,7 +62,7 @@ def roles_of(config: Mapping[str, Any], tensors: Tensors) -> ModelRoles:
 
         return ModelRoles(
             tensors,
-            role_of,
+            with_quantised(role_of, config, tensors),
             model_type=model_type,
             architecture="",
             source=Source.HEADERS,
@@ -126,13 +122,12 @@ class _Assignment:
         def role_of(name: str) -> Role:
             role = self._role(name)
             block = role.block
-            if block is not None and block.number >= counts.get(block.stack, math.inf):
-                return replace(role, loaded=False)
-            return role
+            beyond = block is not None and block.number >= counts.get(block.stack, math.inf)
+            return replace(role, loaded=False) if beyond else role
 
         return ModelRoles(
             self.tensors,
-            role_of,
+            with_quantised(role_of, self.config, self.tensors),
             model_type=model_type,
             architecture=self.architecture,
             source=source,

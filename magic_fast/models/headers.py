@@ -13,13 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from magic_fast.models.quantised import QUANTISED_NAME
 from magic_fast.models.roles import Block, Kind, Role, Tensors
 
-_QUANTISED = re.compile(
-    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|weight_format|qweight"
-    r"|qzeros|scales|g_idx|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|weight_shape"
-    r"|input_scale)$|_(blocks|scales|scale_inv)$"
-)
 _DERIVED = re.compile(
     r"(^|[._])(inv_freq|position_ids|masked_bias|token_type_ids|cos_cached|sin_cached|causal_mask)$"
 )
@@ -154,7 +150,7 @@ class Headers:
 
     def _simple(self, name: str, shape: tuple[int, ...], whole: bool) -> Kind | None:
         """Kinds that have no axes of units, or only a bias's."""
-        if _QUANTISED.search(name) or (whole and len(shape) > 1 and name.endswith("weight")):
+        if QUANTISED_NAME.search(name) or (whole and len(shape) > 1 and name.endswith("weight")):
             return Kind.QUANTISED
         mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
         if _DERIVED.search(name) or (name.endswith("bias") and (mask or whole)):

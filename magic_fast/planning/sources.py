@@ -11,6 +11,7 @@ from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.config import MergeConfig
 from magic_fast.config.references import find_model
 from magic_fast.planning.pause_gc import no_collection
+from magic_fast.planning.quantised import QuantisedInputs
 
 
 def read_config(config: str | Path | MergeConfig | Mapping[str, Any]) -> MergeConfig:
@@ -31,6 +32,7 @@ def open_models(references: Mapping[str, tuple[Path, Path | None]]) -> dict[str,
     try:
         for reference, (path, adapter) in references.items():
             models[reference] = open_model(path, adapter)
+        QuantisedInputs(models)
     except BaseException:
         for model in models.values():
             model.close()
@@ -48,5 +50,13 @@ def open_model(path: Path, adapter: Path | None = None) -> Checkpoint:
 
 
 def open_named(names: Iterable[str]) -> dict[str, Checkpoint]:
-    """Checkpoints by their paths, ``model+adapter`` among them."""
-    return open_models({n: find_model(n, None) or (Path(n), None) for n in names})
+    """Checkpoints by their paths, ``model+adapter`` among them; what is quantised in them is the
+    same in all."""
+    models = open_models({n: find_model(n, None) or (Path(n), None) for n in names})
+    try:
+        QuantisedInputs(models).refuse_unequal()
+    except BaseException:
+        for model in models.values():
+            model.close()
+        raise
+    return models

@@ -17,6 +17,7 @@ from magic_fast.methods.presets import build_recipe
 from magic_fast.methods.registry import find_method
 from magic_fast.models import Kind
 from magic_fast.planning.pause_gc import no_collection
+from magic_fast.planning.quantised import QuantisedInputs
 from magic_fast.planning.shared_settings import refuse_uneven
 from magic_fast.planning.stacks import counted_stack
 from magic_fast.recipe import Recipe
@@ -131,6 +132,7 @@ class _Builder:
         self._seed = seed
         self._compat = compat
         self._allow_truncation = allow_truncation
+        self._quantised = QuantisedInputs(models)
         self._method = find_method(config.merge_method)
         self._whole = self._method.base == "none"
         self.vocab_size: int | None = None
@@ -161,6 +163,9 @@ class _Builder:
         base = None if tensor.base is None else self._source(tensor.base)
         experts = tuple(self._source(s) for s in tensor.experts)
         inputs = (*([base] if base else []), *experts)
+        if self._quantised and self._quantised.holds(inputs):
+            first = inputs[0].info
+            return Step(tensor.name, first.shape, first.dtype, None, inputs, copy=True)
         shape, truncated = common_shape(
             tensor.name, inputs, allow_truncation=self._allow_truncation
         )

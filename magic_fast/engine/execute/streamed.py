@@ -255,23 +255,27 @@ class Streamed:
     def _copy(self, one: Loaded) -> None:
         step = one.piece.step
         source, view, data = one.inputs[0]
+        for other, _, more in one.inputs[1:]:
+            refuse_unequal(step, other, other.info.dtype == source.info.dtype and more == data)
         if source.info.dtype in FLOATS:
             assert one.out is not None
             self._convert(step, view, one.out)
-            return
-        for other, _, more in one.inputs[1:]:
-            refuse_other_integers(
-                step, other, same=other.info.dtype == source.info.dtype and more == data
-            )
-        one.out_bytes = data
+        else:
+            one.out_bytes = data
 
 
-def refuse_other_integers(step: Step, other: Input, same: bool) -> None:
+def refuse_unequal(step: Step, other: Input, same: bool) -> None:
     """Raises:
-    InputError: an integer tensor is not that of the first model.
+    InputError: a tensor that is only copied is not that of the first model.
     """
     if not same:
+        first = step.inputs[0]
+        what, rule = (
+            ("scales of quantised weights", "They are")
+            if first.info.dtype in FLOATS
+            else ("integer tensor", "Integer tensors are")
+        )
         raise InputError(
-            f"integer tensor '{step.name}' in {other.model}: expected the values of "
-            f"{step.inputs[0].model}, got others. Integer tensors are not merged; they must agree."
+            f"{what} '{step.name}' in {other.model}: expected the values of "
+            f"{first.model}, got others. {rule} not merged; they must agree."
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.engine.execute.streamed import refuse_other_integers
+from magic_fast.engine.execute.streamed import refuse_unequal
 from magic_fast.engine.plan.directions import directions_of
 from magic_fast.engine.plan.plan import MergePlan
 from magic_fast.engine.plan.step import FLOATS, Input, Step, over_model
@@ -162,12 +162,11 @@ class Worker:
         ]
 
     def _copy(self, step: Step, buffers: Sequence[Any]) -> Any:
-        """The bytes of an integer tensor, which all must share; of a float tensor the first, in
-        the output dtype."""
+        """The bytes that all inputs must share; of a float tensor in the output dtype."""
         source = step.inputs[0]
-        if source.info.dtype in FLOATS:
-            return as_bytes(tensor_of(source, buffers[0], step.cast, "cpu").to(DTYPES[step.dtype]))
         for other, data in zip(step.inputs[1:], buffers[1:], strict=True):
             same = other.info.dtype == source.info.dtype and data == buffers[0]
-            refuse_other_integers(step, other, same)
+            refuse_unequal(step, other, same)
+        if source.info.dtype in FLOATS:
+            return as_bytes(tensor_of(source, buffers[0], step.cast, "cpu").to(DTYPES[step.dtype]))
         return buffers[0]

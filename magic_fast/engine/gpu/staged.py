@@ -20,7 +20,7 @@ from magic_fast.engine.execute.streamed import (
     BadRecord,
     Loaded,
     Loader,
-    refuse_other_integers,
+    refuse_unequal,
 )
 from magic_fast.engine.execute.whole import DTYPES, Worker
 from magic_fast.engine.execute.writer import Writer
@@ -176,17 +176,17 @@ class StagedWorker(Worker):
         self, step: Step, memory: Tensor, row: Sequence[Area], target: Tensor
     ) -> None:
         source = step.inputs[0]
-        if source.info.dtype in FLOATS:
-            x = _typed(memory, row[0], source.info.dtype, source.shape)
-            target.copy_(x if step.cast is None else x.to(DTYPES[step.cast]))
-            return
         first = _bytes(memory, row[0])
         for other, area in zip(step.inputs[1:], row[1:], strict=True):
             same = other.info.dtype == source.info.dtype and torch.equal(
                 _bytes(memory, area), first
             )
-            refuse_other_integers(step, other, same)
-        target.view(-1).view(torch.uint8).copy_(first)
+            refuse_unequal(step, other, same)
+        if source.info.dtype in FLOATS:
+            x = _typed(memory, row[0], source.info.dtype, source.shape)
+            target.copy_(x if step.cast is None else x.to(DTYPES[step.cast]))
+        else:
+            target.view(-1).view(torch.uint8).copy_(first)
 
 
 def _bytes(memory: Tensor, area: Area) -> Tensor:

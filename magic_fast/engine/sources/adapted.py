@@ -221,6 +221,8 @@ class _Places:
         stem, _, leaf = name.rpartition(".")
         near = weight_names(stem, self._adapter.style, self.own.tensors)
         got = f"{near[0]} and {near[1]}" if len(near) > 1 else "none of that name"
+        if not near and self.own.quantisation is not None:
+            got = f"{self.own.quantisation.scheme} codes"
         what = f"module '{stem}'" if leaf == "weight" else f"tensor '{name}'"
         raise CheckpointError(
             f"{what} in {self._adapter.path}: expected its weight in {self.own.path}, got {got}. "
@@ -268,11 +270,14 @@ def _change_of(
 ) -> Change:
     up = module.up
     assert up is not None  # of a LoRA
+    quantised = own.quantisation
     for info in (stored, module.down, up):
-        if info.dtype not in FLOATS:
+        coded = info is stored and quantised is not None and stored.name in quantised.codes
+        if info.dtype not in FLOATS or coded:
+            got = f"{quantised.scheme} codes" if coded and quantised is not None else info.dtype
             raise CheckpointError(
                 f"dtype of '{info.name}' in {info.path}: expected {', '.join(FLOATS)}, got "
-                f"{info.dtype}. Name the model whose weights are not quantised."
+                f"{got}. Name the model whose weights are not quantised."
             )
     out, into = up.shape[0], module.down.shape[1:]
     plain = not module.embedding and (out, *into) == stored.shape

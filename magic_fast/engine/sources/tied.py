@@ -29,7 +29,8 @@ class TiedCheckpoint(Checkpoint):
         self, own: Checkpoint, hidden: Mapping[str, str], shown: Mapping[str, str]
     ) -> None:
         vars(self).update(vars(own))
-        vars(self).pop("roles", None)  # of other names
+        for known in ("roles", "quantisation"):  # of other names
+            vars(self).pop(known, None)
         self._own = own
         self._hidden, self._shown = dict(hidden), dict(shown)
         self._stored = {n: info for n, info in own.tensors.items() if n not in hidden}
