@@ -5,7 +5,14 @@ from .file_reader import FileReader
 from .fs import REAL, FileSystem, HandleCache
 from .hashing import InputFile, changed_inputs
 from .header import Header, parse_header, serialize_header
-from .plan import DEFAULT_SHARD_BYTES, FORMAT_METADATA, ShardPlan, plan_shards, shard_index
+from .plan import (
+    DEFAULT_SHARD_BYTES,
+    FORMAT_METADATA,
+    ShardPlan,
+    plan_shards,
+    shard_index,
+    stem_of,
+)
 from .reader import Checkpoint, open_checkpoint
 from .shard_files import ShardFiles
 from .sidecar import CONFIG_DTYPES, copy_sidecars, sidecar_files, sidecar_source, updated_config
@@ -41,6 +48,7 @@ __all__ = [
     "shard_index",
     "sidecar_files",
     "sidecar_source",
+    "stem_of",
     "tensor_nbytes",
     "updated_config",
 ]

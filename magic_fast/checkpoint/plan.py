@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from magic_fast.errors import InputError
 
 from .header import serialize_header
-from .locate import SINGLE_NAME
 from .messages import shown
 from .tensors import DTYPE_BITS, TensorInfo, TensorSpec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 #: Loaders of the ecosystem refuse a file that does not say which framework's layout it has.
 FORMAT_METADATA: Mapping[str, str] = {"format": "pt"}
+
+_NUMBER = re.compile(r"-\d+-of-\d+(?=\.safetensors$)")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ def plan_shards(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     *,
     file_name: str | None = None,
+    stem: str = "model",
     metadata: Mapping[str, str] = FORMAT_METADATA,
 ) -> list[ShardPlan]:
     """Divide tensors among shards, in the order given, and place each in its shard.
@@ -53,6 +57,7 @@ def plan_shards(
         tensors: what to write.
         max_shard_bytes: bytes of data in a shard.
         file_name: put everything into this one file.
+        stem: what the names of shards begin with; see :func:`stem_of`.
         metadata: the headers' ``__metadata__``.
 
     Raises:
@@ -75,7 +80,7 @@ def plan_shards(
     groups = [list(tensors)] if file_name else _fill(tensors, max_shard_bytes)
     plans = []
     for number, group in enumerate(groups, 1):
-        name = file_name or _shard_name(number, len(groups))
+        name = file_name or _shard_name(stem, number, len(groups))
         group.sort(key=lambda spec: -DTYPE_BITS[spec.dtype])  # stable
         header, infos = serialize_header(group, name, metadata)
         plans.append(
@@ -85,7 +90,7 @@ def plan_shards(
 
 
 def shard_index(plans: Sequence[ShardPlan]) -> dict[str, object]:
-    """The content of ``model.safetensors.index.json``: bytes of data in all, and the weight map."""
+    """The content of an index: bytes of data in all, and the weight map."""
     infos = [info for plan in plans for info in plan.tensors]
     return {
         "metadata": {"total_size": sum(info.nbytes for info in infos)},
@@ -105,8 +110,24 @@ def _fill(tensors: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     return groups
 
 
-def _shard_name(number: int, count: int) -> str:
-    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+def stem_of(config: Mapping[str, Any]) -> str:
+    """What the names of a model's weights begin with, by its ``config.json``: diffusers looks for
+    others in a component's folder than transformers does."""
+    return "diffusion_pytorch_model" if "_class_name" in config else "model"
+
+
+def index_name(shard: str) -> str:
+    """The name of the index beside a shard.
+
+    >>> index_name("model-00001-of-00002.safetensors")
+    'model.safetensors.index.json'
+    """
+    return f"{_NUMBER.sub('', shard)}.index.json"
+
+
+def _shard_name(stem: str, number: int, count: int) -> str:
+    part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
+    return f"{stem}{part}.safetensors"
 
 
 def _refuse_duplicates(tensors: Sequence[TensorSpec]) -> None:

@@ -8,7 +8,6 @@ from magic_fast.errors import InternalError
 
 from .fs import COPY_BLOCK_BYTES, FileSystem
 from .io_errors import reading, writing
-from .locate import INDEX_NAME
 from .messages import shown
 
 
@@ -29,7 +28,7 @@ class SmallFiles:
 
     def declare(self, name: str) -> str:
         """Let a file be a part of the result; returns its path, whose folder exists."""
-        taken = name.endswith(".safetensors") or name == INDEX_NAME
+        taken = name.endswith((".safetensors", ".safetensors.index.json"))
         if self._forbidden or taken or {"", ".", ".."} & {*name.split("/")}:
             raise InternalError(
                 f"Wrong small file for {self._folder}: expected a relative name beside the shards "

@@ -13,9 +13,8 @@ from magic_fast.errors import InternalError
 
 from .fs import REAL, FileSystem
 from .io_errors import disk_full
-from .locate import INDEX_NAME
 from .messages import shown
-from .plan import ShardPlan, shard_index
+from .plan import ShardPlan, index_name, shard_index
 from .shard_files import ShardFiles
 from .small_files import SmallFiles
 from .staging import Staging
@@ -158,7 +157,7 @@ class OutputFolder(ShardFiles):
                 self._fs.fsync_path(self.path_of(name))
         if len(self.shards) > 1:
             self._write_index()
-            declared.add(INDEX_NAME)
+            declared.add(index_name(self.shards[0].file))
         with self._writing(self.partial):  # a journal last: until here it is of use
             for folder in self._small.remove_others(declared):
                 self._fs.fsync_path(folder)
@@ -184,7 +183,7 @@ class OutputFolder(ShardFiles):
 
     def _write_index(self) -> None:
         data = (json.dumps(shard_index(self.shards), indent=2, ensure_ascii=False) + "\n").encode()
-        path = self.path_of(INDEX_NAME)
+        path = self.path_of(index_name(self.shards[0].file))
         with self._writing(path, len(data)), self._fs.new_file(path) as fd:
             self._fs.write_exactly(fd, memoryview(data), 0)
             self._fs.fsync(fd)

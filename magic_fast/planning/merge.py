@@ -58,7 +58,7 @@ def plan_merge(
     return MergePlan(
         config.merge_method,
         steps,
-        place(steps, out, options.max_shard_size),
+        place(steps, out, options.max_shard_size, aligned.models[config.donor]),
         aligned.models,
         config.donor,
         out,

@@ -98,7 +98,7 @@ def plan_calibration(
     return MergePlan(
         "calibrate",
         steps,
-        place(steps, out, options.max_shard_size),
+        place(steps, out, options.max_shard_size, models[donor]),
         models,
         donor,
         out,

@@ -219,6 +219,8 @@ def test_what_waits_for_nothing_is_seen(
     merging = FakeLane.merging
     passed = threading.Event()
     passed.set()
+    for lane in lanes:  # later than a busy machine is
+        monkeypatch.setattr(lane, "_late", 0.1)
     monkeypatch.setattr(FakeLane, "merging", lambda self, after: merging(self, passed))
     run(models.config("average"), tmp_path / "out", memory=4 * MIB, nonfinite="propagate")
     want = models.merged("average", backend="torch")

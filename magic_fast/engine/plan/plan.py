@@ -9,7 +9,7 @@ from functools import cached_property
 from os.path import basename
 from typing import Any
 
-from magic_fast.checkpoint import Checkpoint, ShardPlan, plan_shards
+from magic_fast.checkpoint import Checkpoint, ShardPlan, plan_shards, stem_of
 from magic_fast.checkpoint.fs import REAL
 from magic_fast.checkpoint.tokenizer import OutputTokenizer
 from magic_fast.engine.plan.budget import Budget, budget_of
@@ -175,9 +175,13 @@ def free_bytes(out: str) -> int:
     return REAL.free_bytes(place)
 
 
-def place(steps: Sequence[Step], out: str, max_shard_size: int) -> list[ShardPlan]:
-    """Where every output tensor goes; one file where ``out`` names one."""
+def place(
+    steps: Sequence[Step], out: str, max_shard_size: int, donor: Checkpoint
+) -> list[ShardPlan]:
+    """Where every output tensor goes, in files named as the donor's library looks for them; one
+    file where ``out`` names one."""
     import os
 
     single = os.path.basename(out) if out.endswith(".safetensors") else None
-    return plan_shards([s.spec for s in steps], max_shard_size, file_name=single)
+    specs, stem = [s.spec for s in steps], stem_of(donor.config)
+    return plan_shards(specs, max_shard_size, file_name=single, stem=stem)
