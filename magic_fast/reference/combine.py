@@ -9,14 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magic_fast.recipe import (
-    Contributors,
-    Recipe,
-    Reduce,
-    Selection,
-    Vote,
-    Weigh,
-)
+from magic_fast.recipe import Contributors, Recipe, Reduce, Selection, Vote, Weigh
 from magic_fast.reference import pcb
 from magic_fast.reference.vote import count_of
 

@@ -14,8 +14,8 @@ from magic_fast.errors import InputError
 from magic_fast.ops.checks import check
 from magic_fast.ops.job import Job
 from magic_fast.recipe import Contributors, Recipe, Reduce, Vote, ZeroVote, per_expert
-from magic_fast.reference import consensus
 from magic_fast.reference import merge as reference
+from magic_fast.reference import vote
 
 
 def _row(base: Tensor | None, experts: Sequence[Tensor], name: str) -> list[Tensor]:
@@ -75,7 +75,7 @@ def task_masks(
         start = None if base is None else row.pop(0)
         taus = _row(start, row, name)
         delta = sum(taus[1:], taus[0]) if merged is None else taus.pop()
-        for k, mask in enumerate(consensus.task_masks(taus, delta, lambdas)):
+        for k, mask in enumerate(vote.task_masks(taus, delta, lambdas)):
             found[k][name] = mask
     return [f[""] for f in found] if table.bare else list(found)
 
@@ -112,7 +112,7 @@ def consensus_mask(masks: Any, *, min_tasks: int = 2) -> Any:
                     f"masks[{k}]{where}: expected bool or uint8 of shape {tuple(row[0].shape)}, "
                     f"got {mask.dtype} of shape {tuple(mask.shape)}."
                 )
-        found[name] = consensus.consensus(row, min_tasks)
+        found[name] = vote.consensus(row, min_tasks)
     return found[""] if table.bare else found
 
 
