@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "calibrate",
         help="restore the magnitudes of a model that any tool merged",
         description="Scales each row of the merged model's change so that its magnitude fits its "
@@ -23,7 +24,6 @@ def add_parser(commands: Any) -> None:
         "(feature space, FSC), or both (dual, DSC); or its singular values by how far the experts "
         "agree (svc), or its blocks by their depth (lines). Writes the result to the new folder "
         "OUT. magic-fast methods tells when to use which.",
-        allow_abbrev=False,
     )
     options.models(parser)
     parser.add_argument("--merged", required=True, metavar="MODEL", help="what was merged of them")
@@ -32,17 +32,15 @@ def add_parser(commands: Any) -> None:
     calibration_options.feature_calibration(parser)
     calibration_options.spectrum_and_depth(parser)
     options.execution(parser)
-    options.common(parser)
-    idle = {name: parser.get_default(name) for name in _SPACES_OF}
-    parser.set_defaults(run=run, idle=idle)
+    options.common(parser, run)
+    parser.set_defaults(idle={name: parser.get_default(name) for name in _SPACES_OF})
 
 
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
 
     refuse_idle(arguments)
-    quiet, style = arguments.quiet, arguments.progress
-    with progress(quiet=quiet, title="calibrate", style=style) as report:
+    with progress(quiet=arguments.quiet, title="calibrate", style=arguments.progress) as report:
         calibrated = mf.calibrate_checkpoints(
             arguments.base,
             arguments.experts,
@@ -52,13 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
             calibration=weight_calibration(arguments),
             data=data(arguments),
             features=feature_calibration(arguments) if arguments.space in _FEATURES else None,
-            samples=arguments.samples,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            alpha=arguments.alpha,
-            beta=arguments.beta,
-            num_blocks=arguments.num_blocks,
             progress=report,
+            **options.given(arguments, "samples", "batch_size", "max_length"),
+            **options.given(arguments, "alpha", "beta", "num_blocks"),
             **options.run_options(arguments),
         )
     output.show_report(calibrated, quiet=arguments.quiet, json=arguments.json)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "demo",
         help="make small checkpoints, merge and calibrate them, verify the result",
         description="Makes a base and three experts (once; about 1.2 GB), merges them as "
@@ -25,14 +26,12 @@ def add_parser(commands: Any) -> None:
         "the result back, and draws a page of plots (where plotly is installed). Then trains five "
         "tiny specialists (once; seconds), merges them in four ways, calibrates in three, and "
         "shows the accuracy.",
-        allow_abbrev=False,
     )
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where (default: .demo)")
     parser.add_argument(
         "--size", choices=("small", "tiny"), default="small", help="148 M or 0.2 M parameters"
     )
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:
