@@ -155,7 +155,7 @@ def read_config(path: str, **instead: str | None) -> MergeConfig:
         return MergeConfig.from_file(path)
     folder = Path(path).absolute().parent
     document = read_document(read_text(path), path)
-    return MergeConfig.from_dict(document.data | given, source=path, folder=folder)
+    return MergeConfig.from_dict(dict(document.data) | given, source=path, folder=folder)
 
 
 def read_text(path: str) -> str:

@@ -11,11 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magic_fast.calibration.features.batches import batches_of
 from magic_fast.calibration.samples import Sampling
 from magic_fast.errors import CheckpointError, InputError
 from magic_fast.huggingface.models import library
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+def batches_by_task(
+    data: Mapping[str, Any], model: nn.Module, folder: str, sampling: Sampling
+) -> dict[str, list[Any]]:
+    """Task → its batches, of a path or as they are given."""
+    return {
+        task: read_batches(value, task, model, folder, sampling)
+        if isinstance(value, str | Path)
+        else list(batches_of(data, task))
+        for task, value in data.items()
+    }
 
 
 def read_batches(

@@ -75,7 +75,7 @@ def get(name: str) -> MethodSpec | None:
     return known or methods().get(name)
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: object, known: Iterable[str]) -> str:
     """`` Did you mean 'ties'?``, or '' where nothing is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from magic_fast.api.tensors.calibrate_features import calibrate_features, layers_of
 from magic_fast.calibration.feature import FeatureCalibration
-from magic_fast.calibration.features.batches import batches_of, experts_by_task
+from magic_fast.calibration.features.batches import experts_by_task
 from magic_fast.calibration.features.run import FeatureRun
 from magic_fast.calibration.features.streamed import AbsentError, StreamedWeights, Take
 from magic_fast.calibration.samples import Sampling
@@ -24,7 +24,7 @@ from magic_fast.engine.execute.whole import as_bytes, tensor_of
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.huggingface import models as hf_models
-from magic_fast.huggingface.data import read_batches
+from magic_fast.huggingface.data import batches_by_task
 from magic_fast.planning.steps import input_of
 from magic_fast.recipe import Recipe
 
@@ -75,12 +75,7 @@ class FeatureSpace:
             settings = self._settings = replace(settings, sensitive=chosen)
         settings.check_names(known)
         folder = merged.folder or merged.path
-        self.data = {
-            task: read_batches(value, task, self._model, folder, sampling)
-            if isinstance(value, str | Path)
-            else list(batches_of(data, task))
-            for task, value in data.items()
-        }
+        self.data = batches_by_task(data, self._model, folder, sampling)
         self.warnings: list[str] = []
         self.bytes_read = 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.api.tensors.models import Named, models_of, state_dict_of
+from magic_fast.api.tensors.models import Named, labelled, models_of, state_dict_of
 from magic_fast.errors import InputError
 from magic_fast.ops.checks import check
 from magic_fast.ops.job import Job
@@ -62,11 +62,10 @@ def task_masks(
     for k, lam in enumerate(lambdas):
         if not lam >= 0:
             raise InputError(f"tall_mask_lambda of expert {k}: expected >= 0, got {lam}.")
-    labelled = [] if base is None else [("base", state_dict_of(base, "base"))]
-    labelled += [(f"experts[{k}]", e) for k, e in enumerate(models)]
+    rows = labelled(base, models)
     if merged is not None:
-        labelled.append(("merged", state_dict_of(merged, "merged")))
-    table = Named(labelled)
+        rows.append(("merged", state_dict_of(merged, "merged")))
+    table = Named(rows)
     found: list[dict[str, Tensor]] = [{} for _ in models]
     for name in table.names:
         row = table.row(name)
@@ -171,9 +170,7 @@ def emr(base: Any, experts: Any) -> EmrModels:
     (tensor([2., 4., 2.]), [1.5, 0.875])
     """
     models = models_of(experts, "experts")
-    labelled = [] if base is None else [("base", state_dict_of(base, "base"))]
-    labelled += [(f"experts[{k}]", e) for k, e in enumerate(models)]
-    table = Named(labelled)
+    table = Named(labelled(base, models))
     recipe = Recipe(
         (1.0,) * len(models),
         vote=Vote.MASS,

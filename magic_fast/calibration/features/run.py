@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,7 @@ from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularit
 from magic_fast.calibration.features.batches import (
     Masks,
     batches_of,
+    plain_attention,
     refusals,
     run_batch,
     to_device,
@@ -286,14 +287,8 @@ def _hooks(stations: Sequence[Station], visit: Callable[[Station, Call], None]) 
 
         return before
 
-    handles = []
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its one kernel would call no module
-    try:
+    with plain_attention(), ExitStack() as hooks:
         for s in stations:
-            handles.append(s.module.register_forward_pre_hook(hook(s), with_kwargs=True))
+            handle = s.module.register_forward_pre_hook(hook(s), with_kwargs=True)
+            hooks.callback(handle.remove)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in handles:
-            handle.remove()

@@ -16,7 +16,7 @@ from magic_fast.errors import InputError
 from magic_fast.integrations.installation import Revertible
 
 if TYPE_CHECKING:
-    from magic_fast.integrations.mergekit.replacing import Replaced
+    from magic_fast.integrations.mergekit.calls import Replaced
 
 __all__ = ["Installation", "install", "uninstall"]
 

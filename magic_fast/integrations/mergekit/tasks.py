@@ -17,7 +17,6 @@ from torch import Tensor
 
 from magic_fast.errors import InputError
 from magic_fast.integrations.mergekit import calls
-from magic_fast.integrations.mergekit.replacing import Replaced, replace_in
 from magic_fast.methods.registry import find_method
 from magic_fast.methods.spec import MethodSpec, ParameterSpec
 
@@ -210,6 +209,6 @@ def _replacement(original: Any) -> FastMethod | None:
     return FastMethod(original) if isinstance(original, known) else None
 
 
-def replace_methods(names: Sequence[str]) -> Replaced:
+def replace_methods(names: Sequence[str]) -> calls.Replaced:
     """Puts the fast methods into mergekit's registry, the new ones beside them."""
-    return replace_in(registry.REGISTERED_MERGE_METHODS, names, _replacement, NewMethod)
+    return calls.replace_in(registry.REGISTERED_MERGE_METHODS, names, _replacement, NewMethod)
