@@ -44,22 +44,27 @@ def settings_of(kind: type) -> list[Field[Any]]:
     return [f for f in fields(kind) if "kind" in f.metadata]
 
 
+def setting_of(kind: type, name: str) -> Field[Any]:
+    """The setting of that name."""
+    return next(f for f in settings_of(kind) if f.name == name)
+
+
 def default_of(kind: type, name: str) -> Any:
     """A default as plain value: an enum's word."""
-    value = next(f.default for f in settings_of(kind) if f.name == name)
+    value = setting_of(kind, name).default
     return value.value if isinstance(value, Enum) else value
 
 
 def words_of(kind: type, name: str) -> tuple[str, ...]:
     """The words that a setting takes, its default first."""
-    f = next(f for f in settings_of(kind) if f.name == name)
+    f = setting_of(kind, name)
     words = [str(member) for member in f.metadata["kind"]]
     return tuple(sorted(words, key=lambda w: w != str(f.default)))
 
 
 def accepts(kind: type, name: str) -> str:
     """The values of a setting in words."""
-    f = next(f for f in settings_of(kind) if f.name == name)
+    f = setting_of(kind, name)
     if f.metadata["kind"] in _ACCEPTS:
         return _ACCEPTS[f.metadata["kind"]]
     *first, last = words_of(kind, name)

@@ -61,10 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def weight_calibration(arguments: argparse.Namespace) -> WeightCalibration:
     """The options of WSC as the object that the api takes."""
-    from magic_fast.calibration import WeightCalibration, sensitive_from_file
+    from magic_fast.calibration import WeightCalibration
     from magic_fast.recipe import EpsMode, Granularity
 
-    sensitive = arguments.sensitive
     return WeightCalibration(
         variant=arguments.variant,
         granularity=arguments.granularity and Granularity(arguments.granularity),
@@ -72,15 +71,12 @@ def weight_calibration(arguments: argparse.Namespace) -> WeightCalibration:
         if arguments.space == "weight"
         else WeightCalibration.p,
         eps_mode=EpsMode(arguments.eps_mode),
-        clamp=arguments.clamp,
-        strength=arguments.strength,
-        sensitive=None if sensitive is None else sensitive_from_file(sensitive),
+        **_shared(arguments),
     )
 
 
 def feature_calibration(arguments: argparse.Namespace) -> FeatureCalibration:
     """The options of FSC, and those it shares with WSC, as the object that the api takes."""
-    from magic_fast.calibration import sensitive_from_file
     from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity, Reduction
 
     per_channel = arguments.per_channel
@@ -89,10 +85,17 @@ def feature_calibration(arguments: argparse.Namespace) -> FeatureCalibration:
         p=norm(arguments, FeatureCalibration),
         granularity=FeatureGranularity.CHANNEL if per_channel else FeatureGranularity.LAYER,
         sequential=arguments.sequential,
-        clamp=arguments.clamp,
-        strength=arguments.strength,
-        sensitive=None if arguments.sensitive is None else sensitive_from_file(arguments.sensitive),
+        **_shared(arguments),
     )
+
+
+def _shared(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that WSC and FSC share."""
+    from magic_fast.calibration import sensitive_from_file
+
+    file = arguments.sensitive
+    names = None if file is None else sensitive_from_file(file)
+    return options.given(arguments, "clamp", "strength") | {"sensitive": names}
 
 
 def norm(arguments: argparse.Namespace, settings: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_batches(
         sampling: how much of it.
     """
     given = Path(path).expanduser()
-    rows = list(_head(_rows(given, task), sampling.samples))
+    rows = list(islice(_rows(given, task), sampling.samples))
     if not rows:
         raise InputError(
             f"data of task {task!r}: expected at least one sample in {str(path)!r}, got none."
@@ -55,11 +56,6 @@ def read_batches(
     reader = _Reader(task, takes, folder, model, sampling)
     size = sampling.batch_size
     return [reader.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
-
-
-def _head(rows: Iterator[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    for _, row in zip(range(count), rows, strict=False):
-        yield row
 
 
 def _rows(path: Path, task: str) -> Iterator[dict[str, Any]]:

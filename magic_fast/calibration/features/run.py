@@ -97,7 +97,7 @@ class FeatureRun:
         self._group_of = {id(site): group for group in self.groups for site in group.sites}
         self._tried: set[int] = set()
         self._progress, self._device = progress, device
-        self._seen: dict[int, int] = {}
+        self._seen: set[int] = set()
 
     def run(self, data: Mapping[str, Any]) -> None:
         """Finds ξ of every group; afterwards each has its ``settled``."""
@@ -126,7 +126,7 @@ class FeatureRun:
         """All batches through the model once; ``groups`` gather their features, and where
         ``settle`` is set each is calibrated before the model goes on."""
         gathering = {id(g) for g in groups if g.settled is None}
-        self._seen = {}
+        self._seen = set()
         if not (settle or self._weights.streamed):
             for task, number, batch in self._batches(data):
                 current = _Sample(task, number, Masks(self._model, batch))
@@ -178,9 +178,10 @@ class FeatureRun:
                 for site in stage:
                     group = self._group_of[id(site)]
                     group.settle()
-                    self._apply(site, group, station)
+                    for part, value in self.folded(site, group):
+                        self._weights.put(station, part, value)
         if self._progress is not None and id(station) not in self._seen:
-            self._seen[id(station)] = 1
+            self._seen.add(id(station))
             self._progress(len(self._seen), len(self.stations), station.name)
 
     def _gather(
@@ -223,11 +224,7 @@ class FeatureRun:
             site.channel_axes(inputs, like, first.shape[-1])
 
     def _difference(
-        self,
-        site: Site,
-        source: Callable[[str], Tensor],
-        base: Mapping[str, Tensor],
-        whose: str,
+        self, site: Site, source: Callable[[str], Tensor], base: Mapping[str, Tensor], whose: str
     ) -> dict[str, Tensor]:
         """A site's task vector in float32 (float64 for float64), the only copy that is made."""
         found = {}
@@ -242,10 +239,6 @@ class FeatureRun:
                 piece.copy_(end).sub_(begin)
             found[part.local] = own
         return found
-
-    def _apply(self, site: Site, group: Group, station: Station) -> None:
-        for part, value in self.folded(site, group):
-            self._weights.put(station, part, value)
 
     def folded(self, site: Site, group: Group) -> Iterator[tuple[Part, Tensor]]:
         """The calibrated parameters of a site (their rows)."""
