@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from magic_fast.calibration.features.batches import batches_of
 from magic_fast.calibration.samples import Sampling
-from magic_fast.errors import CheckpointError, InputError
+from magic_fast.errors import CheckpointError, InputError, missing_package
 from magic_fast.huggingface.models import library
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -187,10 +187,7 @@ class _Reader:
         try:
             from PIL import Image, UnidentifiedImageError
         except ImportError:
-            raise InputError(
-                "package 'pillow': expected it for images, got none installed. Install the extra: "
-                "pip install 'magic_fast[hf]'."
-            ) from None
+            raise missing_package("pillow", "for images", "hf") from None
         processor = self._load("AutoImageProcessor", "image processor", "")
         images = []
         for path in paths:
