@@ -198,16 +198,12 @@ def markdown() -> Iterator[str]:
         yield ""
         yield f"{c.paper}{',' if link else ''}{link}. In memory: {c.held}."
         yield ""
-        yield " · ".join(_code(way) for way in c.use)
+        yield " · ".join(f"`{way.removeprefix('YAML: ')}`" for way in c.use)
         yield ""
         yield "| setting | values | default |"
         yield "|---|---|---|"
         for s in c.settings:
             yield f"| `{s.name}` | {s.accepts} | {s.default} |"
-
-
-def _code(way: str) -> str:
-    return f"`{way.removeprefix('YAML: ')}`"
 
 
 if __name__ == "__main__":

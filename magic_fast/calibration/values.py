@@ -91,8 +91,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         return bounds_of(value)
     if kind in ("names", "tensor names"):
         return names_of(value, kind)
-    if kind in ("exponent", "factor", "share"):
-        _check_finite(name, value)
+    if kind in ("exponent", "factor", "share") and not (is_number(value) and math.isfinite(value)):
+        raise InputError(f"calibration {name}: expected a finite number, got {value!r}.")
     if kind == "share" and not 0 <= value < 1:
         raise InputError(f"calibration {name}: expected a share in [0, 1), got {value!r}.")
     return value
@@ -122,11 +122,6 @@ def bounds_of(value: object) -> tuple[float, float] | None:
             f"calibration clamp: expected (low, high) with 0 <= low <= high, got {value!r}."
         )
     return low, high
-
-
-def _check_finite(name: str, value: Any) -> None:
-    if not is_number(value) or not math.isfinite(value):
-        raise InputError(f"calibration {name}: expected a finite number, got {value!r}.")
 
 
 def word(kind: type, value: object, what: str) -> object:

@@ -1,5 +1,5 @@
-"""``magic-fast demo``: from nothing to a merged, calibrated, verified model, which is read back with
-its users' libraries, and of which one tensor is merged again in memory."""
+"""``magic-fast demo``: from nothing to a merged, calibrated, verified model: its users' libraries
+read it back, and one tensor of it is merged again in memory."""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ def combine(
     if decisions.consensus is not None:
         delta = torch.where(decisions.consensus, delta, torch.zeros_like(delta))
     if recipe.limit is not None:
-        delta = _limited(delta, recipe.limit)
+        # w·Δ, w = min(1, limit ÷ max(|Δ|, 1e-6))
+        delta = delta * (recipe.limit / delta.abs().clamp(min=LEAST_DISTANCE)).clamp(max=1.0)
     return delta if recipe.scale == 1.0 else delta * recipe.scale
 
 
@@ -166,8 +167,3 @@ def _alone(like: Tensor, decisions: Decisions) -> Tensor:
     for c, f in zip(held, decisions.selection.alone, strict=True):
         factor = torch.where(c & (count == 1), torch.full_like(factor, f), factor)
     return factor
-
-
-def _limited(delta: Tensor, limit: float) -> Tensor:
-    """w·Δ, w = min(1, limit ÷ max(|Δ|, 1e-6))."""
-    return delta * (limit / delta.abs().clamp(min=LEAST_DISTANCE)).clamp(max=1.0)

@@ -155,11 +155,6 @@ def keep_probabilities(taus: Sequence[Tensor], trim: Trim) -> list[float | Tenso
     ]
 
 
-def _keep_std(x: Tensor, t: float) -> Tensor:
-    flat = x.flatten()
-    return ((flat - flat.mean()).abs() > t * flat.std()).view(x.shape)
-
-
 def _keep_norm_fraction(x: Tensor, t: float) -> Tensor:
     """Shortest prefix by x²/‖x‖² (descending) whose sum reaches ``t``; the crossing entry and, as
     the original code has it, the last column stay."""
@@ -202,7 +197,8 @@ def keep_mask(
             keep &= ~keep_above(x, top_threshold, top_cut, offset)
         return keep
     if trim.rule is TrimRule.STD:
-        return _keep_std(x, trim.density[k])
+        flat = x.flatten()
+        return ((flat - flat.mean()).abs() > trim.density[k] * flat.std()).view(x.shape)
     if trim.rule is TrimRule.NORM_FRACTION:
         return _keep_norm_fraction(x, trim.density[k])
     if trim.rule is TrimRule.RANKED:

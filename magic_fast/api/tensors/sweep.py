@@ -174,7 +174,10 @@ def _shared(
     if backend is None:
         return set()
     together = [n for n, one in zip(usable, chosen, strict=True) if one is backend]
-    views = [_as_views(usable[n]) for n in together]
+    views = [
+        replace(j, base=_view(j.base), experts=[_view(e) for e in j.experts], out=_view(j.out))
+        for j in (usable[n] for n in together)
+    ]
     if not worth_sharing(views) or merge_scales(views, known, backend.name) is None:
         return set()
     return {(n, t) for n in together}
@@ -185,12 +188,6 @@ def _is_plain(job: Job) -> bool:
     arrays: list[Any] = [job.base, job.out, *job.experts]
     return math.prod(arrays[0].shape) >= LEAST and all(
         a.dtype in _WORDS and a.is_contiguous() and a.device.type == "cpu" for a in arrays
-    )
-
-
-def _as_views(job: Job) -> Job:
-    return replace(
-        job, base=_view(job.base), experts=[_view(e) for e in job.experts], out=_view(job.out)
     )
 
 
