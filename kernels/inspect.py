@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -47,6 +48,7 @@ _RECIPES = {
     ),
 }
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 #: columns of the row that the fused kernel is compiled for
 COLS = 8192
 
@@ -86,9 +88,10 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
     shape = launch.block_shape(k, size)
     many, masks = (p,) * k, ("*u8",) * k
     lanes = {"LANES": shape.lanes, "VEC": shape.vec}
+    notes = {"integers": "*i64", "numbers": "*fp32", "counts": "*i32", "report": "*i64"}
     common = {
         "base": p, "experts": many, "merged": p, "out": p, "masks": masks, "task_masks": masks,
-        "integers": "*i64", "numbers": "*fp32", "counts": "*i32", "report": "*i64",
+        **notes,
     }  # fmt: skip
     plain = {"K": k, "HAS_BASE": True, "ALIGNED": True, **lanes}
     recipes = {
@@ -144,8 +147,8 @@ def cases(k: int, dtype: str) -> Iterator[Case]:
     )  # fmt: skip
     yield Case(
         "merge_table sum", table.merge_table,
-        {"table": "*i64", "block_job": "*i64", "block_start": "*i64", **_only(common, 4)},
-        {**plain, **recipes["sum"], "DTYPES": (_dtype(dtype),) * (k + 2), "WIDE": True},
+        {"table": "*i64", "block_job": "*i64", "block_start": "*i64", **notes},
+        {**plain, **recipes["sum"], "DTYPES": (_DTYPES[dtype],) * (k + 2), "WIDE": True},
         shape.warps, k,
     )  # fmt: skip
     yield from _selecting(k, dtype, shape)
@@ -201,16 +204,6 @@ def _selecting(k: int, dtype: str, shape: launch.Shape) -> Iterator[Case]:
         yield Case(name, kernel, types, constexprs, warps, k)
 
 
-def _only(types: dict[str, Any], last: int) -> dict[str, Any]:
-    return dict(list(types.items())[-last:])
-
-
-def _dtype(word: str) -> Any:
-    import triton.language as tl
-
-    return {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[word]
-
-
 def compiled(case: Case, arch: int) -> Any:
     """Compiles one case for ``arch``; pointers and sizes are taken as multiples of 16."""
     names = case.kernel.arg_names
@@ -234,10 +227,6 @@ def compiled(case: Case, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _tool(name: str) -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-
-
 def _widest(ptx: str, word: str) -> int:
     """Bytes of the widest ``ld.global`` or ``st.global``."""
     found = [0]
@@ -254,7 +243,8 @@ def inspect(case: Case, arch: int) -> Report:
         file.flush()
 
         def dump(*flags: str) -> str:
-            command = [str(_tool("cuobjdump")), *flags, file.name]
+            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            command = [str(tool), *flags, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, sass = dump("-res-usage"), dump("-sass")

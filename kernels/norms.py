@@ -8,8 +8,29 @@ import triton.language as tl
 
 from .delta import trimmed_values
 from .load import load_base, load_taus, positions, room
+from .rowstats import zero_sums
 from .vote import tally
 from .words import KEEP_ALL
+
+
+@triton.jit
+def _block_values(
+    block, base, experts, masks, integers, numbers, n, offset,
+    K: tl.constexpr, HAS_BASE: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr,
+    ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(K task vectors, the same trimmed) of one block of elements, 0 beyond the end."""
+    position = positions(LANES, VEC)
+    start = block * (LANES * VEC)
+    at = start + position
+    inside = position < room(n, start, LANES * VEC)
+    b = load_base(base, at, inside, HAS_BASE)
+    taus = load_taus(experts, at, inside, b, K, HAS_BASE)
+    values, _ = trimmed_values(
+        taus, masks, integers, numbers, at, inside, position, start + offset,
+        K, KINDS, RULE, ALIGNED, LANES, VEC,
+    )  # fmt: skip
+    return taus, values
 
 
 @triton.jit
@@ -22,21 +43,12 @@ def norm_sums(
     ``chunks`` blocks in a row a program; experts that lose nothing are left out. RULE: without
     factors and weights."""
     program = tl.program_id(0).to(tl.int64)
-    position = positions(LANES, VEC)
-    before = ()
-    after = ()
-    for _ in tl.static_range(K):
-        before = before + (tl.zeros([LANES], tl.float64),)
-        after = after + (tl.zeros([LANES], tl.float64),)
+    before = zero_sums(K, LANES, True)
+    after = zero_sums(K, LANES, True)
     for c in range(chunks):
-        start = (program * chunks + c) * (LANES * VEC)
-        at = start + position
-        inside = position < room(n, start, LANES * VEC)
-        b = load_base(base, at, inside, HAS_BASE)
-        taus = load_taus(experts, at, inside, b, K, HAS_BASE)
-        values, _kept = trimmed_values(
-            taus, masks, integers, numbers, at, inside, position, start + offset,
-            K, KINDS, RULE, ALIGNED, LANES, VEC,
+        taus, values = _block_values(
+            program * chunks + c, base, experts, masks, integers, numbers, n, offset,
+            K, HAS_BASE, KINDS, RULE, ALIGNED, LANES, VEC,
         )  # fmt: skip
         new_before = ()
         new_after = ()
@@ -71,26 +83,6 @@ def norm_sums(
 
 
 @triton.jit
-def _values_of(
-    block, base, experts, masks, integers, numbers, n, offset,
-    K: tl.constexpr, HAS_BASE: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr,
-    ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """K trimmed values of one block of elements, 0 beyond the end."""
-    position = positions(LANES, VEC)
-    start = block * (LANES * VEC)
-    at = start + position
-    inside = position < room(n, start, LANES * VEC)
-    b = load_base(base, at, inside, HAS_BASE)
-    taus = load_taus(experts, at, inside, b, K, HAS_BASE)
-    values, _ = trimmed_values(
-        taus, masks, integers, numbers, at, inside, position, start + offset,
-        K, KINDS, RULE, ALIGNED, LANES, VEC,
-    )  # fmt: skip
-    return values
-
-
-@triton.jit
 def vote_sums(
     base, experts, masks, integers, numbers, partial, n, offset,
     K: tl.constexpr, HAS_BASE: tl.constexpr, KINDS: tl.constexpr, RULE: tl.constexpr,
@@ -98,7 +90,7 @@ def vote_sums(
 ):  # fmt: skip
     """int32 [programs]: the signs elected in one block a program, zero votes as 0, summed."""
     program = tl.program_id(0).to(tl.int64)
-    values = _values_of(
+    _taus, values = _block_values(
         program, base, experts, masks, integers, numbers, n, offset,
         K, HAS_BASE, KINDS, RULE, ALIGNED, LANES, VEC,
     )  # fmt: skip
@@ -116,7 +108,7 @@ def held_counts(
     """int32 [programs, K, 2]: entries of one block a program that an expert holds alone, and with
     others, after the trim."""
     program = tl.program_id(0).to(tl.int64)
-    values = _values_of(
+    _taus, values = _block_values(
         program, base, experts, masks, integers, numbers, n, offset,
         K, HAS_BASE, KINDS, RULE, ALIGNED, LANES, VEC,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from .calibrate import finish_row
 from .delta import block_delta
 from .load import load_base, positions, room
-from .rowstats import add_pairs, add_squares, lane_sums, zero_sums
+from .rowstats import add_pairs, add_squares, lane_sums, zero_counts, zero_sums
 from .store import (
     anywhere,
     kept_of_lanes,
@@ -46,14 +46,6 @@ def _add_words(words, more, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _no_words(COUNT: tl.constexpr, LANES: tl.constexpr):
-    words = ()
-    for _ in tl.static_range(COUNT):
-        words = words + (tl.zeros([LANES], tl.int32),)
-    return words
-
-
-@triton.jit
 def merge_rows(
     base, experts, merged, out, masks, task_masks, integers, numbers, policy,
     coefficients, repairs, norms2, counts, report, cols, offset,
@@ -75,7 +67,7 @@ def merge_rows(
     row = tl.program_id(0).to(tl.int64)
     position = positions(LANES, VEC)
     sums = zero_sums(SUMS, LANES, False)
-    stayed = _no_words(WORDS, LANES)
+    stayed = zero_counts(WORDS, LANES)
     bases = ()
     deltas = ()
     z = tl.zeros([LANES, VEC], tl.float32)
@@ -142,7 +134,7 @@ def merge_rows_scratch(
     for line in range(program, rows, tl.num_programs(0)):
         row = tl.full([], 0, tl.int64) + line
         sums = zero_sums(SUMS, LANES, False)
-        stayed = _no_words(WORDS, LANES)
+        stayed = zero_counts(WORDS, LANES)
         z = tl.zeros([LANES, VEC], tl.float32)
         for c in tl.range(0, chunks, num_stages=STAGES):
             first = row * cols + c * (LANES * VEC)

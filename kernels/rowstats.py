@@ -57,6 +57,15 @@ def zero_sums(COUNT: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def zero_counts(COUNT: tl.constexpr, LANES: tl.constexpr):
+    """COUNT counters of [LANES], int32."""
+    counts = ()
+    for _ in tl.static_range(COUNT):
+        counts = counts + (tl.zeros([LANES], tl.int32),)
+    return counts
+
+
+@triton.jit
 def add_pairs(sums, vectors, M: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
     """Adds the products of all pairs (i ≤ j). WIDE: in float64, where those of float32 are
     exact."""

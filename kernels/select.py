@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .keys import keys_together, load_key
 from .load import load_base, positions, room
-from .rowstats import columns
+from .rowstats import columns, zero_counts
 from .words import BY_MAGNITUDE
 
 # Columns of `state`.
@@ -185,14 +185,6 @@ def scan(
                 to = equals + (segment * TARGETS + t) * HEAVIES
                 tl.store(to, tl.sum(first[t], axis=0))
                 tl.store(to + 1, tl.sum(second[t], axis=0))
-
-
-@triton.jit
-def zero_counts(COUNT: tl.constexpr, LANES: tl.constexpr):
-    counts = ()
-    for _ in tl.static_range(COUNT):
-        counts = counts + (tl.zeros([LANES], tl.int32),)
-    return counts
 
 
 @triton.jit

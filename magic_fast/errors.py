@@ -20,6 +20,14 @@ class InputError(MagicFastError, ValueError):
     exit_code = 2
 
 
+def missing_package(name: str, what: str, extra: str, got: object = "none installed") -> InputError:
+    """The error where a package of an extra is not there; ``what`` it is for."""
+    return InputError(
+        f"package {name!r}: expected it {what}, got {got}. Install the extra: "
+        f"pip install 'magic_fast[{extra}]'."
+    )
+
+
 class ConfigError(InputError):
     """A configuration file or value is wrong."""
 

@@ -57,7 +57,8 @@ def _adapted(adapters: Sequence[Adapter]) -> dict[str, Any]:
     if all(_same(c, configs[0], (*_LISTS, *_FILTERS)) for c in configs):
         return {}
     same = all(_same(c, configs[0], _FILTERS) for c in configs)
-    if same and _are_lists(configs) and adapters[0].kind == "lora":
+    lists = not any(isinstance(c.get(name), str) for c in configs for name in _LISTS)
+    if same and lists and adapters[0].kind == "lora":
         names = {name for c in configs for name in c.get("target_modules") or []}
         return {"target_modules": sorted(names)}
     modules = {name: m for a in adapters for name, m in a.modules.items()}
@@ -97,18 +98,12 @@ def is_forward(adapter: Adapter, module: str) -> bool:
     return any(module.endswith(name) for name in forward)
 
 
-def _are_lists(configs: Sequence[Mapping[str, Any]]) -> bool:
-    return all(not isinstance(c.get(name), str) for c in configs for name in _LISTS)
-
-
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str]) -> bool:
     def value(config: Mapping[str, Any], name: str) -> Any:
         found = config.get(name)
-        return (
-            sorted(found, key=str)
-            if isinstance(found, list) and name != "layers_pattern"
-            else found
-        )
+        if isinstance(found, list) and name != "layers_pattern":
+            return sorted(found, key=str)
+        return found
 
     return all(value(one, name) == value(other, name) for name in names)
 

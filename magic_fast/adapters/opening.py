@@ -52,6 +52,10 @@ class AdapterModule:
     def rank(self) -> int:
         return self.down.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        return self.down.nbytes + (0 if self.up is None else self.up.nbytes)
+
 
 @dataclass(frozen=True)
 class Adapter:

@@ -101,10 +101,7 @@ class CalibrationReport:
     layers: list[LayerCalibration] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> TensorCalibration:
-        for t in self.tensors:
-            if t.name == name:
-                return t
-        raise KeyError(name)
+        return {t.name: t for t in self.tensors}[name]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: means, least and largest coefficients instead of all rows."""
@@ -170,10 +167,7 @@ class AdapterReport:
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> MergedModule:
-        for module in self.modules:
-            if module.name == name:
-                return module
-        raise KeyError(name)
+        return {module.name: module for module in self.modules}[name]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -119,24 +119,15 @@ def _features(c: Calibration) -> Calibrator:
 
 
 def _spectrum(c: Calibration) -> Calibrator:
+    """Of singular values, or of depth."""
+    depth = c.needs == "depth"
     return Calibrator(
         c.name, c.summary, c.use_when, c.paper, c.arxiv,
-        ("magic-fast calibrate --space svc", "mf.svc",
-         'mf.calibrate_checkpoints(…, space="svc")'),
-        "1",
+        (f"magic-fast calibrate --space {c.space}" + (" --beta B" if depth else ""), f"mf.{c.name}",
+         f'mf.calibrate_checkpoints(…, space="{c.space}"' + (", beta=…)" if depth else ")")),
+        "0; 1 without alpha" if depth else "1",
+        "blocks of memory (128 MiB, --memory)" if depth else
         "one tensor at a time: K task vectors in float32, about eight float64 copies of one",
-        "none",
-        _OF_SPECTRUM[c.name],
-    )  # fmt: skip
-
-
-def _depth(c: Calibration) -> Calibrator:
-    return Calibrator(
-        c.name, c.summary, c.use_when, c.paper, c.arxiv,
-        ("magic-fast calibrate --space lines --beta B", "mf.lines",
-         'mf.calibrate_checkpoints(…, space="lines", beta=…)'),
-        "0; 1 without alpha",
-        "blocks of memory (128 MiB, --memory)",
         "none",
         _OF_SPECTRUM[c.name],
     )  # fmt: skip
@@ -147,7 +138,7 @@ _BY_NEEDS = {
     "tensors": _weights,
     "data": _features,
     "spectrum": _spectrum,
-    "depth": _depth,
+    "depth": _spectrum,
 }
 
 
@@ -207,16 +198,12 @@ def markdown() -> Iterator[str]:
         yield ""
         yield f"{c.paper}{',' if link else ''}{link}. In memory: {c.held}."
         yield ""
-        yield " · ".join(_code(way) for way in c.use)
+        yield " · ".join(f"`{way.removeprefix('YAML: ')}`" for way in c.use)
         yield ""
         yield "| setting | values | default |"
         yield "|---|---|---|"
         for s in c.settings:
             yield f"| `{s.name}` | {s.accepts} | {s.default} |"
-
-
-def _code(way: str) -> str:
-    return f"`{way.removeprefix('YAML: ')}`"
 
 
 if __name__ == "__main__":

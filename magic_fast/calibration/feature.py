@@ -4,44 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from magic_fast.calibration.sensitivity.lists import unknown_names
 from magic_fast.calibration.values import check_settings, known_settings, setting
 from magic_fast.errors import InputError
 from magic_fast.recipe import RowCalibration
+from magic_fast.recipe.words import Word
 
 
-class Reduction(str, Enum):
+class Reduction(Word):
     """How the ratios of all positions become one ξ of a layer and a task."""
 
     RATIO_OF_SUMS = "ratio_of_sums"
     MEAN = "mean"
     MEDIAN = "median"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Deploy(str, Enum):
+class Deploy(Word):
     """What carries ξ: the weights, or hooks over the base's and the merged weights."""
 
     FOLD = "fold"
     HOOKS = "hooks"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class FeatureGranularity(str, Enum):
+class FeatureGranularity(Word):
     """What shares a ξ."""
 
     LAYER = "layer"
     CHANNEL = "channel"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)
@@ -66,9 +57,10 @@ class FeatureCalibration:
     """
 
     reduction: Reduction = setting(
-        Reduction.RATIO_OF_SUMS, Reduction,
+        Reduction.RATIO_OF_SUMS,
+        Reduction,
         "how positions become one coefficient (default: {default})",
-    )  # fmt: skip
+    )
     p: float = setting(1, "norm", "1, 2, …, inf: of a feature ({default})")
     granularity: FeatureGranularity = setting(FeatureGranularity.LAYER, FeatureGranularity)
     sequential: bool = setting(

@@ -44,22 +44,27 @@ def settings_of(kind: type) -> list[Field[Any]]:
     return [f for f in fields(kind) if "kind" in f.metadata]
 
 
+def setting_of(kind: type, name: str) -> Field[Any]:
+    """The setting of that name."""
+    return next(f for f in settings_of(kind) if f.name == name)
+
+
 def default_of(kind: type, name: str) -> Any:
     """A default as plain value: an enum's word."""
-    value = next(f.default for f in settings_of(kind) if f.name == name)
+    value = setting_of(kind, name).default
     return value.value if isinstance(value, Enum) else value
 
 
 def words_of(kind: type, name: str) -> tuple[str, ...]:
     """The words that a setting takes, its default first."""
-    f = next(f for f in settings_of(kind) if f.name == name)
+    f = setting_of(kind, name)
     words = [str(member) for member in f.metadata["kind"]]
     return tuple(sorted(words, key=lambda w: w != str(f.default)))
 
 
 def accepts(kind: type, name: str) -> str:
     """The values of a setting in words."""
-    f = next(f for f in settings_of(kind) if f.name == name)
+    f = setting_of(kind, name)
     if f.metadata["kind"] in _ACCEPTS:
         return _ACCEPTS[f.metadata["kind"]]
     *first, last = words_of(kind, name)
@@ -86,8 +91,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         return bounds_of(value)
     if kind in ("names", "tensor names"):
         return names_of(value, kind)
-    if kind in ("exponent", "factor", "share"):
-        _check_finite(name, value)
+    if kind in ("exponent", "factor", "share") and not (is_number(value) and math.isfinite(value)):
+        raise InputError(f"calibration {name}: expected a finite number, got {value!r}.")
     if kind == "share" and not 0 <= value < 1:
         raise InputError(f"calibration {name}: expected a share in [0, 1), got {value!r}.")
     return value
@@ -117,11 +122,6 @@ def bounds_of(value: object) -> tuple[float, float] | None:
             f"calibration clamp: expected (low, high) with 0 <= low <= high, got {value!r}."
         )
     return low, high
-
-
-def _check_finite(name: str, value: Any) -> None:
-    if not is_number(value) or not math.isfinite(value):
-        raise InputError(f"calibration {name}: expected a finite number, got {value!r}.")
 
 
 def word(kind: type, value: object, what: str) -> object:

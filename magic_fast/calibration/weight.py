@@ -90,7 +90,9 @@ class WeightCalibration:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "variant", variant_of(self.variant))
-        default = granularity_of(self.variant)
+        found = find(self.variant)
+        assert found is not None
+        default = found.granularity
         if self.granularity is None:
             object.__setattr__(self, "granularity", default)
         check_settings(self)
@@ -217,13 +219,6 @@ def idle_settings(calibration: Calibration) -> set[str]:
     if calibration.function.changes:
         idle |= {"guards", "clamp", "strength", "scale", "direction", "sensitive"}
     return idle
-
-
-def granularity_of(variant: Variant | str) -> Granularity:
-    """What shares a coefficient of a variant where the settings do not say."""
-    found = find(variant)
-    assert found is not None
-    return found.granularity
 
 
 #: What one word may ask for: the default, or a variant of WSC. Registered ones come on top.

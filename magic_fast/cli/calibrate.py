@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "calibrate",
         help="restore the magnitudes of a model that any tool merged",
         description="Scales each row of the merged model's change so that its magnitude fits its "
@@ -23,7 +24,6 @@ def add_parser(commands: Any) -> None:
         "(feature space, FSC), or both (dual, DSC); or its singular values by how far the experts "
         "agree (svc), or its blocks by their depth (lines). Writes the result to the new folder "
         "OUT. magic-fast methods tells when to use which.",
-        allow_abbrev=False,
     )
     options.models(parser)
     parser.add_argument("--merged", required=True, metavar="MODEL", help="what was merged of them")
@@ -32,17 +32,15 @@ def add_parser(commands: Any) -> None:
     calibration_options.feature_calibration(parser)
     calibration_options.spectrum_and_depth(parser)
     options.execution(parser)
-    options.common(parser)
-    idle = {name: parser.get_default(name) for name in _SPACES_OF}
-    parser.set_defaults(run=run, idle=idle)
+    options.common(parser, run)
+    parser.set_defaults(idle={name: parser.get_default(name) for name in _SPACES_OF})
 
 
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
 
     refuse_idle(arguments)
-    quiet, style = arguments.quiet, arguments.progress
-    with progress(quiet=quiet, title="calibrate", style=style) as report:
+    with progress(quiet=arguments.quiet, title="calibrate", style=arguments.progress) as report:
         calibrated = mf.calibrate_checkpoints(
             arguments.base,
             arguments.experts,
@@ -52,13 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
             calibration=weight_calibration(arguments),
             data=data(arguments),
             features=feature_calibration(arguments) if arguments.space in _FEATURES else None,
-            samples=arguments.samples,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            alpha=arguments.alpha,
-            beta=arguments.beta,
-            num_blocks=arguments.num_blocks,
             progress=report,
+            **options.given(arguments, "samples", "batch_size", "max_length"),
+            **options.given(arguments, "alpha", "beta", "num_blocks"),
             **options.run_options(arguments),
         )
     output.show_report(calibrated, quiet=arguments.quiet, json=arguments.json)
@@ -67,10 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def weight_calibration(arguments: argparse.Namespace) -> WeightCalibration:
     """The options of WSC as the object that the api takes."""
-    from magic_fast.calibration import WeightCalibration, sensitive_from_file
+    from magic_fast.calibration import WeightCalibration
     from magic_fast.recipe import EpsMode, Granularity
 
-    sensitive = arguments.sensitive
     return WeightCalibration(
         variant=arguments.variant,
         granularity=arguments.granularity and Granularity(arguments.granularity),
@@ -78,15 +71,12 @@ def weight_calibration(arguments: argparse.Namespace) -> WeightCalibration:
         if arguments.space == "weight"
         else WeightCalibration.p,
         eps_mode=EpsMode(arguments.eps_mode),
-        clamp=arguments.clamp,
-        strength=arguments.strength,
-        sensitive=None if sensitive is None else sensitive_from_file(sensitive),
+        **_shared(arguments),
     )
 
 
 def feature_calibration(arguments: argparse.Namespace) -> FeatureCalibration:
     """The options of FSC, and those it shares with WSC, as the object that the api takes."""
-    from magic_fast.calibration import sensitive_from_file
     from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity, Reduction
 
     per_channel = arguments.per_channel
@@ -95,10 +85,17 @@ def feature_calibration(arguments: argparse.Namespace) -> FeatureCalibration:
         p=norm(arguments, FeatureCalibration),
         granularity=FeatureGranularity.CHANNEL if per_channel else FeatureGranularity.LAYER,
         sequential=arguments.sequential,
-        clamp=arguments.clamp,
-        strength=arguments.strength,
-        sensitive=None if arguments.sensitive is None else sensitive_from_file(arguments.sensitive),
+        **_shared(arguments),
     )
+
+
+def _shared(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that WSC and FSC share."""
+    from magic_fast.calibration import sensitive_from_file
+
+    file = arguments.sensitive
+    names = None if file is None else sensitive_from_file(file)
+    return options.given(arguments, "clamp", "strength") | {"sensitive": names}
 
 
 def norm(arguments: argparse.Namespace, settings: Any) -> Any:

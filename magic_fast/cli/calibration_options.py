@@ -8,7 +8,7 @@ from typing import Any
 
 from magic_fast.calibration.builtin import SPACES
 from magic_fast.calibration.registry import is_variant, variants
-from magic_fast.calibration.values import default_of, settings_of, words_of
+from magic_fast.calibration.values import default_of, setting_of, settings_of, words_of
 from magic_fast.calibration.weight import WeightCalibration
 from magic_fast.cli.options import positive
 
@@ -74,7 +74,7 @@ def feature_calibration(parser: argparse.ArgumentParser) -> None:
 
 def _setting(group: Any, kind: type, name: str) -> None:
     """The option of one setting."""
-    f = next(f for f in settings_of(kind) if f.name == name)
+    f = setting_of(kind, name)
     what, default = f.metadata["kind"], default_of(kind, name)
     told: dict[str, Any] = {"default": default}
     if what == "variant":

@@ -1,23 +1,31 @@
-"""``magic-fast demo``: from nothing to a merged, calibrated, verified model."""
+"""``magic-fast demo``: from nothing to a merged, calibrated, verified model: its users' libraries
+read it back, and one tensor of it is merged again in memory."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.cli import options, output
 from magic_fast.cli.progress import progress
+from magic_fast.errors import InternalError
 
 if TYPE_CHECKING:
+    import torch
+
     from magic_fast.config import MergeConfig
+
+PROBE = "model.layers.1.self_attn.q_proj.weight"
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "demo",
         help="make small checkpoints, merge and calibrate them, verify the result",
         description="Makes a base and three experts (once; about 1.2 GB), merges them as "
@@ -25,14 +33,12 @@ def add_parser(commands: Any) -> None:
         "the result back, and draws a page of plots (where plotly is installed). Then trains five "
         "tiny specialists (once; seconds), merges them in four ways, calibrates in three, and "
         "shows the accuracy.",
-        allow_abbrev=False,
     )
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where (default: .demo)")
     parser.add_argument(
         "--size", choices=("small", "tiny"), default="small", help="148 M or 0.2 M parameters"
     )
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,7 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     import magic_fast as mf
     from magic_fast.cli.demo_accuracy import accuracy_lines
-    from magic_fast.cli.demo_check import verify
     from magic_fast.cli.demo_data import SIZES, write_checkpoints
     from magic_fast.report.units import format_seconds
 
@@ -116,3 +121,82 @@ def demo_config(folder: Path) -> MergeConfig:
 
     text = resources.files("magic_fast.examples").joinpath("ties_wsc.yml").read_text("utf-8")
     return MergeConfig.from_yaml(text.replace("checkpoints/", f"{folder}/checkpoints/"))
+
+
+def verify(merged: Path, config: MergeConfig, *, backend: str) -> Iterator[str]:
+    """One line for each thing that holds; raises InternalError at the first that does not."""
+    import torch
+
+    assert config.base_model is not None and config.models is not None
+    base = config.resolve_path(config.base_model)
+    experts = [config.resolve_path(entry.model) for entry in config.models]
+    names = _shapes(base)
+    _demand(_shapes(merged) == names, "names, shapes and dtypes", "those of the base", "others")
+    yield f"safetensors: {len(names)} tensors, with the base's names, shapes and dtypes"
+
+    for name in names:
+        _demand(bool(torch.isfinite(_load(merged, name)).all()), name, "finite values", "others")
+    yield "every value is finite"
+
+    import magic_fast as mf
+
+    density = float(config.parameters["density"])
+    again = mf.merge(
+        {PROBE: _load(base, PROBE)},
+        [{PROBE: _load(expert, PROBE)} for expert in experts],
+        config.merge_method,
+        density=density,
+        preset=config.preset,
+        calibrate="wsc",
+        backend=backend,
+    )[PROBE]
+    differing = int((again != _load(merged, PROBE)).sum())
+    _demand(differing == 0, PROBE, "the bits of mf.merge in memory", f"{differing} others")
+    yield f"{PROBE} is what mf.merge gives in memory, bit for bit"
+    yield _open_with_transformers(merged)
+
+
+def _open_with_transformers(folder: Path) -> str:
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        return "transformers is not installed: not tried with it"
+    import torch
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 5, 9, 13]])).logits
+    _demand(bool(torch.isfinite(logits).all()), "logits", "finite values", "others")
+    return f"transformers: {type(model).__name__} opens it and runs"
+
+
+def _shapes(folder: Path) -> dict[str, tuple[list[int], str]]:
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():
+                part = shard.get_slice(name)
+                found[name] = (part.get_shape(), part.get_dtype())
+    return found
+
+
+def _load(folder: Path, name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            if name in shard.keys():
+                tensor: torch.Tensor = shard.get_tensor(name)
+                return tensor
+    raise InternalError(f"missing tensor for {name}: expected it in {folder}, got none. Report it.")
+
+
+def _demand(holds: bool, what: str, expected: str, got: str) -> None:
+    if not holds:
+        raise InternalError(
+            f"wrong result for {what}: expected {expected}, got {got}. Please report it."
+        )

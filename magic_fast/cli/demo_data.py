@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 _Float = npt.NDArray[np.float32]
-_Bits = npt.NDArray[np.uint16]
 
 BASE_STD = 0.02  # of the base's matrices, as Llama initialises them
 TASK_STD = 4e-4  # scale of the task vectors, before rounding to bfloat16
@@ -88,7 +88,6 @@ def write_checkpoints(
     if stamp.is_file() and json.loads(stamp.read_text()) == made_of:
         return models
 
-    import torch
     from safetensors.torch import save_file
 
     stamp.unlink(missing_ok=True)  # written last: what lacks it is not whole
@@ -102,10 +101,7 @@ def write_checkpoints(
             make = partial(_tensor, layers=shape.layers, num_experts=num_experts, seed=seed)
             columns = list(pool.map(make, *zip(*tensors, strict=True)))
             for m, model in enumerate(models):
-                state = {
-                    name: torch.from_numpy(bits[m].view(np.int16)).view(torch.bfloat16)
-                    for (name, _), bits in zip(tensors, columns, strict=True)
-                }
+                state = {n: made[m] for (n, _), made in zip(tensors, columns, strict=True)}
                 save_file(state, model / file, {"format": "pt"})
     stamp.write_text(json.dumps(made_of, indent=2))
     return models
@@ -146,20 +142,19 @@ def _student_t4(size: tuple[int, ...], generator: np.random.Generator) -> _Float
 
 def _tensor(
     name: str, size: tuple[int, ...], *, layers: int, num_experts: int, seed: int
-) -> list[_Bits]:
-    """One tensor of the base and of every expert, as bfloat16 bits."""
+) -> list[torch.Tensor]:
+    """One tensor of the base and of every expert, in bfloat16."""
     base = _generator(seed, "base", name).standard_normal(size, dtype=np.float32)
     if len(size) == 1:
         base = 1 + np.float32(0.05) * base
     else:
         base *= np.float32(BASE_STD)
-    bits = _round_to_bfloat16(base)
-    base = _widen(bits)
+    result = [torch.from_numpy(base).bfloat16()]
+    base = result[0].float().numpy()
     depth, common_share = _traits(name, layers, seed)
     std = TASK_STD * (0.5 + depth) * (20 if len(size) == 1 else 1)
     common = _student_t4(size, _generator(seed, "common", name))
     common *= np.float32(std * common_share**0.5)
-    result = [bits]
     for k in range(num_experts):
         generator = _generator(seed, f"expert-{k}", name)
         task = _student_t4(size, generator)
@@ -167,7 +162,7 @@ def _tensor(
         task += common
         task *= generator.random(size, dtype=np.float32) < MOVED_SHARE
         task += base
-        result.append(_round_to_bfloat16(task))
+        result.append(torch.from_numpy(task).bfloat16())
     return result
 
 
@@ -178,21 +173,11 @@ def _traits(name: str, layers: int, seed: int) -> tuple[float, float]:
     return depth, 0.5 * float(_generator(seed, "traits", name).random())
 
 
-def _round_to_bfloat16(values: _Float) -> _Bits:
-    """To nearest, ties to even, by integers: the upper half of each float32."""
-    words = values.view(np.uint32)
-    return ((words + np.uint32(0x7FFF) + ((words >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _widen(bits: _Bits) -> _Float:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def _write_small_files(
     model: Path, shape: LlamaShape, shards: dict[str, list[tuple[str, tuple[int, ...]]]]
 ) -> None:
     weight_map = {name: file for file, tensors in shards.items() for name, _ in tensors}
-    specials = ["<unk>", "<s>", "</s>"]
+    specials, plain = ["<unk>", "<s>", "</s>"], ("single_word", "lstrip", "rstrip", "normalized")
     vocab = {word: i for i, word in enumerate([*specials, *(f"w{i}" for i in range(29))])}
     files: dict[str, object] = {
         "model.safetensors.index.json": {
@@ -224,15 +209,7 @@ def _write_small_files(
             "truncation": None,
             "padding": None,
             "added_tokens": [
-                {
-                    "id": i,
-                    "content": word,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": False,
-                    "special": True,
-                }
+                {"id": i, "content": word, **dict.fromkeys(plain, False), "special": True}
                 for i, word in enumerate(specials)
             ],
             "normalizer": None,

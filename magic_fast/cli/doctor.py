@@ -20,16 +20,15 @@ VARIABLES = (
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "doctor",
         help="what can run here, and why the rest cannot",
         description="Shows the backends, what each was built for, why the others cannot run here, "
         "and the versions to put into a bug report.",
-        allow_abbrev=False,
     )
     options.machine_readable(parser)
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:

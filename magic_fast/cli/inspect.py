@@ -10,13 +10,13 @@ from magic_fast.cli.progress import progress
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "inspect",
         help="norms, cosines and sign conflicts of the experts' changes; what a merge left of them",
         description="Shows, tensor by tensor, how far each expert moved from the base (norm), how "
         "alike the moves are (cosine), and the share of entries whose signs disagree. With "
         "--merged also the magnitude of the merged change: its norm over the mean of the experts'.",
-        allow_abbrev=False,
     )
     options.models(parser)
     parser.add_argument("--merged", metavar="MODEL", help="what was merged from them")
@@ -38,8 +38,7 @@ def add_parser(commands: Any) -> None:
         help="rows of the table (default: 20)",
     )
     options.machine_readable(parser)
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_page(
             arguments.html,
             statistics,
-            base=arguments.base,
-            experts=arguments.experts,
-            merged=arguments.merged,
+            **options.given(arguments, "base", "experts", "merged"),
             record=record_of(arguments.merged),
         )
     if arguments.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "merge",
         help="merge checkpoints as a YAML configuration says",
         description="Merges checkpoints as CONFIG says, the YAML that mergekit reads plus "
         "`calibrate:`, into the new folder OUT, which appears once, whole.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "config",
@@ -47,16 +48,8 @@ def add_parser(commands: Any) -> None:
     )
     calibration_options.calibrate(parser, "calibrate, though the configuration does not say so")
     parser.add_argument("--seed", type=int, help="of the random trims")
-    parser.add_argument(
-        "--compat", metavar="SYSTEM", help="repeat a known fault of a system: mergekit-0.1.4"
-    )
-    parser.add_argument(
-        "--allow-embedding-truncation",
-        action="store_true",
-        help="cut embeddings of unequal vocabularies to the smallest",
-    )
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.compatibility(parser)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,13 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     from magic_fast.errors import InputError
 
     instead = {"preset": arguments.preset, "out_dtype": arguments.out_dtype}
-    settings = {
-        **options.run_options(arguments),
-        "seed": arguments.seed,
-        "compat": arguments.compat,
-        "calibrate": arguments.calibrate,
-        "allow_embedding_truncation": arguments.allow_embedding_truncation,
-    }
+    settings = options.run_options(arguments) | options.given(
+        arguments, "seed", "compat", "calibrate", "allow_embedding_truncation"
+    )
     if is_series(read_text(arguments.config), arguments.config):
         return run_series(arguments, instead, settings)
     if arguments.intermediate is not None:
@@ -81,15 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     config = read_config(arguments.config, **instead)
     if arguments.dry_run:
-        dry_run(
-            config,
-            arguments.out,
-            lambda plan: output.show_plan(plan, json=arguments.json),
-            settings,
-        )
+        show = partial(output.show_plan, json=arguments.json)
+        dry_run(config, arguments.out, show, settings)
         return 0
-    quiet, style = arguments.quiet, arguments.progress
-    with progress(quiet=quiet, title="merge", style=style) as report:
+    with progress(quiet=arguments.quiet, title="merge", style=arguments.progress) as report:
         merged = mf.merge_checkpoints(config, arguments.out, progress=report, **settings)
     output.show_report(merged, quiet=arguments.quiet, json=arguments.json)
     return 0
@@ -124,20 +108,14 @@ def run_series(
     if arguments.dry_run:
         show_series(merges, arguments, settings)
         return 0
-    quiet, style = arguments.quiet, arguments.progress
-    with progress(quiet=quiet, title="merge", style=style) as report:
-        reports = mf.merge_series(
-            merges,
-            arguments.out,
-            intermediate=arguments.intermediate,
-            progress=report,
-            **settings,
-        )
+    with progress(quiet=arguments.quiet, title="merge", style=arguments.progress) as report:
+        settings |= {"intermediate": arguments.intermediate, "progress": report}
+        reports = mf.merge_series(merges, arguments.out, **settings)
     if arguments.json:
         options.print_json({name or "": report.as_dict() for name, report in reports.items()})
         return 0
     for made in reports.values():
-        output.show_report(made, quiet=quiet, json=False)
+        output.show_report(made, quiet=arguments.quiet, json=False)
     return 0
 
 
@@ -177,7 +155,7 @@ def read_config(path: str, **instead: str | None) -> MergeConfig:
         return MergeConfig.from_file(path)
     folder = Path(path).absolute().parent
     document = read_document(read_text(path), path)
-    return MergeConfig.from_dict(document.data | given, source=path, folder=folder)
+    return MergeConfig.from_dict(dict(document.data) | given, source=path, folder=folder)
 
 
 def read_text(path: str) -> str:

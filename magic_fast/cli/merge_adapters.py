@@ -11,13 +11,13 @@ from magic_fast.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "merge-adapters",
         help="merge LoRA or IA3 adapters of one model into one adapter",
         description="Merges adapters of PEFT (folders), kohya or diffusers (.safetensors) that "
         "were trained on one model into the new adapter OUT of the same kind, which appears once, "
         "whole. Full models are merged by `magic-fast merge`, which takes MODEL+ADAPTER for one.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER", help="folder or .safetensors file of an adapter"
@@ -67,36 +67,28 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--preset", help="whose defaults and rules hold: peft, mergekit, …")
     parser.add_argument("--backend", help="refused where it cannot run (see doctor)")
     parser.add_argument("--seed", type=int, help="of the random trims")
-    options.progress(parser)
-    options.machine_readable(parser)
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.reports(parser)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
 
     parameters, calibration = read_parameters(arguments.settings)
-    quiet, style = arguments.quiet, arguments.progress
-    with progress(quiet=quiet, title="merge", style=style) as report:
+    with progress(quiet=arguments.quiet, title="merge", style=arguments.progress) as report:
         merged = mf.merge_adapters(
             arguments.adapters,
             arguments.out,
             arguments.method,
             calibrate=_calibration(arguments.calibrate, calibration),
-            rank=arguments.rank,
-            on=arguments.on,
-            dtype=arguments.dtype,
-            base_model=arguments.base_model,
-            preset=arguments.preset,
-            backend=arguments.backend,
-            seed=arguments.seed,
             progress=report,
+            **options.given(arguments, "rank", "on", "dtype", "base_model"),
+            **options.given(arguments, "preset", "backend", "seed"),
             **parameters,
         )
     if arguments.json:
         options.print_json(merged.as_dict())
-    elif not quiet:
+    elif not arguments.quiet:
         from magic_fast.report import summary
         from magic_fast.report.table import show
 

@@ -55,6 +55,3 @@ def _with_replacement(command: Any) -> Any:
 
     ours.callback = callback
     return ours
-
-
-__all__ = ["NAME", "add_parser", "run"]

@@ -9,21 +9,20 @@ from magic_fast.cli import options
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "methods",
         help="list the merge methods and the calibrations: parameters, defaults, paper, cost, when "
         "to use which",
         description="Lists all merge methods and what calibrates their results; with NAME that "
         "one, with its parameters, their defaults under every preset, its paper, its cost and when "
         "to use it.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="one method or calibration, in full"
     )
     options.machine_readable(parser)
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from magic_fast.errors import InputError
 from magic_fast.report.units import parse_bytes
 
 
-def common(parser: argparse.ArgumentParser) -> None:
-    """How much is said."""
+def command(commands: Any, name: str, **words: str) -> argparse.ArgumentParser:
+    """The parser of a command."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **words)
+    return parser
+
+
+def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options by the names that the library has for them too."""
+    return {name: getattr(arguments, name) for name in names}
+
+
+def common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    """How much is said, and what runs the command."""
     parser.add_argument(
         "-q", "--quiet", action="store_true", help="errors only, no progress, no summary"
     )
@@ -19,6 +32,7 @@ def common(parser: argparse.ArgumentParser) -> None:
         "-v", "--verbose", action="store_true", help="say which backend was taken and why"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=run)
 
 
 def models(parser: argparse.ArgumentParser, *, experts: bool = True) -> None:
@@ -55,27 +69,13 @@ def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def device(parser: argparse.ArgumentParser) -> None:
     """Where it runs, with how much memory, and into how large files."""
-    parser.add_argument(
-        "--device",
-        default=argparse.SUPPRESS,
-        help="cpu, cuda (all GPUs), cuda:N or auto (default)",
-    )
-    parser.add_argument(
-        "--backend",
-        default=argparse.SUPPRESS,
-        help="refused where it cannot run (default: the fastest that can; see doctor)",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        type=size,
-        default=argparse.SUPPRESS,
-        metavar="SIZE",
-        help="of an output file (5GB)",
-    )
-    parser.add_argument(
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--device", help="cpu, cuda (all GPUs), cuda:N or auto (default)")
+    add("--backend", help="refused where it cannot run (default: the fastest that can; see doctor)")
+    add("--max-shard-size", type=size, metavar="SIZE", help="of an output file (5GB)")
+    add(
         "--memory",
         type=size,
-        default=argparse.SUPPRESS,
         metavar="SIZE",
         help="for buffers, whatever the size of the models (128MiB). A tensor that must be held "
         "whole and needs more is refused; without this option, one that needs more than is free",
@@ -104,18 +104,30 @@ def execution(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="continue the interrupted run of this configuration; a finished OUT is verified",
     )
-    progress(parser)
-    machine_readable(parser)
+    reports(parser)
 
 
-def progress(parser: argparse.ArgumentParser) -> None:
-    """How progress is shown."""
+def compatibility(parser: argparse.ArgumentParser) -> None:
+    """Where results follow another system, or inputs do not fit."""
+    parser.add_argument(
+        "--compat", metavar="SYSTEM", help="repeat a known fault of a system: mergekit-0.1.4"
+    )
+    parser.add_argument(
+        "--allow-embedding-truncation",
+        action="store_true",
+        help="cut embeddings of unequal vocabularies to the smallest",
+    )
+
+
+def reports(parser: argparse.ArgumentParser) -> None:
+    """How progress and the result are shown."""
     parser.add_argument(
         "--progress",
         choices=("auto", "json", "none"),
         default="auto",
         help="a bar on a terminal and plain lines elsewhere (auto), one JSON object a line (json)",
     )
+    machine_readable(parser)
 
 
 def settings(texts: list[str]) -> dict[str, list[Any]]:

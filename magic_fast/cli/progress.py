@@ -7,101 +7,75 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TextIO
+from operator import attrgetter
+from typing import Any, TextIO
 
 from magic_fast.report.units import format_bytes, format_rate, format_seconds
 
-if TYPE_CHECKING:
-    from magic_fast.calibration.sensitivity.measure import Evaluated
-    from magic_fast.engine.output.report import Progress as State
-
-Report = Callable[["State"], None]
+Report = Callable[[Any], None]
 SECONDS_BETWEEN_LINES = 10.0
+#: Fields of what is reported, by what work is measured in: done, of how much, where it is.
+_BYTES = ("done_bytes", "total_bytes", "tensor")
+_EVALUATIONS = ("done", "total", "name")
 
 
 @contextmanager
 def progress(
-    *, quiet: bool, title: str, style: str = "auto", stream: TextIO | None = None
+    *,
+    quiet: bool,
+    title: str,
+    style: str = "auto",
+    stream: TextIO | None = None,
+    fields: tuple[str, str, str] = _BYTES,
 ) -> Iterator[Report | None]:
     """Yields what to pass as ``progress=``: None if quiet. Writes to standard error."""
     stream = stream or sys.stderr
     if quiet or style == "none":
         yield None
     elif style == "json":
-        yield _Json(stream)
+        yield _Json(stream, fields)
     elif stream.isatty():
-        with _bar(title, stream) as bar:
-            yield lambda state: bar(state.done_bytes, state.total_bytes, state.tensor)
+        with _bar(title, stream, counted=fields is _EVALUATIONS) as bar:
+            yield lambda state: bar(*attrgetter(*fields)(state))
     else:
-        yield _Lines(title, stream)
+        yield _Lines(title, stream, fields)
 
 
-@contextmanager
-def evaluations(
-    *, quiet: bool, title: str, style: str = "auto", stream: TextIO | None = None
-) -> Iterator[Callable[[Evaluated], None] | None]:
-    """The same for work that is counted, not weighed."""
-    stream = stream or sys.stderr
-    if quiet or style == "none":
-        yield None
-    elif style == "json":
-        yield _Json(stream).count
-    elif stream.isatty():
-        with _bar(title, stream, counted=True) as bar:
-            yield lambda state: bar(state.done, state.total, state.name)
-    else:
-        yield _Lines(title, stream).count
+#: The same for work that is counted, not weighed.
+evaluations = partial(progress, fields=_EVALUATIONS)
 
 
 class _Lines:
     """A plain line at most every ten seconds; a short merge prints none."""
 
-    def __init__(self, title: str, stream: TextIO) -> None:
-        self.title, self.stream = title, stream
+    def __init__(self, title: str, stream: TextIO, fields: tuple[str, str, str]) -> None:
+        self.title, self.stream, self.fields = title, stream, fields
         self.start = self.last = time.monotonic()
 
-    def __call__(self, state: State) -> None:
-        done, total = state.done_bytes, state.total_bytes
-        self._tell(
-            done,
-            total,
-            f"{format_bytes(done)} of {format_bytes(total)}",
-            partial(format_rate, done),
-        )
-
-    def count(self, state: Evaluated) -> None:
-        self._tell(state.done, state.total, f"{state.done} of {state.total} evaluations")
-
-    def _tell(
-        self, done: int, total: int, text: str, rate: Callable[[float], str] | None = None
-    ) -> None:
+    def __call__(self, state: Any) -> None:
         now = time.monotonic()
         if now - self.last < SECONDS_BETWEEN_LINES:
             return
-        self.last = now
-        seconds = now - self.start
+        self.last, seconds = now, now - self.start
+        done, total, _ = attrgetter(*self.fields)(state)
+        parts = [f"{done} of {total} evaluations"]
+        if self.fields is _BYTES:
+            parts = [f"{format_bytes(done)} of {format_bytes(total)}", format_rate(done, seconds)]
         left = format_seconds(seconds * (total / done - 1) if done else 0.0)
-        parts = [text, *([rate(seconds)] if rate else []), f"{left} left"]
-        self.stream.write(f"{self.title}: {', '.join(parts)}\n")
+        self.stream.write(f"{self.title}: {', '.join([*parts, left])} left\n")
         self.stream.flush()
 
 
 class _Json:
     """One object a line: what is done, of how much, the tensor, and seconds since the start."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.start = stream, time.monotonic()
+    def __init__(self, stream: TextIO, fields: tuple[str, str, str]) -> None:
+        self.stream, self.fields, self.start = stream, fields, time.monotonic()
 
-    def __call__(self, state: State) -> None:
-        done, total = state.done_bytes, state.total_bytes
-        self._tell({"done_bytes": done, "total_bytes": total, "tensor": state.tensor})
-
-    def count(self, state: Evaluated) -> None:
-        self._tell({"done": state.done, "total": state.total, "name": state.name})
-
-    def _tell(self, told: dict[str, object]) -> None:
+    def __call__(self, state: Any) -> None:
         import json
 
+        told = {field: getattr(state, field) for field in self.fields}
         seconds = round(time.monotonic() - self.start, 3)
         self.stream.write(json.dumps(told | {"seconds": seconds}) + "\n")
         self.stream.flush()

@@ -13,7 +13,8 @@ _RULES = ("all", "general", "magic")
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "sensitivity",
         help="which layers must not grow: the list that --sensitive and `sensitive:` read",
         description="Enlarges one tensor's part of the merged change at a time, by a tenth, and "
@@ -23,7 +24,6 @@ def add_parser(commands: Any) -> None:
         epilog="example: magic-fast sensitivity --base base --experts math code "
         "--data math=math.jsonl --data code=code.jsonl sensitive.json && magic-fast calibrate "
         "--base base --experts math code --merged merged --sensitive sensitive.json calibrated",
-        allow_abbrev=False,
     )
     options.models(parser, experts=False)
     parser.add_argument(
@@ -75,10 +75,8 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
-    options.progress(parser)
-    options.machine_readable(parser)
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.reports(parser)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -87,31 +85,23 @@ def run(arguments: argparse.Namespace) -> int:
     from magic_fast.planning.outputs import check_new_file
 
     out = check_new_file(arguments.out)
-    quiet, style = arguments.quiet, arguments.progress
-    with evaluations(quiet=quiet, title="sensitivity", style=style) as progress:
+    with evaluations(
+        quiet=arguments.quiet, title="sensitivity", style=arguments.progress
+    ) as progress:
         report = sensitive_layers_of_checkpoints(
             arguments.base,
             arguments.experts,
             data(arguments),
-            merged=arguments.merged,
-            by=arguments.by,
-            perturbation=arguments.perturbation,
-            top=arguments.top,
             tensors=tensors(arguments.tensors),
-            together=arguments.together,
-            resamples=arguments.resamples,
-            confidence=arguments.confidence,
-            seed=arguments.seed,
-            samples=arguments.samples,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            device=arguments.device,
             progress=progress,
+            **options.given(arguments, "merged", "by", "perturbation", "top", "together"),
+            **options.given(arguments, "resamples", "confidence", "seed", "device"),
+            **options.given(arguments, "samples", "batch_size", "max_length"),
         )
     report.save(out)
     if arguments.json:
         options.print_json(report.as_dict())
-    elif not quiet:
+    elif not arguments.quiet:
         from magic_fast.report.summary import sensitivity_table
         from magic_fast.report.table import show
 

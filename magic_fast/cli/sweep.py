@@ -11,12 +11,12 @@ from magic_fast.cli.progress import progress
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "sweep",
         help="merge in many combinations of parameters, from one read of the checkpoints",
         description="Merges checkpoints as CONFIG says once for every combination of the values "
         "given by --set, into sub-folders of the new folder OUT, which appears once, whole.",
-        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("out", metavar="OUT", help="folder to make; it must be missing or empty")
@@ -34,18 +34,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--calibrate", choices=("wsc",), help="calibrate, though the configuration does not say so"
     )
-    parser.add_argument(
-        "--compat", metavar="SYSTEM", help="repeat a known fault of a system: mergekit-0.1.4"
-    )
-    parser.add_argument(
-        "--allow-embedding-truncation",
-        action="store_true",
-        help="cut embeddings of unequal vocabularies to the smallest",
-    )
-    options.progress(parser)
-    options.machine_readable(parser)
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.compatibility(parser)
+    options.reports(parser)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,21 +44,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = options.settings(arguments.settings)
     config = read_config(arguments.config)
-    quiet, style = arguments.quiet, arguments.progress
-    with progress(quiet=quiet, title="sweep", style=style) as report:
+    with progress(quiet=arguments.quiet, title="sweep", style=arguments.progress) as report:
         swept = sweep_checkpoints(
             config,
             arguments.out,
             settings,
-            compat=arguments.compat,
-            calibrate=arguments.calibrate,
-            allow_embedding_truncation=arguments.allow_embedding_truncation,
             progress=report,
+            **options.given(arguments, "compat", "calibrate", "allow_embedding_truncation"),
             **options.run_options(arguments),
         )
     if arguments.json:
         options.print_json(swept.as_dict())
-    elif not quiet:
+    elif not arguments.quiet:
         from magic_fast.report.units import format_bytes, format_seconds
 
         first = swept.reports[0]

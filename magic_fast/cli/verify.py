@@ -10,17 +10,16 @@ from magic_fast.cli.progress import progress
 
 
 def add_parser(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = options.command(
+        commands,
         "verify",
         help="check a merged model on disk",
         description="Reads OUT whole: headers and index agree, every value is finite, and every "
         "tensor has the checksum that the merge recorded. Exit code 2 where something is wrong.",
-        allow_abbrev=False,
     )
     parser.add_argument("out", metavar="OUT", help="folder or .safetensors file")
     options.machine_readable(parser)
-    options.common(parser)
-    parser.set_defaults(run=run)
+    options.common(parser, run)
 
 
 def run(arguments: argparse.Namespace) -> int:

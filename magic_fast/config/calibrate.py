@@ -65,13 +65,8 @@ class SensitiveScores(Strict):
     top: int | None = Field(default=None, ge=1, strict=True)
 
 
-def _tag(words: str, mapping: str, sequence: str) -> Callable[[Any], str]:
-    def tag(value: Any) -> str:
-        if isinstance(value, Mapping | BaseModel):
-            return mapping
-        return sequence if isinstance(value, list | tuple) else words
-
-    return tag
+def _tag(plain: str, mapping: str) -> Callable[[Any], str]:
+    return lambda value: mapping if isinstance(value, Mapping | BaseModel) else plain
 
 
 def _power(value: Any) -> Any:
@@ -118,11 +113,11 @@ _TYPES: dict[str, Any] = {
     "tensors": Annotated[
         Annotated[Literal["general", "magic"], Tag("<name>")]
         | Annotated[TensorPatterns, Tag("<patterns>")],
-        Discriminator(_tag("<name>", "<patterns>", "<name>")),
+        Discriminator(_tag("<name>", "<patterns>")),
     ],
     "tensor names": Annotated[
         Annotated[tuple[str, ...], Tag("<names>")] | Annotated[SensitiveScores, Tag("<scores>")],
-        Discriminator(_tag("<names>", "<scores>", "<names>")),
+        Discriminator(_tag("<names>", "<scores>")),
     ]
     | None,
     "axes": Annotated[int | tuple[int, ...] | None, BeforeValidator(_axis)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ _Loader.add_implicit_resolver(
 class Document:
     """The top-level mapping of a YAML text, and where its parts stand."""
 
-    data: dict[str, Any]
+    data: Mapping[str, Any]
     origin: Origin
 
 

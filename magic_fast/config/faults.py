@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ValidationError
 
-from magic_fast.config.problems import Path, Problem, listed, suggest
-from magic_fast.methods.registry import get, known_parameters
+from magic_fast.config.problems import Path, Problem, listed
+from magic_fast.methods.registry import get, known_parameters, suggest
 
 #: Path without list indices -> the model that describes the mapping there.
 Owners = Mapping[Path, type[BaseModel]]
@@ -28,13 +28,8 @@ def translate(error: ValidationError, owners: Owners) -> list[Problem]:
         if fault["type"] == "extra_forbidden":
             problems.append(_unknown_key(path, owners))
         elif fault["type"] == "missing":
-            problems.append(
-                Problem(
-                    path,
-                    "missing key",
-                    f"expected '{path[-1]}', got nothing. Add '{path[-1]}:' there.",
-                )
-            )
+            text = f"expected '{path[-1]}', got nothing. Add '{path[-1]}:' there."
+            problems.append(Problem(path, "missing key", text))
         elif fault["type"] == "value_error":
             text = str(fault.get("ctx", {}).get("error", fault["msg"]))
             problems.append(Problem(path, "bad value", f"{text}. Correct it."))

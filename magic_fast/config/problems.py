@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -53,12 +52,6 @@ def show_path(path: Path) -> str:
         else:
             text += f".{part}" if text else part
     return text or "the document"
-
-
-def suggest(word: object, known: Iterable[str]) -> str:
-    """``" Did you mean 'weight'?"`` when ``word`` is nearly one of ``known``, else nothing."""
-    match = difflib.get_close_matches(str(word), sorted(set(known)), n=1, cutoff=0.6)
-    return f" Did you mean '{match[0]}'?" if match else ""
 
 
 def listed(words: Iterable[str]) -> str:

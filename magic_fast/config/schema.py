@@ -8,20 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from magic_fast.config.calibrate import (
-    CalibrateConfig,
-    SensitiveScores,
-    TensorPatterns,
-)
+from magic_fast.config.calibrate import CalibrateConfig, SensitiveScores, TensorPatterns
 from magic_fast.config.document import Document, read_document
 from magic_fast.config.entries import (
     Dtype,
@@ -117,7 +106,7 @@ class MergeConfig(Node):
         Raises:
             ConfigError: with every fault that was found.
         """
-        return cls._build(data, Origin(source), folder)
+        return cls.from_document(Document(data, Origin(source)), folder)
 
     @classmethod
     def from_yaml(cls, text: str, *, source: str | None = None) -> MergeConfig:
@@ -145,10 +134,7 @@ class MergeConfig(Node):
     @classmethod
     def from_document(cls, document: Document, folder: Path | None) -> MergeConfig:
         """A configuration from a YAML document that was read already. Raises ConfigError."""
-        return cls._build(document.data, document.origin, folder)
-
-    @classmethod
-    def _build(cls, data: Mapping[str, Any], origin: Origin, folder: Path | None) -> MergeConfig:
+        data, origin = document.data, document.origin
         if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
             raise ConfigError(
                 f"bad value for {origin.source or 'the configuration'}: expected a mapping with "
@@ -265,15 +251,12 @@ class MergeConfig(Node):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without what is left at its default: what :meth:`from_dict` takes."""
-        return (
-            self.model_dump(mode="json", exclude_defaults=True)
-            | {"merge_method": self.merge_method}
-            | ({} if self.calibrate is None else {"calibrate": self._calibrate_as_written()})
-        )
-
-    def _calibrate_as_written(self) -> dict[str, Any] | str:
-        assert self.calibrate is not None
-        return self.calibrate.model_dump(mode="json", exclude_defaults=True) or "wsc"
+        found = self.model_dump(mode="json", exclude_defaults=True)
+        found["merge_method"] = self.merge_method
+        if self.calibrate is not None:
+            own = self.calibrate.model_dump(mode="json", exclude_defaults=True)
+            found["calibrate"] = own or "wsc"
+        return found
 
     def to_yaml(self) -> str:
         """YAML that :meth:`from_yaml` reads back as an equal configuration."""

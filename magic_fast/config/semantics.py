@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from magic_fast.config.chat_templates import check_template
-from magic_fast.config.problems import Path, Problem, listed, show_path, suggest
+from magic_fast.config.problems import Path, Problem, listed, show_path
 from magic_fast.config.references import (
     Entry,
     Groups,
@@ -22,12 +22,12 @@ from magic_fast.config.references import (
     reference_or_none,
     slice_of,
 )
-from magic_fast.config.settings import check_setting, unknown_parameter
+from magic_fast.config.settings import check_setting
 from magic_fast.config.tokens import check_tokenizer
 from magic_fast.errors import InputError
 from magic_fast.methods.parameters import NO_EFFECT
 from magic_fast.methods.presets import PRESETS, check_preset
-from magic_fast.methods.registry import get, known_parameters, methods, names
+from magic_fast.methods.registry import get, known_parameters, methods, names, suggest
 from magic_fast.methods.spec import MethodSpec
 
 
@@ -262,8 +262,9 @@ class Checker:
             self._warn(path, f"{method.name} has no such parameter (it belongs to {few}); ignored")
         else:
             own = method.parameter_names()
-            detail = unknown_parameter(str(name), method.name, own, known_parameters())
-            self._problem(path, "unknown parameter", detail)
+            hint = suggest(name, own) or suggest(name, known_parameters())
+            detail = f"expected one of {listed(own)} under {method.name}, got {str(name)!r}.{hint}"
+            self._problem(path, "unknown parameter", f"{detail} Correct it.")
 
     def _warn(self, path: Path, text: str) -> None:
         self.warnings.append(f"{show_path(path)}: {text}.")

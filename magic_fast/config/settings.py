@@ -10,10 +10,11 @@ A *setting* is what stands after a parameter's name in the YAML:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from magic_fast.config.problems import Path, Problem, listed, suggest
+from magic_fast.config.problems import Path, Problem
+from magic_fast.methods.registry import suggest
 from magic_fast.methods.spec import ParameterSpec, Value, is_number
 
 _ENTRY_KEYS = ("filter", "value")
@@ -139,10 +140,3 @@ def filters_of(setting: object) -> Iterator[str]:
     elif isinstance(setting, list | tuple):
         for item in setting:
             yield from filters_of(item)
-
-
-def unknown_parameter(name: str, method: str, own: Iterable[str], known: Iterable[str]) -> str:
-    """What to tell the user who wrote a parameter nobody knows."""
-    names = tuple(own)
-    hint = suggest(name, names) or suggest(name, known)
-    return f"expected one of {listed(names)} under {method}, got {name!r}.{hint} Correct it."

@@ -5,17 +5,31 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from magic_fast.calibration.features.batches import batches_of
 from magic_fast.calibration.samples import Sampling
-from magic_fast.errors import CheckpointError, InputError
+from magic_fast.errors import CheckpointError, InputError, missing_package
 from magic_fast.huggingface.models import library
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+def batches_by_task(
+    data: Mapping[str, Any], model: nn.Module, folder: str, sampling: Sampling
+) -> dict[str, list[Any]]:
+    """Task → its batches, of a path or as they are given."""
+    return {
+        task: read_batches(value, task, model, folder, sampling)
+        if isinstance(value, str | Path)
+        else list(batches_of(data, task))
+        for task, value in data.items()
+    }
 
 
 def read_batches(
@@ -33,7 +47,7 @@ def read_batches(
         sampling: how much of it.
     """
     given = Path(path).expanduser()
-    rows = list(_head(_rows(given, task), sampling.samples))
+    rows = list(islice(_rows(given, task), sampling.samples))
     if not rows:
         raise InputError(
             f"data of task {task!r}: expected at least one sample in {str(path)!r}, got none."
@@ -42,11 +56,6 @@ def read_batches(
     reader = _Reader(task, takes, folder, model, sampling)
     size = sampling.batch_size
     return [reader.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
-
-
-def _head(rows: Iterator[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
-    for _, row in zip(range(count), rows, strict=False):
-        yield row
 
 
 def _rows(path: Path, task: str) -> Iterator[dict[str, Any]]:
@@ -178,10 +187,7 @@ class _Reader:
         try:
             from PIL import Image, UnidentifiedImageError
         except ImportError:
-            raise InputError(
-                "package 'pillow': expected it for images, got none installed. Install the extra: "
-                "pip install 'magic_fast[hf]'."
-            ) from None
+            raise missing_package("pillow", "for images", "hf") from None
         processor = self._load("AutoImageProcessor", "image processor", "")
         images = []
         for path in paths:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from magic_fast.calibration.features.streamed import forbid_weights
 from magic_fast.checkpoint import Checkpoint
-from magic_fast.errors import CheckpointError, InputError
+from magic_fast.errors import CheckpointError, missing_package
 
 
 def library() -> Any:
@@ -24,10 +24,7 @@ def library() -> Any:
     try:
         import transformers
     except ImportError:
-        raise InputError(
-            "package 'transformers': expected it to run models of checkpoints, got none "
-            "installed. Install the extra: pip install 'magic_fast[hf]'."
-        ) from None
+        raise missing_package("transformers", "to run models of checkpoints", "hf") from None
     return transformers
 
 

@@ -104,7 +104,10 @@ def entry(name: str, *, beside: Collection[str] = ()) -> Entry:
     presets = _presets_of(name)
     if spec.recipe is not None:
         recipes = {preset: _recipe(spec, preset) for preset in presets}
-        reads = {preset: _reads(recipe) for preset, recipe in recipes.items()}
+        reads = {
+            preset: "by its parameters" if recipe is None else str(passes(recipe))
+            for preset, recipe in recipes.items()
+        }
         form, held, backends = "recipe", _BLOCKS, "native, cuda, triton, torch"
         if any(recipe is not None and recipe.reference_only for recipe in recipes.values()):
             form, held, backends = "recipe in the reference alone", _WHOLE, "torch"
@@ -149,10 +152,6 @@ def _presets_of(name: str) -> list[str]:
             continue
         found.append(preset)
     return found
-
-
-def _reads(recipe: Recipe | None) -> str:
-    return "by its parameters" if recipe is None else str(passes(recipe))
 
 
 def _recipe(spec: MethodSpec, preset: str) -> Recipe | None:

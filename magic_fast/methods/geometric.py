@@ -3,12 +3,26 @@ K coefficients in float64, one read to add up. No torch is imported before a rul
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from magic_fast.errors import InputError
 from magic_fast.methods.parameters import WEIGHT, flag, number
 from magic_fast.methods.spec import MethodSpec, Paper, ParameterSpec, Question
-from magic_fast.ops.directions import Directions
+from magic_fast.ops.directions import Directions, Rule
+
+
+def _rule(function: str, /, *arguments: Any, whole: bool = False, **options: Any) -> Rule:
+    """A function of :mod:`magic_fast.reference.geometric` over the Gram matrix; ``whole``: of the
+    whole tensor's alone, on the CPU: the one synchronisation of such a method."""
+
+    def rule(gram: Any) -> Any:
+        call = getattr(import_module("magic_fast.reference.geometric"), function)
+        if not whole:
+            return call(gram, *arguments, **options)
+        return call(gram[0].cpu(), *arguments, **options)[None]
+
+    return rule
 
 
 def _slerp(asked: Question) -> Directions:
@@ -23,26 +37,14 @@ def _slerp(asked: Question) -> Directions:
             )
         if t != 0.5:
             raise InputError(f"t for method 'slerp' of preset 'magic': expected 0.5, got {t}.")
-
-        def magic(gram: Any) -> Any:
-            from magic_fast.reference.spherical import slerp_magic
-
-            return slerp_magic(gram)
-
-        return Directions(magic, axis=-1)
+        return Directions(_rule("slerp_magic"), axis=-1)
     member = asked.has_base and asked.experts == 1
     if not member and asked.experts != 2:
         raise InputError(
             "experts for method 'slerp': expected one with a base, or two, got "
             f"{asked.experts}. Spherical interpolation runs between two models."
         )
-
-    def rule(gram: Any) -> Any:
-        from magic_fast.reference.spherical import slerp
-
-        return slerp(gram, t)
-
-    return Directions(rule, -1 if arguments.get("per_row", False) else None, member)
+    return Directions(_rule("slerp", t), -1 if arguments.get("per_row", False) else None, member)
 
 
 def _nuslerp(asked: Question) -> Directions:
@@ -52,44 +54,22 @@ def _nuslerp(asked: Question) -> Directions:
             f"experts for method 'nuslerp': expected 2, got {asked.experts}. Spherical "
             "interpolation runs between two models; multislerp and karcher take more."
         )
-    weights, axis = asked.weights(), None
+    axis = None
     if not asked.arguments["nuslerp_flatten"]:
         axis = 0 if asked.arguments["nuslerp_row_wise"] else -1
-
-    def rule(gram: Any) -> Any:
-        from magic_fast.reference import geometric
-
-        return geometric.nuslerp(gram, weights)
-
-    return Directions(rule, axis)
+    return Directions(_rule("nuslerp", asked.weights()), axis)
 
 
 def _multislerp(asked: Question) -> Directions:
-    weights, arguments, name = asked.weights(), asked.arguments, asked.name
-
-    def rule(gram: Any) -> Any:
-        from magic_fast.reference import geometric
-
-        # on the CPU: the one synchronisation of the method
-        found = geometric.multislerp(
-            gram[0].cpu(), weights, normalize=arguments["normalize_weights"], eps=arguments["eps"],
-            name=name,
-        )  # fmt: skip
-        return found[None]
-
-    return Directions(rule)
+    normalize, eps = asked.arguments["normalize_weights"], asked.arguments["eps"]
+    options = {"normalize": normalize, "eps": eps, "name": asked.name}
+    return Directions(_rule("multislerp", asked.weights(), whole=True, **options))
 
 
 def _karcher(asked: Question) -> Directions:
     """Of whole models; a base is one of them."""
-    max_iter, tol = asked.arguments["max_iter"], asked.arguments["tol"]
-
-    def rule(gram: Any) -> Any:
-        from magic_fast.reference import geometric
-
-        return geometric.karcher(gram[0].cpu(), max_iter=max_iter, tol=tol)[None]
-
-    return Directions(rule, member=True)
+    options = {name: asked.arguments[name] for name in ("max_iter", "tol")}
+    return Directions(_rule("karcher", whole=True, **options), member=True)
 
 
 def _model_stock(asked: Question) -> Directions:
@@ -98,13 +78,7 @@ def _model_stock(asked: Question) -> Directions:
             f"experts for method 'model_stock': expected at least 2, got {asked.experts}. It "
             "measures the angle between them."
         )
-    absolute = asked.preset == "mergekit"
-
-    def rule(gram: Any) -> Any:
-        from magic_fast.reference import geometric
-
-        return geometric.model_stock(gram, absolute=absolute)
-
+    rule = _rule("model_stock", absolute=asked.preset == "mergekit")
     return Directions(rule, -1 if asked.arguments["filter_wise"] else None)
 
 

@@ -32,10 +32,6 @@ _LEAST_ENERGY = 1e-6  # of mergekit: less is shared equally, and divides as this
 Change = Callable[[Recipe, str, Mapping[str, Any]], Recipe]
 
 
-def _unchanged(recipe: Recipe, method: str, p: Mapping[str, Any]) -> Recipe:
-    return recipe
-
-
 def _with(recipe: Recipe, p: Mapping[str, Any], reduce: Reduce, **changes: Any) -> Recipe:
     """``recipe`` with a preset's changes; a reduction that the caller names stays."""
     if p.get("reduce") is None:
@@ -99,7 +95,7 @@ class _System:
 
 
 _SYSTEMS: Mapping[str, _System] = {
-    "default": _System(_unchanged),
+    "default": _System(lambda recipe, method, p: recipe),
     "mergekit": _System(_mergekit),
     "peft": _System(
         _peft,

@@ -112,7 +112,8 @@ def register_method(
             spec = MethodSpec(
                 name, signature.parameters, function=run, reads="1",
                 holds="K task vectors, and as much again for what the function makes of them",
-                workspace=_workspace, may_refuse=True, source=lambda: source_of(function), **facts,
+                workspace=lambda arguments, num_experts, ndim: 4 * (num_experts + 2),
+                may_refuse=True, source=lambda: source_of(function), **facts,
             )  # fmt: skip
             register(spec)
         return function
@@ -214,8 +215,3 @@ def _function_of(
         )
 
     return run
-
-
-def _workspace(arguments: Mapping[str, Any], num_experts: int, ndim: int) -> int:
-    """As much again in float32 as the task vectors and the result."""
-    return 4 * (num_experts + 2)

@@ -19,15 +19,13 @@ GROUP = "magic_fast.methods"
 #: imported when one of them is looked up.
 _MODULES = {
     "elementwise.sums": ("linear", "average", "task_arithmetic", "passthrough"),
-    "elementwise.ties": ("ties", "magnitude_prune"),
-    "elementwise.dare": ("dare_linear", "dare_ties"),
-    "elementwise.della": ("della", "della_linear"),
-    "elementwise.breadcrumbs": ("breadcrumbs", "breadcrumbs_ties"),
+    "elementwise.trims": (
+        *("ties", "magnitude_prune", "dare_linear", "dare_ties"),
+        *("della", "della_linear", "breadcrumbs", "breadcrumbs_ties"),
+    ),
     "elementwise.largest": ("magmax", "emr_unified"),
     "elementwise.consensus": ("consensus_ta",),
-    "elementwise.sce": ("sce",),
-    "elementwise.ram": ("ram", "ramplus_tl"),
-    "elementwise.pcb": ("pcb",),
+    "elementwise.weighing": ("sce", "ram", "ramplus_tl", "pcb"),
     "elementwise.nearswap": ("nearswap",),
     "elementwise.arcee_fusion": ("arcee_fusion",),
     "geometric": ("slerp", "nuslerp", "multislerp", "karcher", "model_stock"),
@@ -77,7 +75,7 @@ def get(name: str) -> MethodSpec | None:
     return known or methods().get(name)
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: object, known: Iterable[str]) -> str:
     """`` Did you mean 'ties'?``, or '' where nothing is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -22,6 +22,7 @@ Scope = Literal["per_tensor", "per_model"]
 Kind = Literal["float", "int", "bool", "rescale", "choice", "pattern"]
 BaseUse = Literal["required", "optional", "member", "none"]
 
+_EXACT = 4  # more copies of a matrix with svd="exact", and the task vectors in float64
 RESCALES = ("none", "keep_probability", "l1", "l2", "linf")
 
 
@@ -229,3 +230,21 @@ class MethodSpec:
         if self.base in ("optional", "member"):
             return base_model is not None
         return self.base == "required"
+
+
+def decompositions(copies: int) -> Callable[[Mapping[str, Any], int, int], int]:
+    """The ``workspace`` of a method that holds so many float64 copies of a matrix at once, beside
+    what every method on whole tensors holds (K + 2 in float32); 0 where nothing is decomposed.
+
+    >>> iso_c = decompositions(8)
+    >>> iso_c({}, 3, 2), iso_c({}, 3, 1), iso_c({"svd": "exact"}, 3, 2)
+    (64, 0, 120)
+    """
+
+    def workspace(arguments: Mapping[str, Any], num_experts: int, ndim: int) -> int:
+        if ndim != 2:
+            return 0
+        exact = _EXACT + num_experts if arguments.get("svd") == "exact" else 0
+        return 8 * (copies + exact)
+
+    return workspace

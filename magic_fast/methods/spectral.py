@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from magic_fast.methods.parameters import number, scale
-from magic_fast.methods.spec import MethodSpec, Paper, ParameterSpec
-from magic_fast.methods.workspace import decompositions
+from magic_fast.methods.spec import MethodSpec, Paper, ParameterSpec, decompositions
 from magic_fast.ops.job import Job
 
 _SVD = ParameterSpec("svd", kind="choice", default="auto", choices=("auto", "exact"))

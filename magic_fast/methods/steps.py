@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from magic_fast.methods.spec import MethodSpec
-from magic_fast.methods.workspace import decompositions
+from magic_fast.methods.spec import MethodSpec, decompositions
 from magic_fast.ops.job import Job
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from magic_fast.config import MergeConfig
-from magic_fast.config.problems import show_path, suggest
+from magic_fast.config.problems import show_path
 from magic_fast.config.references import listed_groups, owners
 from magic_fast.config.settings import check_setting
 from magic_fast.errors import ConfigError
-from magic_fast.methods.registry import find_method
+from magic_fast.methods.registry import find_method, suggest
 from magic_fast.methods.spec import ParameterSpec
 
 MOST = 256  # combinations

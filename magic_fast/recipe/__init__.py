@@ -9,23 +9,9 @@ experts ``θ_k`` and task vectors ``τ_k = θ_k − θ_0``::
 Nothing here imports torch, numpy or any other part of the package but its errors.
 """
 
-from magic_fast.recipe.checks import (
-    per_expert,
-)
-from magic_fast.recipe.found import (
-    RowCalibration,
-    RowFunction,
-    Selection,
-    stream_of,
-)
-from magic_fast.recipe.merging import (
-    Recipe,
-)
-from magic_fast.recipe.stages import (
-    Alone,
-    Consensus,
-    Trim,
-)
+from magic_fast.recipe.found import RowCalibration, RowFunction, Selection, stream_of
+from magic_fast.recipe.merging import Recipe, per_expert
+from magic_fast.recipe.stages import Alone, Consensus, Trim
 from magic_fast.recipe.words import (
     Align,
     Contributors,

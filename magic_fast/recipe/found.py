@@ -9,12 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from magic_fast.recipe.words import (
-    Direction,
-    EpsMode,
-    Granularity,
-    Variant,
-)
+from magic_fast.recipe.words import Direction, EpsMode, Granularity, Variant
 
 
 @dataclass(frozen=True)

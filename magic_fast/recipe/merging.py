@@ -1,12 +1,12 @@
-"""A merge as data: :class:`Recipe`."""
+"""A merge as data: :class:`Recipe`, and its numbers, refused where they do not fit."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from magic_fast.errors import InputError
-from magic_fast.recipe.checks import check
 from magic_fast.recipe.stages import Alone, Consensus, Trim
 from magic_fast.recipe.words import (
     Align,
@@ -22,6 +22,23 @@ from magic_fast.recipe.words import (
 )
 
 _WITHOUT_DENSITY = (TrimRule.NONE, TrimRule.GIVEN, TrimRule.THRESHOLD)
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def per_expert(value: float | Sequence[float], num_experts: int, what: str) -> tuple[float, ...]:
+    """K numbers from one number or K numbers; an error says which parameter had another count."""
+    if isinstance(value, int | float):
+        return (float(value),) * num_experts
+    values = tuple(float(v) for v in value)
+    if len(values) != num_experts:
+        raise InputError(
+            f"{what}: expected one number or one per expert ({num_experts}), got {len(values)}."
+        )
+    return values
 
 
 @dataclass(frozen=True)

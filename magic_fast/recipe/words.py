@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 
-class _Word(str, Enum):
+class Word(str, Enum):
     """An enum whose members are their own words, so that a string is accepted at the public
     edge."""
 
@@ -13,7 +13,7 @@ class _Word(str, Enum):
         return str(self.value)
 
 
-class TrimRule(_Word):
+class TrimRule(Word):
     """Which entries of a task vector stay."""
 
     NONE = "none"
@@ -29,7 +29,7 @@ class TrimRule(_Word):
     NORM_FRACTION = "norm_fraction"  # shortest prefix by x²/‖x‖² (reference only)
 
 
-class CountRule(_Word):
+class CountRule(Word):
     """How many entries a magnitude trim keeps; ``⌊q·n⌋`` is ``trunc(double(n)·double(q))``."""
 
     FLOOR = "floor"  # max(min_kept, ⌊q·n⌋)
@@ -37,7 +37,7 @@ class CountRule(_Word):
     COMPLEMENT_PLUS_ONE = "complement_plus_one"  # n − max(⌊(1−q)·n⌋, 1) + 1
 
 
-class TieRule(_Word):
+class TieRule(Word):
     """What happens to entries whose magnitude equals the threshold."""
 
     EXACT = "exact"  # the lowest flat index first, until the count is reached
@@ -45,12 +45,12 @@ class TieRule(_Word):
     DROP_ALL = "drop_all"
 
 
-class TrimScope(_Word):
+class TrimScope(Word):
     TENSOR = "tensor"
     MODEL = "model"  # one threshold per expert over all merged tensors, names sorted, row-major
 
 
-class Rescale(_Word):
+class Rescale(Word):
     """What makes up for the trimmed entries."""
 
     NONE = "none"
@@ -60,14 +60,14 @@ class Rescale(_Word):
     LINF = "linf"
 
 
-class Align(_Word):
+class Align(Word):
     """Whether the task vectors of a tensor are brought to one length before anything is added."""
 
     NONE = "none"
     MIN_NORM = "min_norm"  # × smallest L2 norm other than 0 ÷ own L2 norm, of the raw task vectors
 
 
-class Weigh(_Word):
+class Weigh(Word):
     """Where the weights come from."""
 
     GIVEN = "given"
@@ -75,7 +75,7 @@ class Weigh(_Word):
     SCORE = "score"  # of each entry, by its size and the experts' agreement (PCB)
 
 
-class Vote(_Word):
+class Vote(Word):
     NONE = "none"
     MASS = "mass"  # sign(Σ v_k)
     COUNT = "count"  # sign(Σ sign(v_k))
@@ -83,12 +83,12 @@ class Vote(_Word):
     NORM_MASS = "norm_mass"  # sign(Σ sign(x)·x²/‖x‖²)                    (reference only)
 
 
-class VoteOn(_Word):
+class VoteOn(Word):
     WEIGHTED = "weighted"
     UNWEIGHTED = "unweighted"
 
 
-class ZeroVote(_Word):
+class ZeroVote(Word):
     """The elected sign where the vote is exactly zero."""
 
     POSITIVE = "positive"
@@ -97,7 +97,7 @@ class ZeroVote(_Word):
     DROP = "drop"  # the result is 0 there
 
 
-class Contributors(_Word):
+class Contributors(Word):
     """Which experts enter the reduction of an element."""
 
     AGREEING = "agreeing"  # non-zero and of the elected sign (needs a vote)
@@ -105,7 +105,7 @@ class Contributors(_Word):
     ALL = "all"
 
 
-class Reduce(_Word):
+class Reduce(Word):
     SUM = "sum"
     MEAN = "mean"  # ÷ max(1, number of contributors)
     WEIGHTED_MEAN = "weighted_mean"  # ÷ Σ weights (of the contributors where there is a vote)
@@ -113,7 +113,7 @@ class Reduce(_Word):
     MEDIAN = "median"  # lower median               (reference only)
 
 
-class Variant(_Word):
+class Variant(Word):
     """How the calibration coefficient ξ of a row is computed (docs/methods.md)."""
 
     MANIFOLD = "manifold"
@@ -122,18 +122,18 @@ class Variant(_Word):
     SPECTRAL = "spectral"
 
 
-class Granularity(_Word):
+class Granularity(Word):
     ROW = "row"
     TENSOR = "tensor"
 
 
-class EpsMode(_Word):
+class EpsMode(Word):
     ABSOLUTE = "absolute"  # the four 1e-8 as the authors wrote them
     RELATIVE = "relative"  # scale-free
     NONE = "none"
 
 
-class Direction(_Word):
+class Direction(Word):
     """Which side of 1 a coefficient may act on."""
 
     AUTO = "auto"  # from the list of sensitive tensors; no list: FREE

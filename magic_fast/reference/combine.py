@@ -9,14 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magic_fast.recipe import (
-    Contributors,
-    Recipe,
-    Reduce,
-    Selection,
-    Vote,
-    Weigh,
-)
+from magic_fast.recipe import Contributors, Recipe, Reduce, Selection, Vote, Weigh
 from magic_fast.reference import pcb
 from magic_fast.reference.vote import count_of
 
@@ -83,7 +76,8 @@ def combine(
     if decisions.consensus is not None:
         delta = torch.where(decisions.consensus, delta, torch.zeros_like(delta))
     if recipe.limit is not None:
-        delta = _limited(delta, recipe.limit)
+        # w·Δ, w = min(1, limit ÷ max(|Δ|, 1e-6))
+        delta = delta * (recipe.limit / delta.abs().clamp(min=LEAST_DISTANCE)).clamp(max=1.0)
     return delta if recipe.scale == 1.0 else delta * recipe.scale
 
 
@@ -173,8 +167,3 @@ def _alone(like: Tensor, decisions: Decisions) -> Tensor:
     for c, f in zip(held, decisions.selection.alone, strict=True):
         factor = torch.where(c & (count == 1), torch.full_like(factor, f), factor)
     return factor
-
-
-def _limited(delta: Tensor, limit: float) -> Tensor:
-    """w·Δ, w = min(1, limit ÷ max(|Δ|, 1e-6))."""
-    return delta * (limit / delta.abs().clamp(min=LEAST_DISTANCE)).clamp(max=1.0)

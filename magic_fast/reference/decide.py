@@ -20,7 +20,7 @@ from magic_fast.recipe import (
     VoteOn,
     Weigh,
 )
-from magic_fast.reference import consensus, pcb, shares
+from magic_fast.reference import pcb, shares, vote
 from magic_fast.reference.combine import (
     Decisions,
     bounds_of,
@@ -39,14 +39,6 @@ from magic_fast.reference.trim import (
     select_variance,
     tensor_norm,
     variance,
-)
-from magic_fast.reference.vote import (
-    agrees,
-    count_of,
-    majority_of,
-    raw_vote,
-    resolve_zero_votes,
-    winner_of,
 )
 
 
@@ -115,7 +107,7 @@ def _found(
         selection = replace(selection, weights=weights)
     if recipe.alone is not None:
         holds = [v != 0 for v in kept]
-        count = count_of(holds)
+        count = vote.count_of(holds)
         factors = [
             shares.alone_factor(
                 recipe.alone, int((h & (count == 1)).sum()), int((h & (count > 1)).sum())
@@ -124,7 +116,7 @@ def _found(
         ]
         selection = replace(selection, alone=_rounded(factors, dtype))
     if recipe.needs_majority:
-        selection = replace(selection, majority=majority_of(raw_vote(kept, recipe.vote)))
+        selection = replace(selection, majority=vote.majority_of(vote.raw_vote(kept, recipe.vote)))
     return selection
 
 
@@ -177,7 +169,7 @@ def raw_signs(
 ) -> Tensor:
     """Signs of the vote before zero votes are resolved, with thresholds given."""
     taus = task_vectors(base, experts, decision_dtype(base, experts))
-    return raw_vote(_decide_trim(taus, recipe, 0, None, selection)[1], recipe.vote)
+    return vote.raw_vote(_decide_trim(taus, recipe, 0, None, selection)[1], recipe.vote)
 
 
 def decide(
@@ -199,11 +191,11 @@ def decide(
     keep, voted = _decide_trim(taus, recipe, stream, masks, selection, offset)
     decisions = Decisions(selection, keep, keep_probability=keep_probabilities(taus, recipe.trim))
     if recipe.vote is not Vote.NONE:
-        signs = raw_vote(voted, recipe.vote)
-        decisions.elected = resolve_zero_votes(signs, recipe.zero_vote, selection.majority)
+        signs = vote.raw_vote(voted, recipe.vote)
+        decisions.elected = vote.resolve_zero_votes(signs, recipe.zero_vote, selection.majority)
     if recipe.contributors is Contributors.AGREEING:
         assert decisions.elected is not None
-        decisions.contributes = [agrees(v, decisions.elected, recipe.zero_vote) for v in voted]
+        decisions.contributes = [vote.agrees(v, decisions.elected, recipe.zero_vote) for v in voted]
     elif recipe.contributors is Contributors.NONZERO:
         decisions.contributes = [v != 0 for v in voted]
     else:
@@ -211,7 +203,7 @@ def decide(
     if recipe.reduce is Reduce.MAX:
         values = contributions(taus, recipe, decisions, dtype)
         later_wins = recipe.vote is Vote.NONE
-        decisions.winner = winner_of(values, decisions.contributes, later_wins)
+        decisions.winner = vote.winner_of(values, decisions.contributes, later_wins)
     if recipe.consensus is not None:
         decisions.consensus = _consensus(taus, recipe, decisions, task_masks, dtype)
     return decisions
@@ -231,5 +223,5 @@ def _consensus(
         masks = list(task_masks)
     else:
         merged = reduce(taus, recipe, decisions, dtype)
-        masks = consensus.task_masks(taus, merged, rule.lambdas)
-    return consensus.consensus(masks, rule.min_tasks)
+        masks = vote.task_masks(taus, merged, rule.lambdas)
+    return vote.consensus(masks, rule.min_tasks)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.recipe import Trim
-from magic_fast.reference.radix import RadixSelect
-from magic_fast.reference.trim import magnitude_bits
+from magic_fast.reference.trim import RadixSelect, magnitude_bits
 
 Vectors = Callable[[], Iterable[Sequence[Tensor]]]
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from magic_fast.recipe import Recipe, Selection, TieRule, TrimRule, Weigh
 from magic_fast.reference import merge as reference
 from magic_fast.reference import pcb
-from magic_fast.reference.radix import RadixSelect
-from magic_fast.reference.trim import drop_count, magnitude_bits
+from magic_fast.reference.trim import RadixSelect, drop_count, magnitude_bits
 
 Pair = tuple[Tensor | None, Sequence[Tensor]]
 Source = Callable[[], Iterable[Pair]]

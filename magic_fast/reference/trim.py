@@ -17,6 +17,7 @@ from magic_fast.recipe import Recipe, Rescale, TieRule, Trim, TrimRule
 from magic_fast.reference.philox import random_keep
 
 _TINY_NORM = 1e-7  # below it a norm is not restored
+_DIGIT_BITS = 16
 
 
 def magnitude_bits(x: Tensor) -> Tensor:
@@ -154,11 +155,6 @@ def keep_probabilities(taus: Sequence[Tensor], trim: Trim) -> list[float | Tenso
     ]
 
 
-def _keep_std(x: Tensor, t: float) -> Tensor:
-    flat = x.flatten()
-    return ((flat - flat.mean()).abs() > t * flat.std()).view(x.shape)
-
-
 def _keep_norm_fraction(x: Tensor, t: float) -> Tensor:
     """Shortest prefix by x²/‖x‖² (descending) whose sum reaches ``t``; the crossing entry and, as
     the original code has it, the last column stay."""
@@ -201,7 +197,8 @@ def keep_mask(
             keep &= ~keep_above(x, top_threshold, top_cut, offset)
         return keep
     if trim.rule is TrimRule.STD:
-        return _keep_std(x, trim.density[k])
+        flat = x.flatten()
+        return ((flat - flat.mean()).abs() > trim.density[k] * flat.std()).view(x.shape)
     if trim.rule is TrimRule.NORM_FRACTION:
         return _keep_norm_fraction(x, trim.density[k])
     if trim.rule is TrimRule.RANKED:
@@ -238,3 +235,36 @@ def rescale_factor(x: Tensor, keep: Tensor | None, recipe: Recipe, k: int) -> fl
         after = tensor_norm(x * keep, recipe.rescale)
         factor = before / after if before >= _TINY_NORM and after >= _TINY_NORM else 1.0
     return float(torch.tensor(factor, dtype=torch.float32 if x.dtype == torch.float32 else x.dtype))
+
+
+class RadixSelect:
+    """The bit pattern of the ``rank``-th largest magnitude (from 1) of data that is read several
+    times, by counting digits; feed every value once a pass."""
+
+    def __init__(self, rank: int, bits: int) -> None:
+        self.rank = rank  # among the values that share the prefix
+        self.shift = bits
+        self.prefix = 0
+        self._counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64)
+
+    @property
+    def done(self) -> bool:
+        return self.shift == 0
+
+    def add(self, pattern: Tensor) -> None:
+        """Counts the next digit of the patterns that share the prefix found so far."""
+        flat = pattern.flatten()
+        flat = flat[(flat >> self.shift) == self.prefix] if self.prefix or self.shift < 63 else flat
+        digit = (flat >> (self.shift - _DIGIT_BITS)) & ((1 << _DIGIT_BITS) - 1)
+        self._counts += torch.bincount(digit.to(torch.int64), minlength=1 << _DIGIT_BITS).cpu()
+
+    def next_digit(self) -> None:
+        """Ends a pass: fixes one more digit."""
+        from_top = self._counts.flip(0).cumsum(0)
+        place = int((from_top >= self.rank).nonzero()[0])
+        digit = (1 << _DIGIT_BITS) - 1 - place
+        if place:
+            self.rank -= int(from_top[place - 1])
+        self.prefix = (self.prefix << _DIGIT_BITS) | digit
+        self.shift -= _DIGIT_BITS
+        self._counts.zero_()

@@ -1,4 +1,6 @@
-"""Who is elected at each element, who agrees, and who is largest (docs/methods.md)."""
+"""Who is elected at each element, who agrees, and who is largest; masks that look across experts:
+TALL masks and the consensus of them (docs/methods.md; Wang et al., "Localizing Task Information for
+Improved Model Merging and Compression", arXiv 2405.07813)."""
 
 from __future__ import annotations
 
@@ -7,10 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from magic_fast.recipe import (
-    Vote,
-    ZeroVote,
-)
+from magic_fast.recipe import Vote, ZeroVote
 
 
 def raw_vote(voted: Sequence[Tensor], vote: Vote) -> Tensor:
@@ -75,3 +74,29 @@ def count_of(masks: Sequence[Tensor]) -> Tensor:
     for mask in masks:
         count += mask
     return count
+
+
+def task_masks(taus: Sequence[Tensor], merged: Tensor, lambdas: Sequence[float]) -> list[Tensor]:
+    """Where each task needs its own weights: |τ_t| > λ_t·|Δ − τ_t|, strictly.
+
+    Args:
+        taus: K raw task vectors, float32 or float64.
+        merged: the merged task vector Δ, same shape and dtype.
+        lambdas: K numbers ≥ 0.
+
+    Returns:
+        K bool masks.
+
+    >>> task_masks([torch.tensor([3.0, 1.0])], torch.tensor([4.0, 5.0]), [0.5])
+    [tensor([ True, False])]
+    """
+    return [t.abs() > lam * (merged - t).abs() for t, lam in zip(taus, lambdas, strict=True)]
+
+
+def consensus(masks: Sequence[Tensor], min_tasks: int) -> Tensor:
+    """bool: elements that at least ``min_tasks`` of the K masks keep.
+
+    >>> consensus([torch.tensor([1, 1, 0]), torch.tensor([0, 1, 0])], 2)
+    tensor([False,  True, False])
+    """
+    return count_of([mask.to(torch.bool) for mask in masks]) >= min_tasks

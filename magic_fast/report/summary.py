@@ -46,7 +46,7 @@ def input_table(plan: Mapping[str, Any]) -> Table:
 
 def shard_table(plan: Mapping[str, Any]) -> Table:
     rows = [
-        (str(shard["file"]), _count(shard["tensors"]), format_bytes(shard["bytes"]))
+        (str(shard["file"]), str(shard["tensors"]), format_bytes(shard["bytes"]))
         for shard in plan["shards"]
     ]
     return Table("Output", ("file", "tensors", "bytes"), rows)
@@ -256,10 +256,6 @@ def backend_table(backends: Iterable[BackendStatus]) -> Table:
         for backend in backends
     ]
     return Table("Backends", ("name", "usable", "devices", "what it is, or why not"), rows, left=4)
-
-
-def _count(tensors: int | Sequence[object]) -> str:
-    return str(tensors if isinstance(tensors, int) else len(tensors))
 
 
 def _is_number(value: float | None) -> bool:

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from magic_fast.cli import main
-from magic_fast.cli.demo import demo_config
-from magic_fast.cli.demo_check import PROBE, verify
+from magic_fast.cli.demo import PROBE, demo_config, verify
 from magic_fast.errors import InternalError
 
 

@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from magic_fast.cli import demo_experts
-from magic_fast.cli.demo_accuracy import CALIBRATIONS, MERGES, AccuracyTable, accuracy_table
-from magic_fast.cli.demo_experts import Recipe, draw, specialists
+from magic_fast.cli import demo_accuracy as demo_experts
+from magic_fast.cli.demo_accuracy import (
+    CALIBRATIONS,
+    MERGES,
+    AccuracyTable,
+    Recipe,
+    accuracy_table,
+    draw,
+    specialists,
+)
 
 SHORT = Recipe(width=16, base_steps=20, expert_steps=10, batch=16)
 

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from magic_fast.adapters import Adapter, open_adapter
 from magic_fast.adapters.merged import merged_config, merged_header
-from magic_fast.adapters.opening import (
-    CONFIG_NAME,
-    DIFFUSERS_NAME,
-    KOHYA_BASE_KEY,
-    WEIGHTS_NAME,
-)
+from magic_fast.adapters.opening import CONFIG_NAME, DIFFUSERS_NAME, KOHYA_BASE_KEY, WEIGHTS_NAME
 from magic_fast.api.adapters.inputs import Asked, base_copies, coefficients_of, refuse_unlike
 from magic_fast.api.adapters.modules import merge_module, refuse_calibration_of_vectors
 from magic_fast.api.options import Calibrate, MergeOptions, Weights
@@ -32,11 +27,7 @@ from magic_fast.ops import refuse_backend
 from magic_fast.planning.outputs import check_out
 
 ON = ("weights", "factors")
-OUT_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -137,13 +128,14 @@ def merge_adapters(
             **method_params,
         }  # fmt: skip
         own = call.arguments.get("weights")
+        given = options | ({} if own is None else {"weights": list(own)})
         asked = Asked(
             opened,
             None if own is None else tuple(own),
             options,
             masks,
             call.calibration,
-            _coefficients(call, options, len(opened)),
+            coefficients_of(call.recipe, len(opened), given | {"backend": "torch"}),
             rank,
             on,
             None if dtype is None else OUT_DTYPES[dtype],
@@ -155,14 +147,6 @@ def merge_adapters(
     finally:
         for adapter in opened:
             adapter.close()
-
-
-def _coefficients(
-    call: Call, options: Mapping[str, Any], num_adapters: int
-) -> tuple[float, ...] | None:
-    weights = call.arguments.get("weights")
-    own = {} if weights is None else {"weights": list(weights)}
-    return coefficients_of(call.recipe, num_adapters, {**options, **own, "backend": "torch"})
 
 
 def _refuse_values(
@@ -224,7 +208,7 @@ def _run(
 ) -> dict[str, Tensor]:
     """All tensors of the result by their keys; fills in the report."""
     names = list(dict.fromkeys(name for a in asked.adapters for name in a.modules))
-    sizes = {name: sum(_nbytes(a, name) for a in asked.adapters) for name in names}
+    sizes = {n: sum(a.modules[n].nbytes for a in asked.adapters if n in a.modules) for n in names}
     found: dict[str, Tensor] = {}
     done = 0
     for name in names:
@@ -241,13 +225,6 @@ def _run(
             "those without one change nothing there"
         )
     return found
-
-
-def _nbytes(adapter: Adapter, name: str) -> int:
-    module = adapter.modules.get(name)
-    if module is None:
-        return 0
-    return module.down.nbytes + (0 if module.up is None else module.up.nbytes)
 
 
 def _write(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from magic_fast.api.tensors.calibrate_features import calibrate_features, layers_of
 from magic_fast.calibration.feature import FeatureCalibration
-from magic_fast.calibration.features.batches import batches_of, experts_by_task
+from magic_fast.calibration.features.batches import experts_by_task
 from magic_fast.calibration.features.run import FeatureRun
 from magic_fast.calibration.features.streamed import AbsentError, StreamedWeights, Take
 from magic_fast.calibration.samples import Sampling
@@ -24,7 +24,7 @@ from magic_fast.engine.execute.whole import as_bytes, tensor_of
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.huggingface import models as hf_models
-from magic_fast.huggingface.data import read_batches
+from magic_fast.huggingface.data import batches_by_task
 from magic_fast.planning.steps import input_of
 from magic_fast.recipe import Recipe
 
@@ -46,6 +46,9 @@ class FeatureSpace:
         sampling: how much of files is used.
         device: where the model runs.
         progress: called after each layer.
+
+    Attributes:
+        models: the checkpoints that the steps read, by reference.
     """
 
     def __init__(
@@ -58,14 +61,14 @@ class FeatureSpace:
         device: str,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self._models, self._names = dict(models), list(names)
+        self.models, self._names = dict(models), list(names)
         self._settings, self._device, self._progress = settings, device, progress
         merged = self._merged
         self._model = hf_models.build_structure(merged)
         self._stored, self._missing = hf_models.stored_names(self._model, merged)
         self._experts = experts_of(names[2:], list(data))
         for stored in sorted(set(self._stored.values())):
-            common_shape(stored, [input_of(self._models, m, stored) for m in self._names])
+            common_shape(stored, [input_of(self.models, m, stored) for m in self._names])
         known = [
             *(n for n, _ in self._model.named_modules()),
             *(n for n, _ in self._model.named_parameters(remove_duplicate=False)),
@@ -75,18 +78,13 @@ class FeatureSpace:
             settings = self._settings = replace(settings, sensitive=chosen)
         settings.check_names(known)
         folder = merged.folder or merged.path
-        self.data = {
-            task: read_batches(value, task, self._model, folder, sampling)
-            if isinstance(value, str | Path)
-            else list(batches_of(data, task))
-            for task, value in data.items()
-        }
+        self.data = batches_by_task(data, self._model, folder, sampling)
         self.warnings: list[str] = []
         self.bytes_read = 0
 
     @property
     def _merged(self) -> Checkpoint:
-        return self._models[self._names[0]]
+        return self.models[self._names[0]]
 
     def _in_model(self, chosen: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
         """Names of the checkpoint as the model has them."""
@@ -114,7 +112,7 @@ class FeatureSpace:
 
     def take_merged(self, checkpoint: Checkpoint) -> None:
         """Another checkpoint of the same names in place of the merged one (DSC's middle)."""
-        self._models[self._names[0]] = checkpoint
+        self.models[self._names[0]] = checkpoint
 
     def steps(self, like: Mapping[str, Checkpoint], scratch: str) -> tuple[list[Step], Layers]:
         """What makes the calibrated checkpoint, in the names and dtypes of the merged one in
@@ -135,11 +133,11 @@ class FeatureSpace:
 
     def _step(self, name: str, dtype: str, found: tuple[Tensor, int | None] | None) -> Step:
         merged, base = self._names[:2]
-        own = input_of(self._models, merged, name)
+        own = input_of(self.models, merged, name)
         copied = Step(name, own.info.shape, dtype, None, (own,), copy=True)
         if found is None or dtype not in FLOATS or bool((found[0] == 1).all()):
             return copied
-        step = replace(copied, base=input_of(self._models, base, name), copy=False)
+        step = replace(copied, base=input_of(self.models, base, name), copy=False)
         factor, axis = found
         if not factor.dim():
             return replace(step, recipe=Recipe(weights=(1.0,), scale=float(factor.float())))
@@ -177,7 +175,7 @@ class FeatureSpace:
         report = self._progress
         if report is None:
             return None
-        total = sum(self._models[m].nbytes for m in self._names)
+        total = sum(self.models[m].nbytes for m in self._names)
 
         def told(done: int, stations: int, name: str) -> None:
             report(Progress(total * done // max(1, stations), total, name))
@@ -186,34 +184,29 @@ class FeatureSpace:
 
     def _read(self, which: int, name: str, take: Take = _new) -> Tensor:
         reference = self._names[which]
-        source = input_of(self._models, reference, self._stored[name])
+        source = input_of(self.models, reference, self._stored[name])
         self.bytes_read += source.nbytes
         data = as_bytes(take(source.nbytes))
-        self._models[reference].read_into(source.info.name, data)
+        self.models[reference].read_into(source.info.name, data)
         return tensor_of(source, data)
 
     def _whole(self, like: Mapping[str, Checkpoint], scratch: str) -> tuple[list[Step], Layers]:
         """By modules that transformers loads; what it saves is what is copied."""
-        models = [hf_models.load_whole(self._models[name]) for name in self._names]
+        models = [hf_models.load_whole(self.models[name]) for name in self._names]
         merged, base, *experts = models
         own = {f: getattr(self._settings, f) for f in self._settings.__dataclass_fields__}
         by_task = {task: experts[k] for task, k in self._experts.items()}
         calibrated, report = calibrate_features(base, by_task, merged, self.data, **own)
         calibrated.save_pretrained(scratch)
-        saved = self._models[scratch] = open_checkpoint(scratch)
+        saved = self.models[scratch] = open_checkpoint(scratch)
         wanted = like[self._names[0]]
         steps = []
         for name in wanted:
-            source = input_of(self._models, scratch if name in saved else self._names[0], name)
+            source = input_of(self.models, scratch if name in saved else self._names[0], name)
             steps.append(
                 Step(name, source.shape, wanted.resolve(name).dtype, None, (source,), copy=True)
             )
         return steps, [layer.as_dict() for layer in report.layers]
-
-    @property
-    def models(self) -> dict[str, Checkpoint]:
-        """The checkpoints that the steps read, by reference."""
-        return self._models
 
 
 def experts_of(references: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:

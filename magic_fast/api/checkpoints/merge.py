@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.config import MergeConfig
-from magic_fast.engine import (
-    MergePlan,
-    MergeReport,
-)
+from magic_fast.engine import MergePlan, MergeReport
 from magic_fast.engine.execute.executor import Executor
 from magic_fast.engine.execute.registry import refuse_executor
 from magic_fast.engine.plan.devices import device_of
@@ -26,7 +24,6 @@ from magic_fast.planning.steps import calibration_of
 from magic_fast.planning.vocabulary import align
 
 
-@no_collection()
 def plan_checkpoints(
     config: str | Path | MergeConfig | Mapping[str, Any],
     out: str | Path,
@@ -43,12 +40,26 @@ def plan_checkpoints(
 ) -> MergePlan:
     """Everything a merge would do, checked, before any data is read. Arguments as of
     :func:`merge_checkpoints`."""
-    settings = read_config(config)
-    target = check_out(out, resume)
     options = RunOptions(
-        device=device_of(device), backend=backend, max_shard_size=max_shard_size, memory=memory
+        device, backend, max_shard_size=max_shard_size, memory=memory, resume=resume
     )
-    refuse_backend(backend, options.device)
+    return _plan(config, out, options, seed, compat, calibrate, allow_embedding_truncation)
+
+
+@no_collection()
+def _plan(
+    config: str | Path | MergeConfig | Mapping[str, Any],
+    out: str | Path,
+    options: RunOptions,
+    seed: int | None,
+    compat: str | None,
+    calibrate: str | WeightCalibration | Mapping[str, Any] | None,
+    allow_embedding_truncation: bool,
+) -> MergePlan:
+    settings = read_config(config)
+    target = check_out(out, options.resume)
+    options = replace(options, device=device_of(options.device))
+    refuse_backend(options.backend, options.device)
     models = open_models({r: settings.resolve_model(r) for r in settings.model_references})
     try:
         calibration = as_calibration(calibrate) or calibration_of(settings)
@@ -128,18 +139,8 @@ def merge_checkpoints(
     >>> merge_checkpoints("ties.yml", "merged")  # doctest: +SKIP
     """
     refuse_executor(executor)
-    plan = plan_checkpoints(
-        config,
-        out,
-        device=device,
-        backend=backend,
-        max_shard_size=max_shard_size,
-        memory=memory,
-        seed=seed,
-        compat=compat,
-        calibrate=calibrate,
-        allow_embedding_truncation=allow_embedding_truncation,
-        resume=resume,
+    options = RunOptions(
+        device, backend, executor, max_shard_size, memory, nonfinite, resume, progress
     )
-    options = RunOptions(executor=executor, nonfinite=nonfinite, resume=resume, progress=progress)
+    plan = _plan(config, out, options, seed, compat, calibrate, allow_embedding_truncation)
     return run_and_close(plan, options)

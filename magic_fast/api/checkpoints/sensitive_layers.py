@@ -10,18 +10,17 @@ from torch import Tensor
 
 from magic_fast.api.tensors.feature_weights import wide_like
 from magic_fast.api.tensors.merge import merge
-from magic_fast.api.tensors.sensitive_layers import Probe, probe_module, sensitive_layers
+from magic_fast.api.tensors.sensitive_layers import probe_module, sensitive_layers
 from magic_fast.calibration import SensitivityReport, TensorFilter
-from magic_fast.calibration.features.batches import batches_of
 from magic_fast.calibration.samples import Sampling
 from magic_fast.calibration.sensitivity.lists import TOP
-from magic_fast.calibration.sensitivity.measure import Progress
+from magic_fast.calibration.sensitivity.measure import Probe, Progress
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.engine import common_shape
 from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.huggingface import models as hf_models
-from magic_fast.huggingface.data import read_batches
+from magic_fast.huggingface.data import batches_by_task
 from magic_fast.planning.options import RunOptions
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.steps import input_of, read_tensor
@@ -84,12 +83,7 @@ def sensitive_layers_of_checkpoints(
     try:
         work = _Checkpoints(models, names, average=merged is None)
         sampling = Sampling(samples, batch_size, max_length)
-        batches = {
-            task: read_batches(value, task, work.model, work.folder, sampling)
-            if isinstance(value, str | Path)
-            else list(batches_of(data, task))
-            for task, value in data.items()
-        }
+        batches = batches_by_task(data, work.model, work.folder, sampling)
         return work.run(probe, batches, device, progress)
     finally:
         for model in models.values():
@@ -111,11 +105,7 @@ class _Checkpoints:
             common_shape(stored, [input_of(models, m, stored) for m in names])
 
     def run(
-        self,
-        probe: Probe,
-        data: Mapping[str, Any],
-        device: str,
-        progress: Progress | None,
+        self, probe: Probe, data: Mapping[str, Any], device: str, progress: Progress | None
     ) -> SensitivityReport:
         if self._missing:
             return self._whole(probe, data, device, progress)
@@ -148,11 +138,7 @@ class _Checkpoints:
         return averaged
 
     def _whole(
-        self,
-        probe: Probe,
-        data: Mapping[str, Any],
-        device: str,
-        progress: Progress | None,
+        self, probe: Probe, data: Mapping[str, Any], device: str, progress: Progress | None
     ) -> SensitivityReport:
         """By modules that transformers loads, where its names are not the checkpoint's."""
         base, *others = (hf_models.load_whole(self._models[n]).to(device) for n in self._names)

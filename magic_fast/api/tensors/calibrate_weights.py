@@ -11,7 +11,13 @@ from torch import Tensor
 from magic_fast import ops
 from magic_fast.api.options import MergeOptions
 from magic_fast.api.results import CalibrationReport, TensorCalibration
-from magic_fast.api.tensors.models import Named, models_of, state_dict_of
+from magic_fast.api.tensors.models import (
+    Named,
+    destination,
+    labelled,
+    models_of,
+    state_dict_of,
+)
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
 from magic_fast.models.memory import roles_in_memory
@@ -61,11 +67,7 @@ def calibrate_weights(
     if settings is None:
         raise InputError("calibration: expected 'wsc' or a WeightCalibration, got None.")
     models = models_of(experts, "experts")
-    labelled = [("merged", state_dict_of(merged, "merged"))]
-    if base is not None:
-        labelled.append(("base", state_dict_of(base, "base")))
-    labelled += [(f"experts[{k}]", e) for k, e in enumerate(models)]
-    table = Named(labelled)
+    table = Named([("merged", state_dict_of(merged, "merged")), *labelled(base, models)])
     if not table.bare:
         settings.check_names(table.names)
     recipe = Recipe(weights=(1.0,) * len(models) if weights is None else tuple(weights))
@@ -75,7 +77,7 @@ def calibrate_weights(
     for tensor_name in table.names:
         row = table.row(tensor_name)
         label = tensor_name or name
-        target = _target(out, tensor_name, table.bare)
+        target = destination(out, tensor_name, table.bare, "merged")
         copied = table.copied(tensor_name)
         shape = tuple(row[0].shape)
         resolved = None
@@ -105,13 +107,3 @@ def calibrate_weights(
         )
     calibrated = results[""] if table.bare else results
     return calibrated, report
-
-
-def _target(out: Any, name: str, bare: bool) -> Tensor | None:
-    if out is None:
-        return None
-    if bare:
-        return out  # type: ignore[no-any-return]
-    if name not in out:
-        raise InputError(f"out: expected a dict with a tensor for '{name}', got none.")
-    return out[name]  # type: ignore[no-any-return]

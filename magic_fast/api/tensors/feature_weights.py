@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from magic_fast.api.results import CalibrationReport
 from magic_fast.api.tensors.calibrate_weights import calibrate_weights
 from magic_fast.api.tensors.merge import merge
-from magic_fast.api.tensors.models import Named, state_dict_of
-from magic_fast.calibration import WeightCalibration
+from magic_fast.api.tensors.models import Named, labelled, state_dict_of
+from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.calibration.feature import Deploy, FeatureCalibration
 from magic_fast.calibration.features.hooks import hook_station
 from magic_fast.calibration.features.run import FeatureRun
@@ -64,7 +65,7 @@ class InMemory:
             self.end: State = merge(self.start, self.experts, "average", out=out)
         else:
             self.end = _state(merged, "merged")
-        rows = [("base", self.start), *((f"experts[{k}]", e) for k, e in enumerate(self.experts))]
+        rows = labelled(self.start, self.experts)
         if self._as_state:
             rows.append(("model", _state(structure, "model")))
         self._table = Named([("merged", self.end), *rows])
@@ -91,10 +92,6 @@ class InMemory:
         sensitive: tuple[str, ...] | None,
     ) -> CalibrationReport:
         """WSC of the merged weights, kept in float32 for what follows."""
-        from dataclasses import replace
-
-        from magic_fast.calibration import as_calibration
-
         settings = as_calibration(calibration)
         if settings is None:
             raise InputError("weight_calibration: expected 'wsc' or settings, got None.")

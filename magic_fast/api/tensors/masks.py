@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.api.tensors.models import Named, models_of, state_dict_of
+from magic_fast.api.tensors.models import Named, labelled, models_of, state_dict_of
 from magic_fast.errors import InputError
 from magic_fast.ops.checks import check
 from magic_fast.ops.job import Job
 from magic_fast.recipe import Contributors, Recipe, Reduce, Vote, ZeroVote, per_expert
-from magic_fast.reference import consensus
 from magic_fast.reference import merge as reference
+from magic_fast.reference import vote
 
 
 def _row(base: Tensor | None, experts: Sequence[Tensor], name: str) -> list[Tensor]:
@@ -62,11 +62,10 @@ def task_masks(
     for k, lam in enumerate(lambdas):
         if not lam >= 0:
             raise InputError(f"tall_mask_lambda of expert {k}: expected >= 0, got {lam}.")
-    labelled = [] if base is None else [("base", state_dict_of(base, "base"))]
-    labelled += [(f"experts[{k}]", e) for k, e in enumerate(models)]
+    rows = labelled(base, models)
     if merged is not None:
-        labelled.append(("merged", state_dict_of(merged, "merged")))
-    table = Named(labelled)
+        rows.append(("merged", state_dict_of(merged, "merged")))
+    table = Named(rows)
     found: list[dict[str, Tensor]] = [{} for _ in models]
     for name in table.names:
         row = table.row(name)
@@ -75,7 +74,7 @@ def task_masks(
         start = None if base is None else row.pop(0)
         taus = _row(start, row, name)
         delta = sum(taus[1:], taus[0]) if merged is None else taus.pop()
-        for k, mask in enumerate(consensus.task_masks(taus, delta, lambdas)):
+        for k, mask in enumerate(vote.task_masks(taus, delta, lambdas)):
             found[k][name] = mask
     return [f[""] for f in found] if table.bare else list(found)
 
@@ -112,7 +111,7 @@ def consensus_mask(masks: Any, *, min_tasks: int = 2) -> Any:
                     f"masks[{k}]{where}: expected bool or uint8 of shape {tuple(row[0].shape)}, "
                     f"got {mask.dtype} of shape {tuple(mask.shape)}."
                 )
-        found[name] = consensus.consensus(row, min_tasks)
+        found[name] = vote.consensus(row, min_tasks)
     return found[""] if table.bare else found
 
 
@@ -171,9 +170,7 @@ def emr(base: Any, experts: Any) -> EmrModels:
     (tensor([2., 4., 2.]), [1.5, 0.875])
     """
     models = models_of(experts, "experts")
-    labelled = [] if base is None else [("base", state_dict_of(base, "base"))]
-    labelled += [(f"experts[{k}]", e) for k, e in enumerate(models)]
-    table = Named(labelled)
+    table = Named(labelled(base, models))
     recipe = Recipe(
         (1.0,) * len(models),
         vote=Vote.MASS,

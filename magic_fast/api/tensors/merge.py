@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from magic_fast.api.options import Calibrate, Masks, MergeOptions, Weights
 from magic_fast.api.tensors.models import (
     Named,
     Tensors,
+    destination,
     first_of_tied,
+    labelled,
     models_of,
     module_like,
     state_dict_of,
@@ -20,14 +22,13 @@ from magic_fast.api.tensors.models import (
 )
 from magic_fast.api.tensors.resolve import (
     Call,
-    check_base,
-    check_calibration,
     details_of,
     execute,
     job_of,
     masks_of,
     numbers_of,
     resolve,
+    resolve_models,
     roles_of,
 )
 from magic_fast.errors import InputError
@@ -97,28 +98,12 @@ def merge(
     """
     models = models_of(experts, "experts")
     start = None if base is None else state_dict_of(base, "base")
-    check_base(method, base is not None)
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     like = experts[0] if base is None else base
-    call = resolve(
-        method,
-        given,
-        len(models),
-        MergeOptions(
-            calibrate=calibrate,
-            preset=preset,
-            backend=backend,
-            nonfinite=nonfinite,
-            row_axis=row_axis,
-            masks=masks,
-            name=name,
-            seed=seed,
-            compat=compat,
-            details=details,
-        ),
-        like=like if isinstance(like, nn.Module) else None,
+    options = MergeOptions(
+        calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details
     )
-    check_calibration(call, base is not None)
+    call = resolve_models(method, given, len(models), options, like, base is not None)
     if out is not None or not isinstance(like, nn.Module):
         return _run(start, models, call, out)
     return _run_module(like, start, models, call)
@@ -157,23 +142,10 @@ def merge_task_vectors(
     """
     models = models_of(task_vectors, "task_vectors")
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
-    call = resolve(
-        method,
-        given,
-        len(models),
-        MergeOptions(
-            calibrate=calibrate,
-            preset=preset,
-            backend=backend,
-            nonfinite=nonfinite,
-            row_axis=row_axis,
-            masks=masks,
-            name=name,
-            seed=seed,
-            compat=compat,
-            details=details,
-        ),
+    options = MergeOptions(
+        calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details
     )
+    call = resolve(method, given, len(models), options)
     promoted = weights.dtype if preset == "peft" and isinstance(weights, Tensor) else None
     return _run(None, models, call, out, promote=promoted)
 
@@ -183,10 +155,7 @@ def _run_module(
 ) -> Any:
     """A new module of the kind of ``like``, its tied weights merged once and still tied."""
     groups = tied_groups(like.state_dict())
-    rows = [(f"experts[{k}]", e) for k, e in enumerate(experts)]
-    if base is not None:
-        rows.insert(0, ("base", base))
-    named = first_of_tied(rows, groups)
+    named = first_of_tied(labelled(base, experts), groups)
     merged = module_like(like)
     state = merged.state_dict()
     start = None if base is None else named[0][1]
@@ -205,10 +174,7 @@ def _run(
     out: Any,
     promote: torch.dtype | None = None,
 ) -> Any:
-    labelled = [(f"experts[{k}]", e) for k, e in enumerate(experts)]
-    if base is not None:
-        labelled.insert(0, ("base", base))
-    table = Named(labelled)
+    table = Named(labelled(base, experts))
     if call.calibration is not None and not table.bare:
         call.calibration.check_names(table.names)
     roles = roles_of(call, table)
@@ -216,13 +182,12 @@ def _run(
     jobs: list[Job] = []
     for name in table.names:
         copied = table.copied(name)
+        target = _destination(out, name, table.bare)
         if copied is not None:
-            results[name] = _copy(copied, _destination(out, name, table.bare))
+            results[name] = copied.clone() if target is None else target.copy_(copied)
             continue
         row = table.row(name)
-        start = row[0] if base is not None else None
-        own = row[1:] if base is not None else row
-        target = _destination(out, name, table.bare)
+        start, own = (row[0], row[1:]) if base is not None else (None, row)
         if target is None:
             dtype = row[0].dtype if promote is None else torch.promote_types(row[0].dtype, promote)
             target = torch.empty(row[0].shape, dtype=dtype, device=row[0].device)
@@ -237,22 +202,9 @@ def _run(
 
 
 def _destination(out: Any, name: str, bare: bool) -> Tensor | None:
-    if out is None:
-        return None
     if isinstance(out, nn.Module):
         raise InputError(
             "out: expected a tensor or a dict like the inputs, got a module. merge_into() writes "
             "into modules."
         )
-    if bare:
-        if not isinstance(out, Tensor):
-            raise InputError(f"out: expected a tensor like the inputs, got {type(out).__name__}.")
-        return out
-    if not isinstance(out, Mapping) or name not in out:
-        raise InputError(f"out: expected a dict with a tensor for '{name}', got none.")
-    target: Tensor = out[name]
-    return target
-
-
-def _copy(source: Tensor, target: Tensor | None) -> Tensor:
-    return source.clone() if target is None else target.copy_(source)
+    return destination(out, name, bare, "the inputs")

@@ -9,25 +9,24 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from magic_fast.api.options import Calibrate, MergeOptions, Weights
 from magic_fast.api.tensors.bounds import bound, largest_input
 from magic_fast.api.tensors.models import (
     Named,
     first_of_tied,
+    labelled,
     models_of,
     state_dict_of,
     tied_groups,
 )
 from magic_fast.api.tensors.resolve import (
     Call,
-    check_base,
-    check_calibration,
     job_of,
     numbers_of,
     prepare,
-    resolve,
+    resolve_models,
     roles_of,
     run,
 )
@@ -96,28 +95,13 @@ def merge_into(
             "model: expected a module or a state dict, got a tensor. merge() has out= for tensors."
         )
     models = models_of(experts, "experts")
-    check_base(method, base is not None)
-    call = resolve(
-        method,
-        {"weights": numbers_of(weights), "scale": scale, **method_params},
-        len(models),
-        MergeOptions(
-            calibrate=calibrate,
-            preset=preset,
-            backend=backend,
-            nonfinite=nonfinite,
-            row_axis=row_axis,
-            seed=seed,
-            compat=compat,
-        ),
-        like=model if isinstance(model, nn.Module) else None,
+    given = {"weights": numbers_of(weights), "scale": scale, **method_params}
+    options = MergeOptions(
+        calibrate, preset, backend, nonfinite, row_axis, seed=seed, compat=compat
     )
-    check_calibration(call, base is not None)
-    rows = [(f"experts[{k}]", e) for k, e in enumerate(models)]
-    if base is not None:
-        rows.insert(0, ("base", state_dict_of(base, "base")))
+    call = resolve_models(method, given, len(models), options, model, base is not None)
     groups = tied_groups(targets)
-    table = Named(first_of_tied(rows, groups))
+    table = Named(first_of_tied(labelled(base, models), groups))
     if call.calibration is not None:
         call.calibration.check_names(table.names)
     places = {names[0]: targets[names[0]] for names in groups}

@@ -52,6 +52,27 @@ def models_of(values: object, what: str) -> list[Tensors]:
     return [state_dict_of(v, f"{what}[{k}]") for k, v in enumerate(values)]
 
 
+def labelled(base: Any, experts: Sequence[Tensors]) -> list[tuple[str, Tensors]]:
+    """(what messages call it, model) of the base, if there is one, and the experts."""
+    first = [] if base is None else [("base", state_dict_of(base, "base"))]
+    return first + [(f"experts[{k}]", e) for k, e in enumerate(experts)]
+
+
+def destination(out: Any, name: str, bare: bool, like: str) -> Tensor | None:
+    """Where a tensor of the result goes; None: into new memory. ``like``: what ``out`` is like, for
+    messages."""
+    if out is None:
+        return None
+    if bare:
+        if not isinstance(out, Tensor):
+            raise InputError(f"out: expected a tensor like {like}, got {type(out).__name__}.")
+        return out
+    if not isinstance(out, Mapping) or name not in out:
+        raise InputError(f"out: expected a dict with a tensor for '{name}', got none.")
+    target: Tensor = out[name]
+    return target
+
+
 class Named:
     """Models as rows of named tensors; a bare tensor is the one tensor named ''."""
 

@@ -66,7 +66,27 @@ class Call:
         return self.recipe is not None and self.recipe.over_model
 
 
-def check_base(method: str, given: bool) -> None:
+def resolve_models(
+    method: str,
+    given: Mapping[str, Any],
+    num_experts: int,
+    options: MergeOptions,
+    like: object,
+    has_base: bool,
+) -> Call:
+    """:func:`resolve` for models of the kind of ``like``, with or without a base."""
+    _check_base(method, has_base)
+    module = like if isinstance(like, nn.Module) else None
+    call = resolve(method, given, num_experts, options, like=module)
+    if not has_base and call.calibration is not None:
+        raise InputError(
+            f"calibrate for method {method!r} without a base: expected None, got a "
+            "calibration. Calibration compares task vectors, so it needs the base."
+        )
+    return call
+
+
+def _check_base(method: str, given: bool) -> None:
     """Refuses a base for methods that take none, and none for those that need one."""
     spec = find_method(method)
     if not given and spec.base == "required":
@@ -78,14 +98,6 @@ def check_base(method: str, given: bool) -> None:
         raise InputError(
             f"base for method {method!r}: expected None, got a model. This method works on "
             "whole models: pass base=None and the base among the experts."
-        )
-
-
-def check_calibration(call: Call, has_base: bool) -> None:
-    if not has_base and call.calibration is not None:
-        raise InputError(
-            f"calibrate for method {call.method!r} without a base: expected None, got a "
-            "calibration. Calibration compares task vectors, so it needs the base."
         )
 
 
@@ -135,10 +147,7 @@ def roles_of(call: Call, table: Named) -> dict[str, Role]:
 def masks_of(call: Call, name: str) -> list[Tensor | None] | None:
     if call.options.masks is None:
         return None
-    found: list[Tensor | None] = []
-    for m in call.options.masks:
-        found.append(m.get(name) if isinstance(m, Mapping) else m)
-    return found
+    return [m.get(name) if isinstance(m, Mapping) else m for m in call.options.masks]
 
 
 def job_of(
@@ -183,14 +192,10 @@ def run(jobs: Sequence[Job], call: Call) -> list[Stats]:
     directions, function = call.spec.directions, call.spec.function
     if directions is not None:
         for job in jobs:
-            asked = Question(
-                len(job.experts),
-                job.base is not None,
-                call.arguments,
-                call.preset,
-                job.name,
+            has_base = job.base is not None
+            job.directions = directions(
+                Question(len(job.experts), has_base, call.arguments, call.preset, job.name)
             )
-            job.directions = directions(asked)
     elif function is not None:
         return ops.run_function(
             jobs, lambda job: function(job, call.arguments, call.preset),
@@ -208,15 +213,14 @@ def details_of(merged: Any, jobs: Sequence[Job], stats: Sequence[Stats], bare: b
     fields: dict[str, dict[str, Any]] = {}
     for job, found in zip(jobs, stats, strict=True):
         decisions = found.extra.get("decisions")
+        raw = found.coefficient
         values = {
             "keep_masks": None if decisions is None else decisions.keep,
             "elected_sign": None if decisions is None else decisions.elected,
             "thresholds": found.selection.threshold,
             "keep_probability": None if decisions is None else decisions.keep_probability,
             "rescale_factors": found.selection.factor,
-            "coefficients": None
-            if found.coefficient is None
-            else torch.as_tensor(found.coefficient),
+            "coefficients": None if raw is None else torch.as_tensor(raw),
         }
         for key, value in values.items():
             fields.setdefault(key, {})[job.name] = value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,69 +15,15 @@ from magic_fast.calibration.sensitivity.divergence import Divergences
 from magic_fast.calibration.sensitivity.lists import TOP
 from magic_fast.calibration.sensitivity.measure import (
     Change,
+    Probe,
     Progress,
-    Tensors,
     Unit,
     evaluated_scores,
     in_place,
     in_state,
-    report_of,
-    units_of,
 )
-from magic_fast.calibration.values import is_number
 from magic_fast.errors import InputError
 from magic_fast.reference.sensitivity import enlarged
-
-log = logging.getLogger("magic_fast")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """How sensitivity is measured; the fields are arguments of :func:`sensitive_layers`."""
-
-    by: str = "tensor"
-    perturbation: float = 1.1
-    top: int = TOP
-    tensors: Tensors = None
-    together: int | None = None
-    resamples: int = 2000
-    confidence: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not is_number(self.perturbation) or not 0 <= self.perturbation < float("inf"):
-            raise InputError(
-                f"perturbation: expected a finite factor, got {self.perturbation!r}. "
-                "1.1 enlarges a layer's change by a tenth."
-            )
-        if self.perturbation == 1:
-            raise InputError("perturbation: expected a factor other than 1, which changes nothing.")
-        for name, least in (("top", 1), ("resamples", 100), ("together", 1)):
-            value = getattr(self, name)
-            if name == "together" and value is None:
-                continue
-            if type(value) is not int or value < least:
-                raise InputError(
-                    f"{name}: expected a whole number of at least {least}, got {value!r}."
-                )
-        if not is_number(self.confidence) or not 0 < self.confidence < 1:
-            raise InputError(
-                f"confidence: expected a number between 0 and 1, got {self.confidence!r}."
-            )
-
-    def units(self, tensors: Mapping[str, Tensor]) -> list[Unit]:
-        return units_of({n: tuple(t.shape) for n, t in tensors.items()}, self.by, self.tensors)
-
-    def report(
-        self, units: Sequence[Unit], plain: Tensor, scores: Tensor, metric: str
-    ) -> SensitivityReport:
-        found = report_of(
-            units, plain, scores, metric=metric, by=self.by, perturbation=self.perturbation,
-            top=self.top, resamples=self.resamples, confidence=self.confidence, seed=self.seed,
-        )  # fmt: skip
-        for text in found.warnings:
-            log.warning("%s", text)
-        return found
 
 
 def sensitive_layers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.api.options import MergeOptions
-from magic_fast.api.tensors.models import Named, models_of, state_dict_of
+from magic_fast.api.tensors.models import Named, destination, labelled, models_of, state_dict_of
 from magic_fast.calibration.spectrum import SVC_ALPHA, check_lines, check_svc
-from magic_fast.errors import InputError
 from magic_fast.ops.job import Job
 from magic_fast.recipe import Recipe
 from magic_fast.reference import spectral
@@ -116,13 +115,9 @@ def lines(
 
 def _table(base: Any, experts: Any, merged: Any) -> Named:
     """Rows (merged, base if any, experts …)."""
-    labelled = [("merged", state_dict_of(merged, "merged"))]
-    if base is not None:
-        labelled.append(("base", state_dict_of(base, "base")))
-    labelled += [(f"experts[{k}]", e) for k, e in enumerate(models_of(experts, "experts"))]
-    if len(labelled) == 1 + (base is not None):
-        raise InputError("experts: expected at least one, got none.")
-    return Named(labelled)
+    first = ("merged", state_dict_of(merged, "merged"))
+    start = None if base is None else state_dict_of(base, "base")
+    return Named([first, *labelled(start, models_of(experts, "experts"))])
 
 
 def _differences(row: list[Tensor], has_base: bool) -> tuple[list[Tensor], Tensor]:
@@ -138,7 +133,8 @@ def _changed(
     results: dict[str, Tensor] = {}
     for tensor_name in table.names:
         row = table.row(tensor_name)
-        target = _target(out, tensor_name, row[0], table.bare)
+        target = destination(out, tensor_name, table.bare, "merged")
+        target = torch.empty_like(row[0]) if target is None else target
         results[tensor_name] = target
         if table.copied(tensor_name) is not None:
             target.copy_(row[0])
@@ -160,16 +156,3 @@ def _changed(
 
         ops.run_function([job], whole, nonfinite=nonfinite)
     return results[""] if table.bare else results
-
-
-def _target(out: Any, name: str, like: Tensor, bare: bool) -> Tensor:
-    if out is None:
-        return torch.empty_like(like)
-    if bare:
-        if not isinstance(out, Tensor):
-            raise InputError(f"out: expected a tensor like merged, got {type(out).__name__}.")
-        return out
-    if not isinstance(out, Mapping) or name not in out:
-        raise InputError(f"out: expected a dict with a tensor for '{name}', got none.")
-    target: Tensor = out[name]
-    return target

@@ -227,7 +227,6 @@ def row_norms(x: Tensor, p: float = 2, *, row_axis: int = 0) -> Tensor:
     >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([5., 0.], dtype=torch.float64)
     """
-    from magic_fast.reference.calibration import row_view
-
-    norms: Tensor = torch.linalg.vector_norm(row_view(x, (row_axis,)).double(), p, dim=-1)
+    rows = calibration.row_view(x, (row_axis,)).double()
+    norms: Tensor = torch.linalg.vector_norm(rows, p, dim=-1)
     return norms

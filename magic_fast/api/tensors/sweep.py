@@ -12,7 +12,7 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.api.options import Calibrate, MergeOptions
-from magic_fast.api.tensors.models import Named, Tensors, models_of, state_dict_of
+from magic_fast.api.tensors.models import Named, labelled, models_of, state_dict_of
 from magic_fast.api.tensors.resolve import Call, execute, job_of, numbers_of, resolve
 from magic_fast.engine.execute.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
 from magic_fast.errors import InputError
@@ -71,22 +71,12 @@ def sweep(
     if not 1 <= len(recipes) <= _MOST:
         raise InputError(f"recipes: expected 1 to {_MOST}, got {len(recipes)}.")
     common = MergeOptions(
-        calibrate=calibrate,
-        preset=preset,
-        backend=backend,
-        nonfinite=nonfinite,
-        row_axis=row_axis,
-        name=name,
-        seed=seed,
-        compat=compat,
+        calibrate, preset, backend, nonfinite, row_axis, name=name, seed=seed, compat=compat
     )
     calls = [
         _call(n, recipe, start is not None, len(models), common) for n, recipe in enumerate(recipes)
     ]
-    labelled: list[tuple[str, Tensors]] = [(f"experts[{k}]", e) for k, e in enumerate(models)]
-    if start is not None:
-        labelled.insert(0, ("base", start))
-    table = Named(labelled)
+    table = Named(labelled(start, models))
     results: list[dict[str, Tensor]] = [{} for _ in calls]
     jobs = [
         _jobs(table, call, start is not None, out) for call, out in zip(calls, results, strict=True)
@@ -173,10 +163,7 @@ def _select_model(
 
 
 def _shared(
-    jobs: Mapping[int, Job],
-    known: dict[Recipe, Selection],
-    t: int,
-    calls: Sequence[Call],
+    jobs: Mapping[int, Job], known: dict[Recipe, Selection], t: int, calls: Sequence[Call]
 ) -> set[tuple[int, int]]:
     """Merges one tensor by the recipes that may share their work; which those were."""
     usable = {n: job for n, job in jobs.items() if shares(job) and _is_plain(job)}
@@ -187,7 +174,10 @@ def _shared(
     if backend is None:
         return set()
     together = [n for n, one in zip(usable, chosen, strict=True) if one is backend]
-    views = [_as_views(usable[n]) for n in together]
+    views = [
+        replace(j, base=_view(j.base), experts=[_view(e) for e in j.experts], out=_view(j.out))
+        for j in (usable[n] for n in together)
+    ]
     if not worth_sharing(views) or merge_scales(views, known, backend.name) is None:
         return set()
     return {(n, t) for n in together}
@@ -198,12 +188,6 @@ def _is_plain(job: Job) -> bool:
     arrays: list[Any] = [job.base, job.out, *job.experts]
     return math.prod(arrays[0].shape) >= LEAST and all(
         a.dtype in _WORDS and a.is_contiguous() and a.device.type == "cpu" for a in arrays
-    )
-
-
-def _as_views(job: Job) -> Job:
-    return replace(
-        job, base=_view(job.base), experts=[_view(e) for e in job.experts], out=_view(job.out)
     )
 
 

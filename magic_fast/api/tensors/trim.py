@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.errors import InputError
-from magic_fast.recipe import CountRule, Recipe, Rescale, TieRule, Trim, TrimRule
+from magic_fast.recipe import CountRule, Recipe, Rescale, TieRule, Trim, TrimRule, stream_of
 from magic_fast.reference import trim as trimming
 
 # rule → (trim rule, count rule, tie rule)
@@ -100,8 +100,6 @@ def trim(
 
 
 def _keep(x: Tensor, recipe: Recipe, side: str, mask: Tensor | None, name: str) -> Tensor:
-    from magic_fast.recipe import stream_of
-
     bounds = trimming.select_trim(x, recipe.trim, 0)
     if side == "smallest" and x.numel():
         return x.abs() <= (bounds[0] if recipe.trim.active(0) else math.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,7 @@ from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularit
 from magic_fast.calibration.features.batches import (
     Masks,
     batches_of,
+    plain_attention,
     refusals,
     run_batch,
     to_device,
@@ -96,7 +97,7 @@ class FeatureRun:
         self._group_of = {id(site): group for group in self.groups for site in group.sites}
         self._tried: set[int] = set()
         self._progress, self._device = progress, device
-        self._seen: dict[int, int] = {}
+        self._seen: set[int] = set()
 
     def run(self, data: Mapping[str, Any]) -> None:
         """Finds ξ of every group; afterwards each has its ``settled``."""
@@ -125,7 +126,7 @@ class FeatureRun:
         """All batches through the model once; ``groups`` gather their features, and where
         ``settle`` is set each is calibrated before the model goes on."""
         gathering = {id(g) for g in groups if g.settled is None}
-        self._seen = {}
+        self._seen = set()
         if not (settle or self._weights.streamed):
             for task, number, batch in self._batches(data):
                 current = _Sample(task, number, Masks(self._model, batch))
@@ -177,9 +178,10 @@ class FeatureRun:
                 for site in stage:
                     group = self._group_of[id(site)]
                     group.settle()
-                    self._apply(site, group, station)
+                    for part, value in self.folded(site, group):
+                        self._weights.put(station, part, value)
         if self._progress is not None and id(station) not in self._seen:
-            self._seen[id(station)] = 1
+            self._seen.add(id(station))
             self._progress(len(self._seen), len(self.stations), station.name)
 
     def _gather(
@@ -222,11 +224,7 @@ class FeatureRun:
             site.channel_axes(inputs, like, first.shape[-1])
 
     def _difference(
-        self,
-        site: Site,
-        source: Callable[[str], Tensor],
-        base: Mapping[str, Tensor],
-        whose: str,
+        self, site: Site, source: Callable[[str], Tensor], base: Mapping[str, Tensor], whose: str
     ) -> dict[str, Tensor]:
         """A site's task vector in float32 (float64 for float64), the only copy that is made."""
         found = {}
@@ -241,10 +239,6 @@ class FeatureRun:
                 piece.copy_(end).sub_(begin)
             found[part.local] = own
         return found
-
-    def _apply(self, site: Site, group: Group, station: Station) -> None:
-        for part, value in self.folded(site, group):
-            self._weights.put(station, part, value)
 
     def folded(self, site: Site, group: Group) -> Iterator[tuple[Part, Tensor]]:
         """The calibrated parameters of a site (their rows)."""
@@ -286,14 +280,8 @@ def _hooks(stations: Sequence[Station], visit: Callable[[Station, Call], None]) 
 
         return before
 
-    handles = []
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its one kernel would call no module
-    try:
+    with plain_attention(), ExitStack() as hooks:
         for s in stations:
-            handles.append(s.module.register_forward_pre_hook(hook(s), with_kwargs=True))
+            handle = s.module.register_forward_pre_hook(hook(s), with_kwargs=True)
+            hooks.callback(handle.remove)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in handles:
-            handle.remove()

@@ -51,8 +51,8 @@ def find_stations(model: nn.Module) -> tuple[list[Station], dict[str, str]]:
                 if getattr(module, local) is not None:
                     left[_full(name, local)] = "no linear map has it for a parameter"
         elif own and not any(True for child in module.children() for _ in child.parameters()):
-            reason = _not_linear(module)
-            if reason:
+            if isinstance(module, nn.Embedding) and module.max_norm is not None:
+                reason = "an embedding with max_norm is not linear in its weight"
                 left |= {_full(name, k): reason for k in own}
             else:
                 stations.append(Station(name, module, ((_leaf(name, module, own),),)))
@@ -63,12 +63,6 @@ def find_stations(model: nn.Module) -> tuple[list[Station], dict[str, str]]:
 
 def _full(module: str, local: str) -> str:
     return f"{module}.{local}" if module else local
-
-
-def _not_linear(module: nn.Module) -> str:
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "an embedding with max_norm is not linear in its weight"
-    return ""
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -16,6 +16,7 @@ from magic_fast.calibration.features.batches import (
     Masks,
     arguments_of,
     batches_of,
+    plain_attention,
     run_batch,
     to_device,
 )
@@ -66,14 +67,8 @@ class Divergences:
             for number, batch in enumerate(batches_of(data, task))
         ]
         total = len(batches) * len(self._units)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # one path for one call and for several
-        try:
-            with torch.no_grad():
-                found = [self._batch(*b, total) for b in batches]
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-        return torch.cat(found, 1)
+        with plain_attention(), torch.no_grad():  # one path for one call and for several
+            return torch.cat([self._batch(*b, total) for b in batches], 1)
 
     def _batch(self, task: str, number: int, batch: Any, total: int) -> Tensor:
         where = f"batch {number} of task {task!r}"

@@ -3,6 +3,7 @@ alone, and the model is looked at (docs/calibration.md)."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magic_fast.calibration.sensitivity.lists import SensitivityReport, lowest
+from magic_fast.calibration.sensitivity.lists import TOP, SensitivityReport, lowest
 from magic_fast.calibration.tensors import TensorFilter
+from magic_fast.calibration.values import is_number
 from magic_fast.calibration.weight import WeightCalibration
 from magic_fast.errors import InputError
 from magic_fast.reference.sensitivity import differences_from_median
+
+log = logging.getLogger("magic_fast")
 
 Change = Callable[[str], Tensor]  # name → the tensor with its task vector enlarged
 Tensors = str | TensorFilter | Sequence[str] | None
@@ -137,32 +141,68 @@ def in_state(state: Mapping[str, Tensor], change: Change, unit: Unit) -> dict[st
     return {**state, **{name: change(name) for name in unit.tensors}}
 
 
-def report_of(
-    units: Sequence[Unit],
-    plain: Tensor,
-    scores: Tensor,
-    *,
-    metric: str,
-    by: str,
-    perturbation: float,
-    top: int,
-    resamples: int,
-    confidence: float,
-    seed: int,
-) -> SensitivityReport:
-    """What was found, and whether it is more than noise.
+@dataclass(frozen=True)
+class Probe:
+    """How sensitivity is measured; the fields are arguments of ``mf.sensitive_layers``."""
 
-    Args:
-        plain: score of the model as it is, float64 [] or [samples].
-        scores: with each unit enlarged, float64 [units] or [units, samples].
-    """
-    names = [unit.name for unit in units]
+    by: str = "tensor"
+    perturbation: float = 1.1
+    top: int = TOP
+    tensors: Tensors = None
+    together: int | None = None
+    resamples: int = 2000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.perturbation) or not 0 <= self.perturbation < float("inf"):
+            raise InputError(
+                f"perturbation: expected a finite factor, got {self.perturbation!r}. "
+                "1.1 enlarges a layer's change by a tenth."
+            )
+        if self.perturbation == 1:
+            raise InputError("perturbation: expected a factor other than 1, which changes nothing.")
+        for name, least in (("top", 1), ("resamples", 100), ("together", 1)):
+            value = getattr(self, name)
+            if name == "together" and value is None:
+                continue
+            if type(value) is not int or value < least:
+                raise InputError(
+                    f"{name}: expected a whole number of at least {least}, got {value!r}."
+                )
+        if not is_number(self.confidence) or not 0 < self.confidence < 1:
+            raise InputError(
+                f"confidence: expected a number between 0 and 1, got {self.confidence!r}."
+            )
+
+    def units(self, tensors: Mapping[str, Tensor]) -> list[Unit]:
+        return units_of({n: tuple(t.shape) for n, t in tensors.items()}, self.by, self.tensors)
+
+    def report(
+        self, units: Sequence[Unit], plain: Tensor, scores: Tensor, metric: str
+    ) -> SensitivityReport:
+        """What was found, and whether it is more than noise; its warnings are logged too.
+
+        Args:
+            plain: score of the model as it is, float64 [] or [samples].
+            scores: with each unit enlarged, float64 [units] or [units, samples].
+        """
+        found = _report_of(self, units, plain, scores, metric)
+        for text in found.warnings:
+            log.warning("%s", text)
+        return found
+
+
+def _report_of(
+    probe: Probe, units: Sequence[Unit], plain: Tensor, scores: Tensor, metric: str
+) -> SensitivityReport:
+    names, confidence = [unit.name for unit in units], probe.confidence
     samples = scores.shape[1] if scores.dim() > 1 else None
     means = scores if samples is None else scores.mean(1)
     report = SensitivityReport(
-        dict(zip(names, means.tolist(), strict=True)), metric, perturbation, by,
-        min(top, len(names)), samples, float(plain.mean()),
-        confidence=confidence, resamples=resamples, seed=seed,
+        dict(zip(names, means.tolist(), strict=True)), metric, probe.perturbation, probe.by,
+        min(probe.top, len(names)), samples, float(plain.mean()),
+        confidence=confidence, resamples=probe.resamples, seed=probe.seed,
     )  # fmt: skip
     if bool((means == means[0]).all()) and len(names) > 1:
         report.noise = True
@@ -182,7 +222,7 @@ def report_of(
         )
         return report
     found, width = differences_from_median(
-        scores, resamples=resamples, confidence=confidence, seed=seed
+        scores, resamples=probe.resamples, confidence=confidence, seed=probe.seed
     )
     if not bool(width.isfinite().all()):
         report.warnings.append(

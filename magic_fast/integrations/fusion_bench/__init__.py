@@ -8,21 +8,16 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from magic_fast.errors import InputError
+from magic_fast.errors import missing_package
 
 __all__ = ["MagicFastAlgorithm"]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
-        raise AttributeError(
-            f"module 'magic_fast.integrations.fusion_bench' has no attribute {name!r}"
-        )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         import_module("fusion_bench.method.base_algorithm")
     except ImportError as error:
-        raise InputError(
-            "package 'fusion_bench': expected it for magic_fast.integrations.fusion_bench, got "
-            f"{error}. Install the extra: pip install 'magic_fast[fusion-bench]'."
-        ) from None
+        raise missing_package("fusion_bench", f"for {__name__}", "fusion-bench", error) from None
     return getattr(import_module("magic_fast.integrations.fusion_bench.algorithm"), name)

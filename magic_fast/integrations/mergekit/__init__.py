@@ -12,11 +12,11 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from magic_fast.errors import InputError
-from magic_fast.integrations.installation import Revertible
+from magic_fast.errors import InputError, missing_package
+from magic_fast.integrations import Revertible
 
 if TYPE_CHECKING:
-    from magic_fast.integrations.mergekit.replacing import Replaced
+    from magic_fast.integrations.mergekit.calls import Replaced
 
 __all__ = ["Installation", "install", "uninstall"]
 
@@ -50,10 +50,7 @@ def installed_version() -> str:
     try:
         return version("mergekit")
     except PackageNotFoundError:
-        raise InputError(
-            "package 'mergekit': expected it for magic_fast.integrations.mergekit, got none "
-            "installed. Install the extra: pip install 'magic_fast[mergekit]'."
-        ) from None
+        raise missing_package("mergekit", f"for {__name__}", "mergekit") from None
 
 
 def install() -> Installation:

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from magic_fast.errors import InputError
 from magic_fast.integrations.mergekit import calls
-from magic_fast.integrations.mergekit.replacing import Replaced, replace_in
 from magic_fast.methods.spec import MethodSpec
 from magic_fast.methods.spec import ParameterSpec as Described
 
@@ -199,6 +198,6 @@ def _replacement(original: Any) -> Any | None:
     return None
 
 
-def replace_methods(names: Sequence[str]) -> Replaced:
+def replace_methods(names: Sequence[str]) -> calls.Replaced:
     """Puts the fast methods into mergekit's registry, the new ones beside them."""
-    return replace_in(registry._METHODS, names, _replacement, NewMethod)
+    return calls.replace_in(registry._METHODS, names, _replacement, NewMethod)

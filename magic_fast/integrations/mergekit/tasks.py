@@ -17,7 +17,6 @@ from torch import Tensor
 
 from magic_fast.errors import InputError
 from magic_fast.integrations.mergekit import calls
-from magic_fast.integrations.mergekit.replacing import Replaced, replace_in
 from magic_fast.methods.registry import find_method
 from magic_fast.methods.spec import MethodSpec, ParameterSpec
 
@@ -108,23 +107,19 @@ class FastMethod(MergeMethod):  # type: ignore[misc]
         self._on_base = isinstance(original, GeneralizedTaskArithmeticMerge)
 
     def name(self) -> str:
-        found: str = self._original.name()
-        return found
+        return self._original.name()  # type: ignore[no-any-return]
 
     def pretty_name(self) -> str | None:
-        found: str | None = self._original.pretty_name()
-        return found
+        return self._original.pretty_name()  # type: ignore[no-any-return]
 
     def reference_url(self) -> str | None:
-        found: str | None = self._original.reference_url()
-        return found
+        return self._original.reference_url()  # type: ignore[no-any-return]
 
     def parameters(self) -> list[ConfigParameterDef]:
         return [*self._original.parameters(), *([_CALIBRATE] if self._on_base else [])]
 
     def tensor_parameters(self) -> list[ConfigParameterDef]:
-        found: list[ConfigParameterDef] = self._original.tensor_parameters()
-        return found
+        return self._original.tensor_parameters()  # type: ignore[no-any-return]
 
     def make_task(
         self, *, output_weight: Any, tensors: Any, parameters: Any, tensor_parameters: Any,
@@ -210,6 +205,6 @@ def _replacement(original: Any) -> FastMethod | None:
     return FastMethod(original) if isinstance(original, known) else None
 
 
-def replace_methods(names: Sequence[str]) -> Replaced:
+def replace_methods(names: Sequence[str]) -> calls.Replaced:
     """Puts the fast methods into mergekit's registry, the new ones beside them."""
-    return replace_in(registry.REGISTERED_MERGE_METHODS, names, _replacement, NewMethod)
+    return calls.replace_in(registry.REGISTERED_MERGE_METHODS, names, _replacement, NewMethod)

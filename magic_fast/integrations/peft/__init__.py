@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from magic_fast.errors import InputError
-from magic_fast.integrations.installation import Revertible
+from magic_fast.errors import InputError, missing_package
+from magic_fast.integrations import Revertible
 
 __all__ = ["Installation", "install", "uninstall"]
 
@@ -102,10 +102,7 @@ def _version() -> str:
     try:
         import peft
     except ImportError:
-        raise InputError(
-            "package 'peft': expected it for magic_fast.integrations.peft, got none installed. "
-            "Install the extra: pip install 'magic_fast[peft]'."
-        ) from None
+        raise missing_package("peft", f"for {__name__}", "peft") from None
     try:
         import peft.utils.merge_utils
     except ImportError:

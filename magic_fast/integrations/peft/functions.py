@@ -138,19 +138,13 @@ def dare_linear(task_tensors: list[Tensor], weights: Tensor, density: float) -> 
 
 
 def ties(
-    task_tensors: list[Tensor],
-    weights: Tensor,
-    density: float,
-    majority_sign_method: str = "total",
+    task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
     return _voted("ties", task_tensors, weights, density, majority_sign_method)
 
 
 def dare_ties(
-    task_tensors: list[Tensor],
-    weights: Tensor,
-    density: float,
-    majority_sign_method: str = "total",
+    task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
     return _voted("dare_ties", task_tensors, weights, density, majority_sign_method)
 
@@ -224,13 +218,9 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
     return total / count.to(torch.get_default_dtype()).clamp_(min=1.0)
 
 
-def _as_own(name: str, function: Function) -> Function:
-    return functools.wraps(OWN[name])(function) if name in OWN else function
-
-
 #: Ours by PEFT's names, with its signatures and docstrings.
 OURS: Mapping[str, Function] = {
-    f.__name__: _as_own(f.__name__, f)
+    f.__name__: functools.wraps(OWN[f.__name__])(f) if f.__name__ in OWN else f
     for f in (
         magnitude_based_pruning, random_pruning, prune, calculate_majority_sign_mask,
         disjoint_merge, task_arithmetic, magnitude_prune, ties, dare_linear, dare_ties,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from magic_fast.methods.elementwise.parts import Arguments, sum_of, task_method
 from magic_fast.methods.parameters import ALIGN, WEIGHT, flag, scale
 from magic_fast.methods.spec import MethodSpec, Paper, ParameterSpec
 from magic_fast.recipe import Recipe, Reduce
 
 _SOUPS = Paper("Model Soups", "2203.05482")
-
-
-def _average(k: int, p: Arguments) -> Recipe:
-    return sum_of(k, p, reduce=Reduce.MEAN)
 
 
 def _passthrough(k: int, p: Arguments) -> Recipe:
@@ -33,7 +31,7 @@ METHODS = (
         "average",
         (scale(), ALIGN),
         base="optional",
-        recipe=_average,
+        recipe=partial(sum_of, reduce=Reduce.MEAN),
         summary="mean of the experts",
         use_when="a baseline is wanted",
         paper=_SOUPS,
