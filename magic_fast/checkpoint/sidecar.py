@@ -109,7 +109,8 @@ def sidecar_source(base: Checkpoint | None, models: Sequence[Checkpoint]) -> Che
 def sidecar_files(folder: str) -> list[str]:
     """Names of the small files in a model's folder that go along with its weights, sorted.
 
-    All do but weights, their indices, training states, READMEs and what lies in folders of these;
+    All beside the weights and one folder below do, but weights, their indices, training states,
+    READMEs and what lies in folders of these;
     Python files only where a configuration's ``auto_map`` asks for them. What is larger than
     200 MB stays behind, with a warning.
 
@@ -120,10 +121,10 @@ def sidecar_files(folder: str) -> list[str]:
     names = []
     with reading(folder):
         for place, folders, files in os.walk(folder):
-            inside = place != folder
-            if inside and any(name.endswith(_WEIGHTS) for name in files):
+            if place != folder:  # no deeper: it may be any folder that weights were put into
                 folders.clear()
-                continue
+                if any(name.endswith(_WEIGHTS) for name in files):
+                    continue
             folders[:] = sorted(name for name in folders if not _matches(name, _LEFT_FOLDERS))
             names += [
                 os.path.relpath(os.path.join(place, name), folder)

@@ -27,9 +27,10 @@ class Tied:
     warnings: list[str] = field(default_factory=list)
 
 
-def settle_ties(models: Mapping[str, Checkpoint]) -> Tied:
+def settle_ties(models: Mapping[str, Checkpoint], donor: str) -> Tied:
     """Ties of words are honoured by value: what is equal is merged once, under the name of its
-    source; where some model has a head of its own, it stands apart in all of them.
+    source; where some model has a head of its own, or the donor's configuration, which the result
+    takes, does not tie the two, they stand apart in all of them.
 
     Only models that store both tensors of a tie that some configuration asks for are read.
     """
@@ -45,14 +46,16 @@ def settle_ties(models: Mapping[str, Checkpoint]) -> Tied:
         if not both or not asked:
             continue
         apart = [m for m in both if not same_values(models[m], names[m][tied], names[m][source])]
-        if not apart:
+        if not apart and models[donor].roles.tied:
             for m in both:
                 hidden[m][names[m][tied]] = names[m][source]
             continue
-        name = names[apart[0]][tied]
+        name = names[(apart or both)[0]][tied]
         for m in alone:
             if models[m].roles.tied:
                 shown[m][name] = names[m][source]
+        if not apart:
+            continue
         warnings.append(
             f"{name} of {apart[0]} has other values than {names[apart[0]][source]}, to which a "
             "configuration ties it: the result stores both, and its configuration unties them."

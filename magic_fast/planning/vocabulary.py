@@ -62,7 +62,7 @@ def align(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
         InputError: a model without embeddings.
     """
     warnings = compare_configurations(models)
-    ties = settle_ties(settle_names(models, config.donor))
+    ties = settle_ties(settle_names(models, config.donor), config.donor)
     aligned = _aligned(config, ties.models)
     return replace(aligned, untied=ties.untied, warnings=[*warnings, *ties.warnings])
 

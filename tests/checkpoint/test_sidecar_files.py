@@ -53,6 +53,7 @@ LEFT = [
     ".gitattributes",
     ".cache/huggingface/x.json",
     "README.md",
+    "data/part/1.json",
     "checkpoint-500/config.json",
     "magic_fast.json",
     "onnx/config.json",

@@ -95,6 +95,17 @@ def test_heads_that_no_configuration_ties_stay_as_they_are(tmp_path: Path) -> No
     assert not ties(tmp_path)
 
 
+def test_a_base_whose_configuration_does_not_tie_keeps_its_head(tmp_path: Path) -> None:
+    """Though it has the embedding's values: a result without it would load with a random one."""
+    base = write(tmp_path / "base", "equal", tie=False)
+    experts = [write(tmp_path / name, None, seed=k) for k, name in enumerate("ab", 1)]
+    found = merged(tmp_path)
+    assert not ties(tmp_path)
+    delta = sum(0.5 * (e[EMBEDDING] - base[EMBEDDING]) for e in experts)
+    for name in (HEAD, EMBEDDING):
+        assert torch.allclose(found[name], base[EMBEDDING] + delta, atol=1e-6), name
+
+
 def test_a_copy_of_another_precision_is_a_tensor_of_its_own(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "a", "b")):
         tensors = write(tmp_path / name, None, seed=seed)

@@ -38,8 +38,9 @@ def plan_checkpoints(
     allow_embedding_truncation: bool = False,
     resume: bool = False,
 ) -> MergePlan:
-    """Everything a merge would do, checked, before any data is read. Arguments as of
-    :func:`merge_checkpoints`."""
+    """Everything a merge would do, checked. Of data only what decides it is read: tied weights that
+    a model stores twice, beginnings of quantised ones. Arguments as of :func:`merge_checkpoints`.
+    """
     options = RunOptions(
         device, backend, max_shard_size=max_shard_size, memory=memory, resume=resume
     )

@@ -18,7 +18,7 @@ from magic_fast.engine.plan.step import Step
 
 @dataclass
 class MergePlan:
-    """Everything that is known before any data is read.
+    """Everything that is known before anything is merged.
 
     Attributes:
         method: for the reader.
