@@ -25,7 +25,6 @@ import transformers  # noqa: E402
 from magic_fast.models.built import classes  # noqa: E402
 from magic_fast.models.built.conversions import legacy  # noqa: E402
 from magic_fast.models.built.entries import Description, describe  # noqa: E402
-from magic_fast.models.built.trees import merge  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "magic_fast" / "models" / "architectures.jsonl"
@@ -73,10 +72,10 @@ def describe_all(model_types: Iterable[str], shipped: Iterable[str] = ()) -> dic
         if not description.types <= known:  # a part that stands in the table nowhere else
             add(model_type, lambda part, name: kind_of_part(part, name) if part in known else None)
     for description in list(result.values()):
-        for model_type, name, tree in description.parts:
+        for model_type, name, tree in sorted(description.parts, key=lambda part: part[:2]):
             part = result.get(model_type)
-            if part is not None and name == classes.base_name(model_type):
-                part.base = merge(part.base, tree)
+            if part is not None and part.primary:
+                part.add_part(name, tree)
     return result
 
 

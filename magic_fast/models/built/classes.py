@@ -120,9 +120,9 @@ def class_of(name: str) -> Any:
     return getattr(transformers, name, None)
 
 
-def probe(config: Any) -> frozenset[int]:
+def probe(config: Any, *, labels: bool) -> frozenset[int]:
     """Gives every vocabulary of a configuration a size that nothing else has, ties heads to
-    embeddings, and returns those sizes."""
+    embeddings, and returns those sizes; gives classifiers their number of labels too."""
     sizes: list[int] = []
     for path, part in configurations(config):
         for key in sorted(vars(part)):
@@ -133,7 +133,7 @@ def probe(config: Any) -> frozenset[int]:
                     setattr(part, key, sizes[-1])
         if getattr(part, "tie_word_embeddings", None) is False:
             part.tie_word_embeddings = True
-    if getattr(config, "num_labels", None) is not None:
+    if labels and getattr(config, "num_labels", None) is not None:
         config.num_labels = LABELS
     return frozenset(sizes)
 
@@ -179,10 +179,11 @@ def build(name: str, make_config: Callable[[], Any]) -> tuple[Any, frozenset[int
         with torch.device("meta"), no_init_weights(), absent_parts():
             return class_of(name)(config)
 
-    try:
-        config = make_config()
-        sizes = probe(config)
-        return built(config), sizes
-    except Exception:
-        config = make_config()
-        return built(config), frozenset()
+    for labels in (True, False):
+        try:
+            config = make_config()
+            sizes = probe(config, labels=labels)
+            return built(config), sizes
+        except Exception:  # some classes want two labels, some configurations no other words
+            continue
+    return built(make_config()), frozenset()

@@ -30,7 +30,7 @@ class Description:
         conversions: renamings and conversions of the primary class.
         others: class → its conversions where they differ.
         ignored: patterns of names that are left aside when a checkpoint is loaded.
-        parts: type, class and tree of base models of other types inside its models.
+        parts: type, class and tree of parts that have types of their own.
         types: the types of all parts that have one of their own.
         failures: class → the reason why it cannot be built.
     """
@@ -50,6 +50,16 @@ class Description:
     parts: list[tuple[str, str, Node]] = field(default_factory=list)
     types: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
+
+    def add_part(self, name: str, tree: Node) -> None:
+        """What a model of class ``name`` shows that is a part of another type's."""
+        if name == classes.base_name(self.model_type):
+            self.base = merge(self.base, tree)
+            return
+        for prefix in self.prefixes:
+            tree = subtract(tree, _under(self.base, prefix))
+        if tree:
+            self.heads[name] = merge(self.heads.get(name, {}), tree)
 
     def entry(self) -> dict[str, Any]:
         """As the table has it; what is empty is left out."""
@@ -94,7 +104,7 @@ def describe(
         try:
             model, words = classes.build(name, make)
         except Exception as error:
-            result.failures[name] = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+            result.failures[name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             continue
         where = "" if name == base_name else _base_inside(model, base_name)
         labels = frozenset({classes.LABELS, classes.LABELS + 1})

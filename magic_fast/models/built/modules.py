@@ -198,9 +198,11 @@ def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Kind:
         return Kind.STATISTICS
     if buffer.dim() == 0 and not buffer.is_floating_point():
         return Kind.COUNTER
+    if name in module._non_persistent_buffers_set:
+        return Kind.DERIVED
     frozen = _NORM.search(type(module).__name__) and buffer.dim() == 1
     if frozen and name in ("weight", "bias"):
         return Kind.NORM if name == "weight" else Kind.BIAS
-    if name in module._non_persistent_buffers_set or _DERIVED.search(name):
+    if _DERIVED.search(name):
         return Kind.DERIVED
     return Kind.BIAS if name.endswith("bias") else Kind.BUFFER

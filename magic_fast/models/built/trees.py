@@ -91,7 +91,7 @@ def subtract(a: Node, b: Node) -> Node:
 def _among(kind: ModuleKind, kinds: list[ModuleKind]) -> bool:
     owner, experts, records = kind
     return any(
-        (owner, experts) == (other, layout) and all(known.get(p) == r for p, r in records.items())
+        (owner, experts) == (other, layout) and _joined(known, records) == known
         for other, layout, known in kinds
     )
 

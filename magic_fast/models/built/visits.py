@@ -25,7 +25,7 @@ class Visit:
         tree: its modules.
         stacks: path of a list of modules → the path of the part of the configuration, the field
             that counts them, if any, and the fields with one entry for each.
-        parts: type, class and tree of each base model of another type inside it.
+        parts: type, class and tree of each part that has a type of its own.
         types: the types of all parts that have one of their own.
     """
 
@@ -131,11 +131,11 @@ class Walker:
         if kind is None:
             return None
         self.visit.types.add(model_type)
-        if kind == "base":
-            walker = Walker(child, self.words, self.labels, self.kind_of_part, "")
-            self.visit.parts += [
-                (model_type, type(child).__name__, walker.visit.tree), *walker.visit.parts
-            ]  # fmt: skip
+        inside = "" if kind == "base" else None
+        walker = Walker(child, self.words, self.labels, self.kind_of_part, inside)
+        self.visit.parts += [
+            (model_type, type(child).__name__, walker.visit.tree), *walker.visit.parts
+        ]  # fmt: skip
         return {"@": (path, model_type, kind)}
 
     def _note_stack(self, stack: nn.Module, path: str, config: Any) -> None:
