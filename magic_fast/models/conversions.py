@@ -149,7 +149,7 @@ def axes_in_file(axes: Sequence[int], steps: Iterable[Step]) -> tuple[int, ...] 
     """
     result = list(axes)
     for step in reversed(tuple(steps)):
-        if step.operation == "stack":
+        if step.operation in ("stack", "deal"):
             result = [a - (a > step.axis) for a in result if a != step.axis]
         elif step.operation == "transpose":
             swap = {step.axis: step.other, step.other: step.axis}
@@ -165,7 +165,7 @@ def axes_in_file(axes: Sequence[int], steps: Iterable[Step]) -> tuple[int, ...] 
 def dimensions_in_file(dimensions: int, steps: Iterable[Step]) -> int | None:
     """How many axes the file's tensor has, or None where a step does not tell."""
     for step in steps:
-        if step.operation == "stack":
+        if step.operation in ("stack", "deal"):
             dimensions -= 1
         elif step.operation not in (
             "transpose", "concatenate", "chunk", "interleave", "permute_rope"

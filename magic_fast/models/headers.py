@@ -33,7 +33,9 @@ _ENDS = re.compile(r"^(output|head|decoder)\.weight$")  # a head if as long as t
 _HEAD_BIAS = re.compile(
     r"(^|\.)(lm_head(\.decoder)?|embed_out|predictions(\.decoder)?)\.bias$|^decoder\.bias$"
 )
-_LOOKED_UP = re.compile(r"(^|\.)\w*embed\w*(\.weight)?$", re.IGNORECASE)  # of words or of others
+_LOOKED_UP = re.compile(  # of words or of others
+    r"(^|\.)(?!\w*proj)\w*embed\w*(\.weight)?$", re.IGNORECASE
+)
 _CLASSES = re.compile(
     r"(^|\.)((classifier|score)(\.|$)|(qa_outputs|classification_head\.out_proj)\.)"
 )

@@ -58,6 +58,7 @@ class Step:
     operation                 what it does
     ========================  =========================================================
     ``stack``                 tensor ``index`` of a new axis ``axis``
+    ``deal``                  one of a new axis ``axis`` of some target, by its number
     ``concatenate``           piece ``index`` of ``count`` along ``axis``
     ``chunk``                 is cut into ``count`` pieces along ``axis``, one a target
     ``transpose``             axes ``axis`` and ``other`` change places

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOATS = frozenset(FLOATS)
+_BUFFERS = (Kind.BUFFER, Kind.DERIVED)
+_SMALL = 1 << 16  # bytes of a buffer that is read when the merge is planned
 _WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -158,6 +160,12 @@ class _Builder:
     def _source(self, source: Source) -> Input:
         return input_of(self._models, source.model, source.tensor_name)
 
+    def _same(self, inputs: tuple[Input, ...]) -> bool:
+        """Whether a small tensor has the same bytes in all models. Infinity may be among them."""
+        if inputs[0].nbytes > _SMALL or any(i.info.dtype != inputs[0].info.dtype for i in inputs):
+            return False
+        return len({bytes(self._models[i.model].read(i.info.name)) for i in inputs}) == 1
+
     def step(self, tensor: OutputTensor) -> Step:
         config = self._config
         base = None if tensor.base is None else self._source(tensor.base)
@@ -174,6 +182,9 @@ class _Builder:
             base = None if base is None else cut(base, shape)
             experts = tuple(cut(e, shape) for e in experts)
             inputs = (*([base] if base else []), *experts)
+        kind = self._models[inputs[0].model].roles[inputs[0].info.name].kind
+        if kind is Kind.COUNTER and inputs[0].info.dtype not in _FLOATS:
+            inputs = inputs[:1]  # of steps of training; which ones matters to nobody
         if not {i.info.dtype for i in inputs} <= _FLOATS:
             odd = next((i for i in inputs if i.info.dtype != inputs[0].info.dtype), None)
             if odd is not None:
@@ -186,8 +197,11 @@ class _Builder:
         cast = _WORDS[config.dtype] if config.dtype else None
         stored = self._models[inputs[0].model].stored_dtype(inputs[0].info.name)
         word = _WORDS[config.out_dtype] if config.out_dtype else (cast or stored)
-        if not experts:  # nothing but the base
-            return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
+        same = kind in _BUFFERS and self._same(inputs)
+        if not experts or same:  # nothing but the base
+            return Step(
+                tensor.name, shape, word, None, inputs[:1], cast=cast, copy=True, finite=not same
+            )
         arguments, recipe = self._recipe(tensor, len(experts))
         weights: Any = arguments.get("weights", (1.0,) * len(experts))
         if recipe is not None:

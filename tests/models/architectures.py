@@ -85,6 +85,13 @@ def owners(model: Any) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
 
 def units_by_class(module: nn.Module, local: str) -> tuple[int, ...] | None:
     """The axes of output units that the class of a module of torch has, None for other classes."""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and local.startswith("weight"):
+        return (0,)
+    if isinstance(module, nn.MultiheadAttention) and local.endswith("proj_weight"):
+        return (0,)
+    stacked = getattr(module, "is_transposed", None)  # experts of transformers
+    if isinstance(stacked, bool) and getattr(module, local).dim() == 3:
+        return (0, 2) if stacked else (0, 1)
     if local != "weight":
         return None
     if type(module).__name__ == "Conv1D":

@@ -222,7 +222,8 @@ class Streamed:
     def _convert(self, step: Step, source: View, target: View) -> None:
         """Rounds one array to another's dtype: a merge of one task vector with weight 1."""
         job = Job(None, [source], Recipe((1.0,)), target)
-        ops.merge([job], backend=self._backend_of(step), nonfinite=self._nonfinite)
+        policy = self._nonfinite if step.finite else "propagate"
+        ops.merge([job], backend=self._backend_of(step), nonfinite=policy)
 
     def _job(self, one: Loaded) -> tuple[Job, View | None]:
         """What is to be done, and the model merged elsewhere that is to be calibrated, if any."""

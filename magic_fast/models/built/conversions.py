@@ -59,6 +59,8 @@ def _step(operation: Any, transform: Any, model: Any) -> list[Any]:
     }
     if kind in known:
         return [known[kind], operation.dim]
+    if kind == "ErnieFuseAndSplitTextVisionExperts":
+        return ["deal", operation.stack_dim]
     if kind == "PermuteForRope":
         return ["permute_rope", 0]
     if kind == "Conv3dToLinear":
