@@ -169,7 +169,8 @@ class _Slices:
         if declared is not None and main.count < declared:
             raise CheckpointError(
                 f"missing blocks for {model}: expected {declared} blocks {main.prefix}* as its "
-                f"config.json says, got {main.count}. Download the checkpoint again."
+                f"config.json says, got {main.count}. Download the checkpoint again; where its "
+                "layers share their weights, merge whole models under 'models:'."
             )
         return main
 

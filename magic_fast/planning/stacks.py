@@ -14,13 +14,11 @@ def counted_stack(model: Checkpoint) -> str | None:
     part = declared_part(model.config)
     counted = [stack for stack, fields in model.roles.stacks.items() if fields.part == part
                and isinstance(fields.count, str) and "decoder" not in fields.count]  # fmt: skip
-    for name in model.tensors:
-        parts = split_name(name)
-        if parts is not None and parts[1] == 0:
-            block = model.roles[name].block
-            if block is not None and len(counted) == 1 and block.stack == counted[0]:
-                return parts[0]
-    return None
+    first = ((name, parts[0]) for name in model.tensors
+             if (parts := split_name(name)) is not None and parts[1] == 0)  # fmt: skip
+    blocks = {prefix: model.roles[name].block for name, prefix in first}
+    found = [prefix for prefix, block in blocks.items() if block and block.stack in counted]
+    return found[0] if len(found) == 1 else None
 
 
 def structure_of(model: Checkpoint, name: str) -> Structure:

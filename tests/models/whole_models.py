@@ -18,6 +18,7 @@ import magic_fast as mf
 from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.models import Kind, table
 from magic_fast.models.built import classes
+from magic_fast.planning.stacks import structure_of
 from models.architectures import as_in_file, owners, units_by_class
 from support.models import load
 from support.shrink import tiny_config
@@ -203,3 +204,55 @@ def check_rows(family: Family) -> None:
 def _norms(tensor: Tensor, row: Tensor) -> Tensor:
     squares = torch.zeros(int(row.max()) + 1, dtype=torch.float64)
     return squares.index_add_(0, row, tensor.reshape(-1) ** 2).sqrt()
+
+
+TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION")
+
+
+def sliced_class(model_type: str) -> str | None:
+    """The class of a type that gives logits of text, or of text and image, or None."""
+    found = (classes.tasks()[task].get(model_type) for task in TASKS)
+    return next((name for name in found if name in classes.names(model_type)), None)
+
+
+def check_passthrough(family: Family) -> None:
+    """A passthrough of all its own layers, in two slices, gives the model's own logits; of an
+    encoder and a decoder that the configuration counts apart, both."""
+    model, checkpoint = family.model, family.checkpoint
+    structure = structure_of(checkpoint, "base")
+
+    def sliced(count: int) -> dict[str, Any]:
+        pieces = [{"sources": [{"model": str(family.folder / "base"), "layer_range": layers}]}
+                  for layers in ([0, 1], [1, count])]  # fmt: skip
+        return {"slices": pieces}
+
+    if structure.main is not None:
+        parts = sliced(structure.declared or structure.main.count)
+    else:
+        sides = {"decoder" if "decoder" in prefix else "default": sliced(stack.count)
+                 for prefix, stack in structure.stacks.items()}  # fmt: skip
+        assert len(sides) == len(structure.stacks) == 2, list(structure.stacks)
+        parts = {"modules": sides}
+    mf.merge_checkpoints({"merge_method": "passthrough", **parts}, family.folder / "own")
+    found, told = family.loaded("own")
+    assert not told, told
+    for name, tensor in parameters(model).items():
+        tensor.copy_(family.states["base"][name])
+    assert torch.equal(logits(found, family.model_type), logits(model, family.model_type))
+
+
+def logits(model: Any, model_type: str) -> Tensor:
+    inputs: dict[str, Any] = {"input_ids": torch.arange(3, 19)[None]}
+    if type(model).__name__ == classes.tasks()[TASKS[-1]].get(model_type):
+        size = model.config.vision_config.image_size
+        size = size if isinstance(size, int) else size[0]
+        draw = torch.Generator().manual_seed(1)
+        inputs["pixel_values"] = torch.randn(1, 3, size, size, generator=draw)
+    elif model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.arange(4, 12)[None]
+    else:
+        inputs["use_cache"] = False
+    out = model(**inputs, return_dict=True)
+    found: Tensor = out.logits_per_text if "logits_per_text" in out else out.logits
+    assert bool(found.isfinite().all()) and bool(found.abs().max() > 0)
+    return found

@@ -27,7 +27,14 @@ BARE: dict[tuple[str, str], tuple[Kind, tuple[int, ...] | None]] = {
     ("JetMoeParallelExperts", "weight"): (Kind.MATRIX, (0, 1)),
     ("DbrxExpertGLU", "w1"): (Kind.MATRIX, (0,)),
     ("DbrxExpertGLU", "v1"): (Kind.MATRIX, (0,)),
-    ("DbrxExpertGLU", "w2"): (Kind.MATRIX, None),  # experts and inputs share axis 0
+    ("DbrxExpertGLU", "w2"): (Kind.MATRIX, (1,)),  # axis 0 counts the inputs of all experts
+    ("LongcatFlashExperts", "gate_up_proj"): (Kind.MATRIX, (0, 1)),
+    ("LongcatFlashExperts", "down_proj"): (Kind.MATRIX, (0, 1)),
+    ("Step3p7Experts", "gate_up_proj"): (Kind.MATRIX, (0, 1)),
+    ("Step3p7Experts", "down_proj"): (Kind.MATRIX, (0, 1)),
+    ("QuantLinear", "weight"): (Kind.MATRIX, (0,)),
+    ("QuantEmbedding", "weight"): (Kind.EMBEDDING, ()),
+    ("FunnelRelMultiheadAttention", "r_kernel"): (Kind.MATRIX, (1, 2)),
     ("CsmCodebooksHead", "weight"): (Kind.HEAD, (0, 2)),
     ("RecurrentGemmaRglru", "input_gate_weight"): (Kind.MATRIX, (0, 2)),
     ("RecurrentGemmaRglru", "recurrent_gate_weight"): (Kind.MATRIX, (0, 2)),
@@ -66,7 +73,7 @@ _NAMED: tuple[tuple[re.Pattern[str], Kind], ...] = (
     ), Kind.TOKEN),
 )  # fmt: skip
 _SCALES = re.compile(
-    r"scale|gate|gamma|lambda|alpha|beta|time_mix|translate|temperature|mix|static_weight|^scaling$"
+    r"(?!.*proj$)(scale|gate|gamma|lambda|alpha|beta|time_mix|translate|temperature|mix|static_weight|^scaling$)"
 )
 _DERIVED = re.compile(r"position_ids|freq|mask|token_type_ids|sin|cos|^bias$")
 _PLACES = re.compile(r"pos|wpe|relative|rel_|time_embed", re.IGNORECASE)
@@ -79,6 +86,7 @@ class Place:
 
     Attributes:
         name: its local name.
+        parent: the class of the module that holds it.
         words: sizes that only vocabularies have.
         labels: sizes that only classifiers have.
         output: whether it gives the model's logits over words.
@@ -87,6 +95,7 @@ class Place:
     """
 
     name: str = ""
+    parent: str = ""
     words: frozenset[int] = frozenset()
     labels: frozenset[int] = frozenset()
     output: bool = False
@@ -145,6 +154,8 @@ def _parameter(
         return (Kind.CONVOLUTION, (0,)) if name == "original1" else (Kind.SCALE, ())
     if _NORM.search(owner):
         return (Kind.BIAS, ()) if name == "bias" else (Kind.NORM, ())
+    if isinstance(module, nn.ParameterList):  # its names are numbers
+        name = place.parent.lower()
     return _bare(owner, name, tensor)
 
 

@@ -99,6 +99,7 @@ class Walker:
                 continue
             inside = Place(
                 name=key if not key.isdigit() else place.name,
+                parent=type(module).__name__,
                 words=self.words,
                 labels=self.labels,
                 output=id(child) in self._outputs,
