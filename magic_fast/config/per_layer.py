@@ -21,7 +21,7 @@ _NUMBERS = (
     "rope_scaling_layers", "global_attn_indexes", "window_block_indices", "cross_attention_layers",
 )  # fmt: skip
 #: How many layers at the front are dense.
-_DENSE = ("first_k_dense_replace", "num_dense_layers")
+_DENSE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 #: (period, offset): a layer is of the second kind where its number leaves the offset.
 _PERIODS = (
     ("attn_layer_period", "attn_layer_offset"),
@@ -109,15 +109,17 @@ class _Follower:
         lists = [key for key, value in self.old.items() if self._is_list(key, value)]
         for key in lists:
             self.part[key] = self._picked(key)
+        if "attention_layers" in lists and "attention_types" in self.old:  # of GPT-Neo
+            self.part["attention_types"] = [[self.part["attention_layers"], 1]]
         for key in _NUMBERS:
             if isinstance(self.old.get(key), list):
                 self.part[key] = self._mapped(key)
         if isinstance(self.old.get("per_layer_config"), dict):
-            stated = [(y.part.get("per_layer_config") or {}, y.number) for y in self.layers]
             self.part["per_layer_config"] = {
-                str(i): fields[str(number)]
-                for i, (fields, number) in enumerate(stated)
-                if str(number) in fields
+                str(i): fields
+                for i, layer in enumerate(self.layers)
+                for number, fields in (layer.part.get("per_layer_config") or {}).items()
+                if int(number) == layer.number  # "05", as transformers writes it
             }
         if isinstance(self.old.get("hybrid_override_pattern"), str):
             self.part["hybrid_override_pattern"] = "".join(self._picked("hybrid_override_pattern"))
@@ -125,6 +127,8 @@ class _Follower:
             if not self.old.get(key):
                 self._write_out(key)
         self._experts()
+        if self.old.get("moe_layer_end_index") == self.own_count - 1:
+            self.part["moe_layer_end_index"] = self.count - 1
         for key in _DENSE:
             if isinstance(self.old.get(key), int) and "mlp_layer_types" not in lists:
                 self._dense(key)
@@ -149,9 +153,10 @@ class _Follower:
         return len(value) == self.own_count
 
     def _is_known(self, key: str) -> bool:
-        return key in listed_by_rule(self.model_type) or any(
+        sparse = any(
             self.old.get(f) is not None for f in (*_DENSE, "decoder_sparse_step", "moe_layers")
         )
+        return key in listed_by_rule(self.model_type) or (sparse and key == "mlp_layer_types")
 
     def _value(self, key: str, layer: Layer) -> Any:
         """What a model says of one of its layers."""

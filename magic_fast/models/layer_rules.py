@@ -42,11 +42,15 @@ def implied(model_type: str, part: Mapping[str, Any], key: str, count: int) -> l
         on = part.get("sliding_window") is not None and (switch is None or part.get(switch))
         start = part.get(field, default) if on else count
         return [before if i < start else then for i in range(count)]
-    _, period, field, at, other, shift = rule
+    kind, number, field, at, other, *more = rule
     stated = [part.get(f) for f in (field, f"_{field}") if field is not None]
-    period = next((value for value in stated if value is not None), period)
-    if type(period) is not int or period < 1:
+    number = next((value for value in stated if value is not None), number)
+    if type(number) is not int or number < (kind == "every"):
         return None
-    if period == 1 and at == other and part.get("use_sliding_window"):
+    if kind == "first":
+        return [at if i < number else other for i in range(count)]
+    shift, *last = more
+    if number == 1 and at == other and part.get("use_sliding_window"):
         return None
-    return [other if (i + shift) % period else at for i in range(count)]
+    front = range(count - len(last))
+    return [*(other if (i + shift) % number else at for i in front), *last]

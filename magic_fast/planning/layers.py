@@ -34,9 +34,14 @@ def config_of_layers(
         for step in range(group.length or 0)
     ]
     own = next(view for name, view in views.items() if models[name] is source)
-    return follow(
+    stated, count = follow(
         source.config, own.path, own.count, layers, reads=own.reads, stores_mtp=own.stores_mtp
     )
+    part = part_of(stated, own.path)
+    if own.counted_by is not None and part.get(own.counted_by, own.count) == own.count:
+        assert isinstance(part, dict)
+        part[own.counted_by] = count
+    return stated, count
 
 
 class _Counted:
@@ -50,12 +55,14 @@ class _Counted:
         self.stores_mtp = stored > self.count
         self.path = declared_part(model.config)
         self.reads: tuple[str, ...] = ()
+        self.counted_by: str | None = None
         if main is not None:
             name = next(n for n in model.tensors if n.startswith(f"{main.prefix}0."))
             block = model.roles[name].block
             fields = model.roles.stacks.get(block.stack) if block is not None else None
             if fields is not None:
                 self.path, self.reads = fields.part, fields.lists
+                self.counted_by = fields.count
         self.part = part_of(model.config, self.path)
         top = model.config.get("model_type") if not self.path else None
         self.model_type = str(self.part.get("model_type") or top or "")

@@ -36,6 +36,10 @@ def followed(
         ({"moe_layers": [0, 1, 2, 3]}, {"moe_layers": [0, 1, 2, 3, 4, 5]}),
         ({"per_layer_config": {"1": {"x": 7}}}, {"per_layer_config": {"1": {"x": 7},
                                                                       "3": {"x": 7}}}),
+        ({"per_layer_config": {"02": {"x": 7}}}, {"per_layer_config": {"2": {"x": 7},
+                                                                       "4": {"x": 7}}}),
+        ({"attention_layers": list("glgl"), "attention_types": [[["g", "l"], 2]]},
+         {"attention_layers": list("glglgl"), "attention_types": [[list("glglgl"), 1]]}),
         ({"full_attn_idxs": [1]}, {"full_attn_idxs": [1, 3]}),
         ({"hybrid_override_pattern": "M*-E"}, {"hybrid_override_pattern": "M*-*-E"}),
         (

@@ -5,7 +5,9 @@ each model type the list → rule:
 
 ``["every", period, field, at, other, shift]``
     ``at`` where (layer + shift) is a multiple of the period, which ``field`` may state, else
-    ``other``
+    ``other``; the last layer is of the kind that may stand behind
+``["first", count, field, at, other]``
+    ``at`` for the first layers, as many as ``count`` or as ``field`` may state, else ``other``
 ``["after", field, default, switch, before, after]``
     ``after`` from layer ``field`` on, where there is a sliding window and ``switch``, if any, is
     on
@@ -15,7 +17,9 @@ A rule stands there only where it gives the lists of the installed transformers 
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ FIELDS = (
     "sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval",
     "global_attn_every_n_layers", "no_rope_layer_interval", "layer_group_size",
 )  # fmt: skip
+FIRST = ("first_k_dense_replace", "num_dense_layers", "n_dense_layers", "num_hash_layers")
 DEPTHS = (23, 24, 25, 36)
 
 
@@ -40,8 +45,8 @@ def listed(model_type: str, key: str, depth: int, **fields: Any) -> list[Any] | 
     return list(value) if isinstance(value, list | tuple) and len(value) == depth else None
 
 
-def every(depth: int, period: int, at: Any, other: Any, shift: int) -> list[Any]:
-    return [other if (i + shift) % period else at for i in range(depth)]
+def every(depth: int, period: int, at: Any, other: Any, shift: int, *last: Any) -> list[Any]:
+    return [*(other if (i + shift) % period else at for i in range(depth - len(last))), *last]
 
 
 def after(depth: int, start: int, before: Any, then: Any) -> list[Any]:
@@ -53,28 +58,45 @@ def rule_of(model_type: str, key: str) -> list[Any] | None:
     known = {depth: listed(model_type, key, depth) for depth in DEPTHS}
     if any(value is None for value in known.values()):
         return None
-    kinds = {kind for value in known.values() for kind in value or ()}
+    lists = {depth: value or [] for depth, value in known.items()}
+    kinds = {kind for value in lists.values() for kind in value}
     if len(kinds) == 1:
         return _windowed(model_type, key, kinds.pop())
-    for period in range(2, 9):
-        for shift in (0, 1):
-            for at in sorted(kinds, key=str):
-                other = next(iter(kinds - {at}))
-                if len(kinds) == 2 and all(
-                    value == every(depth, period, at, other, shift)
-                    for depth, value in known.items()
-                ):
-                    return ["every", period, _field(model_type, key, period, at, other, shift), at,
-                            other, shift]  # fmt: skip
+    if len(kinds) != 2:
+        return None
+    for at in sorted(kinds, key=str):
+        other = next(iter(kinds - {at}))
+        count = lists[DEPTHS[0]].count(at)
+        if all(value == after(depth, count, at, other) for depth, value in lists.items()):
+            fields = [*_equal(model_type, count), *FIRST]
+            want = after(24, count + 1, at, other)
+            return ["first", count, _field(model_type, key, fields, count + 1, want), at, other]
+        for period in range(2, 9):
+            for shift, last in itertools.product((0, 1), ([], [at])):
+                rule = at, other, shift, *last
+                if all(value == every(d, period, *rule) for d, value in lists.items()):
+                    plain = None, every(24, period, *rule)
+                    if any(listed(model_type, key, 24, **{f: 7}) not in plain for f in FIRST):
+                        return None  # not of the period alone
+                    want = every(24, period + 1, *rule)
+                    field = _field(model_type, key, FIELDS, period + 1, want)
+                    return ["every", period, field, *rule]
     return None
 
 
-def _field(model_type: str, key: str, period: int, at: Any, other: Any, shift: int) -> str | None:
-    want = every(24, period + 1, at, other, shift)
-    for field in FIELDS:
-        if listed(model_type, key, 24, **{field: period + 1}) == want:
-            return field
-    return None
+def _field(
+    model_type: str, key: str, fields: Iterable[str], value: int, want: list[Any]
+) -> str | None:
+    """The field that gives the wanted list where it states a value."""
+    return next((f for f in fields if listed(model_type, key, 24, **{f: value}) == want), None)
+
+
+def _equal(model_type: str, value: int) -> list[str]:
+    """The fields of a configuration that state a value."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    stated = vars(CONFIG_MAPPING[model_type]()).items()
+    return [key for key, one in stated if type(one) is int and one == value]
 
 
 def _windowed(model_type: str, key: str, plain: Any) -> list[Any]:
@@ -88,6 +110,10 @@ def _windowed(model_type: str, key: str, plain: Any) -> list[Any]:
         fields["use_sliding_window"] = False
         switch = None if listed(model_type, key, 24, **fields) == value else "use_sliding_window"
         return ["after", "max_window_layers", default, switch, plain, value[-1]]
+    for field in FIRST:
+        value = listed(model_type, key, 24, **{field: 7})
+        if value is not None and value == after(24, 7, value[0], plain) and value[0] != plain:
+            return ["first", 0, field, value[0], plain]
     return ["every", 1, None, plain, plain, 0]
 
 
