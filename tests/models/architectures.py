@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from architectures.shrink import default_config
 from magic_fast.models.built import classes
 
-ROOT = Path(__file__).resolve().parents[2]
-FIELDS = ROOT / "tools" / "architectures" / "fields.json"
 WORDS = 1031  # as long as nothing else in a tiny model
 Tensors = dict[str, tuple[tuple[int, ...], str]]
 
@@ -29,10 +27,8 @@ def built(name: str, config: Any) -> Any:
 
 def default(name: str, model_type: str) -> Any:
     """A model of the default configuration of a type."""
-    fields = json.loads(FIELDS.read_text()).get(model_type, {})
-    first = fields[0] if isinstance(fields, list) else fields
     with classes.absent_parts():
-        return built(name, classes.config_class(model_type)(**first))
+        return built(name, default_config(model_type))
 
 
 def config_of(model: Any) -> dict[str, Any]:

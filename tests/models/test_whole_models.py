@@ -1,7 +1,7 @@
 """Tiny models of every type on disk: two fine-tunes are merged, and transformers loads what the
 merge by hand gives; rows of calibrations by the classes of the modules; all own layers in slices.
 
-What does not pass is in ``support/shrink.json``, with the reason.
+What does not pass is in ``tools/architectures/shrink.json``, with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from magic_fast.models import table  # noqa: E402
 from models import whole_models as whole  # noqa: E402
-from support import shrink  # noqa: E402
+from architectures import shrink  # noqa: E402
 
 if transformers.__version__ != table.heading()["transformers"]:
     pytest.skip(
@@ -25,7 +25,7 @@ if transformers.__version__ != table.heading()["transformers"]:
     )
 
 MERGED = table.model_types()
-SLICED = [model_type for model_type in MERGED if whole.sliced_class(model_type)]
+SLICED = [model_type for model_type in MERGED if shrink.sliced_class(model_type)]
 SAMPLE = ("gemma3n_text", "gpt2", "gpt_oss", "llava", "qwen3_vl_moe", "t5", "whisper", "xlnet")
 SLICED_SAMPLE = ("bart", "bert", "clip", "llama")
 #: So many at least.
@@ -58,7 +58,7 @@ def check(model_type: str, folder: Path) -> None:
 
 @torch.no_grad()
 def check_sliced(model_type: str, folder: Path) -> None:
-    architecture = whole.sliced_class(model_type)
+    architecture = shrink.sliced_class(model_type)
     assert architecture is not None
     whole.check_passthrough(whole.Family(model_type, folder, architecture))
 

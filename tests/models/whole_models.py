@@ -21,7 +21,7 @@ from magic_fast.models.built import classes
 from magic_fast.planning.stacks import structure_of
 from models.architectures import as_in_file, owners, units_by_class
 from support.models import load
-from support.shrink import tiny_config
+from architectures.shrink import TASKS, tiny_config
 
 STATISTICS = ("running_mean", "running_var")
 WEIGHTS = (0.4, 0.35)
@@ -204,15 +204,6 @@ def check_rows(family: Family) -> None:
 def _norms(tensor: Tensor, row: Tensor) -> Tensor:
     squares = torch.zeros(int(row.max()) + 1, dtype=torch.float64)
     return squares.index_add_(0, row, tensor.reshape(-1) ** 2).sqrt()
-
-
-TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION")
-
-
-def sliced_class(model_type: str) -> str | None:
-    """The class of a type that gives logits of text, or of text and image, or None."""
-    found = (classes.tasks()[task].get(model_type) for task in TASKS)
-    return next((name for name in found if name in classes.names(model_type)), None)
 
 
 def check_passthrough(family: Family) -> None:

@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,19 +19,8 @@ _TASKS = (
     "IMAGE_CLASSIFICATION",
 )  # fmt: skip
 _WORDS = "vocab_size"
-# Vocabularies of codes, not of words.
-_CODES = (
-    "type",
-    "audio",
-    "image",
-    "visual",
-    "vision",
-    "video",
-    "code",
-    "speech",
-    "acoustic",
-    "semantic",
-)
+# Vocabularies of codes, not of words. Encoders and decoders may have words.
+_CODES = re.compile(r"type|audio|image|visual|vision|video|code(?!r)|speech|acoustic|semantic")
 LABELS = 137
 _FIRST_WORD_SIZE = 1_000_003  # above every token id of a default configuration
 
@@ -127,7 +117,7 @@ def probe(config: Any, *, labels: bool) -> frozenset[int]:
     for path, part in configurations(config):
         for key in sorted(vars(part)):
             spoken = f"{path}.{key}".lower()
-            if _WORDS in key and not any(code in spoken for code in _CODES):
+            if _WORDS in key and not _CODES.search(spoken):
                 if type(getattr(part, key)) is int:
                     sizes.append(_FIRST_WORD_SIZE + 2 * len(sizes))
                     setattr(part, key, sizes[-1])

@@ -13,11 +13,12 @@ from typing import Any
 
 from magic_fast.models.built import classes
 
-_ROOT = Path(__file__).resolve().parents[2]
 _DATA = json.loads(Path(__file__).with_suffix(".json").read_text())
 #: What of whole-model tests fails → model type → the reason.
 LEFT_OUT: dict[str, dict[str, str]] = _DATA["left_out"]
-_FIELDS = json.loads((_ROOT / "tools" / "architectures" / "fields.json").read_text())
+#: Tasks whose classes give logits of text, or of text and image, the first first.
+TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION")
+_FIELDS = json.loads(Path(__file__).with_name("fields.json").read_text())
 _RULES = [(re.compile(pattern), most) for pattern, most in _DATA["rules"]]
 _COUNTS = re.compile(_DATA["counts_of_layers"])
 _NUMBERS = re.compile(_DATA["numbers_of_layers"])
@@ -35,6 +36,12 @@ def tiny_config(model_type: str) -> Any:
     """The shrunk configuration of a type."""
     plain = _Shrinker().part(default_config(model_type).to_dict())
     return classes.config_class(model_type).from_dict(plain)
+
+
+def sliced_class(model_type: str) -> str | None:
+    """The class of a type that gives logits of text, or of text and image, or None."""
+    found = (classes.tasks()[task].get(model_type) for task in TASKS)
+    return next((name for name in found if name in classes.names(model_type)), None)
 
 
 class _Shrinker:
