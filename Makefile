@@ -102,9 +102,10 @@ $(PEERS)-%/.installed: benchmarks/peers-%.txt .ci/constraints.txt
 	touch $@
 
 # Every model type of the installed transformers, built without weights: two minutes of one core, no network.
-architectures: venv ## magic_fast/models/architectures.jsonl, what the tensors of each architecture are
+architectures: venv ## magic_fast/models/architectures.jsonl, what the tensors of each architecture are; docs/models.md
 	$(BIN)/python tools/architectures/generate.py
 	$(BIN)/python tools/architectures/layer_rules.py
+	$(BIN)/python tools/architectures/document.py
 
 suites: venv ## other libraries' own tests, which ours run with our functions in place
 	$(BIN)/python tests/integrations/fetch_suites.py

@@ -73,3 +73,50 @@ def test_what_only_the_base_has_is_rounded(tmp_path: Path) -> None:
     mf.merge_checkpoints(config, tmp_path / "out", memory=4 * MIB)
     want = {n: t.bfloat16() for n, t in base.items()}
     assert different(read_out(tmp_path / "out"), want) == []
+
+
+RESNET = {"model_type": "resnet", "architectures": ["ResNetModel"]}
+NORM = "embedder.embedder.normalization."
+
+
+def test_counters_are_those_of_the_base(tmp_path: Path) -> None:
+    """Fine-tunes have seen other numbers of batches than the base."""
+    for k, name in enumerate(("base", "one", "two")):
+        tensors = {f"{NORM}running_mean": torch.full((3,), float(k)),
+                   f"{NORM}num_batches_tracked": torch.tensor(7 * k)}  # fmt: skip
+        write_model(tmp_path / name, tensors, RESNET)
+    config = (
+        f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\nmodels:\n"
+        f"- model: {tmp_path}/one\n- model: {tmp_path}/two\nparameters: {{weight: 0.5}}\n"
+    )
+    mf.merge_checkpoints(config, tmp_path / "out")
+    merged = read_out(tmp_path / "out")
+    assert torch.equal(merged[f"{NORM}num_batches_tracked"], torch.tensor(0))
+    assert torch.equal(merged[f"{NORM}running_mean"], torch.full((3,), 1.5))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_buffers_that_all_have_may_be_infinite(backend: str | None, tmp_path: Path) -> None:
+    """The bounds of Gemma 4's linear layers, where none was found."""
+    shared = {"layers.0.feed_forward1.ffw_layer_1.input_max": torch.tensor(float("inf"))}
+    models = Models(
+        tmp_path / "m", {"output_proj.weight": (4, 8)}, extra=shared,
+        config={"model_type": "gemma4_audio", "architectures": ["Gemma4AudioModel"]},
+    )  # fmt: skip
+    config = models.config("ties", parameters={"density": 0.5, "weight": 1.0})
+    mf.merge_checkpoints(config, tmp_path / "out", backend=backend)
+    (name,) = shared
+    assert torch.equal(read_out(tmp_path / "out")[name].float(), shared[name])
+
+
+def test_buffers_that_differ_may_not(tmp_path: Path) -> None:
+    config = {"model_type": "gemma4_audio", "architectures": ["Gemma4AudioModel"]}
+    name = "layers.0.feed_forward1.ffw_layer_1.input_max"
+    for folder, bound in (("base", "inf"), ("one", "3"), ("two", "3")):
+        write_model(tmp_path / folder, {name: torch.tensor(float(bound))}, config)
+    text = (
+        f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\nmodels:\n"
+        f"- model: {tmp_path}/one\n- model: {tmp_path}/two\nparameters: {{weight: 0.5}}\n"
+    )
+    with pytest.raises(mf.NonFiniteError, match="input_max"):
+        mf.merge_checkpoints(text, tmp_path / "out")

@@ -77,6 +77,39 @@ def test_each_layer_is_the_one_that_it_was(case: str, order: list[int], tmp_path
     assert torch.allclose(got, model(input_ids=ids, use_cache=False).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize(("architecture", "config_class", "fields", "stack"), [
+    ("BartForCausalLM", "BartConfig",
+     {"d_model": 16, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 2,
+      "decoder_ffn_dim": 24}, "model.decoder.layers"),
+    ("GPTNeoForCausalLM", "GPTNeoConfig",
+     {"num_hidden_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]],
+      "window_size": 4}, "transformer.h"),
+])  # fmt: skip
+def test_fields_that_single_architectures_read(
+    architecture: str, config_class: str, fields: dict[str, Any], stack: str, tmp_path: Path
+) -> None:
+    """BART counts the layers of its decoder by a field of its own; GPT-Neo reads the kinds of its
+    layers from a list of periods."""
+    order = [1, 0, 1]
+    kind = getattr(tf, architecture)
+    model = kind(getattr(tf, config_class)(**SMALL | fields)).eval()
+    model.save_pretrained(tmp_path / "m")
+    pieces = [{"sources": [{"model": str(tmp_path / "m"), "layer_range": [i, i + 1]}]}
+              for i in order]  # fmt: skip
+    mf.merge_checkpoints({"merge_method": "passthrough", "slices": pieces}, tmp_path / "out")
+    found, info = kind.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    layers, own = found.get_submodule(stack), model.get_submodule(stack)
+    assert len(layers) == len(order)
+    for layer, number in zip(layers, order, strict=True):
+        for (name, x), y in zip(layer.named_parameters(), own[number].parameters(), strict=True):
+            assert torch.equal(x, y), name
+    if architecture == "GPTNeoForCausalLM":
+        assert [layer.attn.attention_type for layer in layers] == ["local", "global", "local"]
+
+
 def test_dense_layers_apart_are_refused(tmp_path: Path) -> None:
     """DeepSeek-V3's configuration only counts them."""
     config = {**SMALL, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],

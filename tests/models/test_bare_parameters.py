@@ -137,7 +137,56 @@ def dbrx() -> tuple[nn.Module, Any]:
     return module, run
 
 
-MAKERS = (llama4, jetmoe, csm, recurrent_gemma, xlnet, gemma3, swiftformer, dbrx)
+def longcat() -> tuple[nn.Module, Any]:
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+
+    config = SimpleNamespace(
+        expert_ffn_hidden_size=3, hidden_size=5, n_routed_experts=2, zero_expert_num=0,
+        hidden_act="silu",
+    )  # fmt: skip
+    module = LongcatFlashExperts(config)
+    return module, lambda: module(torch.rand(4, 5), *each_expert(2))
+
+
+def step3p7() -> tuple[nn.Module, Any]:
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    config = SimpleNamespace(
+        num_local_experts=2, hidden_size=5, moe_intermediate_size=3, hidden_act="silu"
+    )
+    module = Step3p7Experts(config)
+    return module, lambda: module(torch.rand(4, 5), *each_expert(2))
+
+
+def each_expert(count: int) -> tuple[Tensor, Tensor]:
+    """Four tokens, each to all experts."""
+    return torch.arange(count).expand(4, count), torch.ones(4, count)
+
+
+def funnel() -> tuple[nn.Module, Any]:
+    from transformers import FunnelConfig
+    from transformers.models.funnel.modeling_funnel import (
+        FunnelAttentionStructure,
+        FunnelRelMultiheadAttention,
+    )
+
+    config = FunnelConfig(d_model=8, n_head=2, d_head=4, attention_dropout=0, hidden_dropout=0)
+    module = FunnelRelMultiheadAttention(config, 0)
+    structure, x = FunnelAttentionStructure(config), torch.rand(1, 6, 8)
+    return module, lambda: module(x, x, x, structure.init_attention_inputs(x))
+
+
+def ibert() -> tuple[nn.Module, Any]:
+    from transformers.models.ibert.quant_modules import QuantLinear
+
+    module = QuantLinear(5, 3)
+    return module, lambda: module(torch.rand(4, 5))[0]
+
+
+MAKERS = (
+    llama4, jetmoe, csm, recurrent_gemma, xlnet, gemma3, swiftformer, dbrx, longcat, step3p7,
+    funnel, ibert,
+)  # fmt: skip
 
 
 @pytest.fixture(params=MAKERS, ids=lambda maker: maker.__name__)

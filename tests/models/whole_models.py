@@ -1,5 +1,5 @@
-"""Tiny models of any type: fine-tunes on disk, merged, loaded again by transformers, and the same by
-hand."""
+"""Tiny models of any type: fine-tunes on disk, merged, loaded again by transformers, and the same
+by hand."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import magic_fast as mf
+from architectures import shrink
+from architectures.shrink import TASKS, tiny_config
 from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.models import Kind, table
 from magic_fast.models.built import classes
 from magic_fast.planning.stacks import structure_of
 from models.architectures import as_in_file, owners, units_by_class
 from support.models import load
-from architectures.shrink import TASKS, tiny_config
 
 STATISTICS = ("running_mean", "running_var")
 WEIGHTS = (0.4, 0.35)
@@ -199,6 +200,20 @@ def check_rows(family: Family) -> None:
             want = base.double() + delta * factor[row].view(base.shape)
             room = room + 1e-5 * (want - base.double()).abs()
         assert bool(((merged[name].double() - want).abs() <= room).all()), name
+
+
+def check_words(family: Family) -> None:
+    """Embeddings and heads that transformers names as such have a row for each word."""
+    roles, names = family.checkpoint.roles, {id(p): n for n, p in family.model.named_parameters()}
+    by_canonical = {role.canonical: role for role in roles.values()}
+    for get in (family.model.get_input_embeddings, family.model.get_output_embeddings):
+        try:
+            module = get()
+        except (AttributeError, NotImplementedError, TypeError):  # there is no such module
+            continue
+        if isinstance(module, nn.Embedding | nn.Linear) and len(module.weight) == shrink.WORDS:
+            role = by_canonical.get(names[id(module.weight)])
+            assert role is None or role.vocabulary == 0, names[id(module.weight)]
 
 
 def _norms(tensor: Tensor, row: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 from magic_fast.models.built import classes
 
 _DATA = json.loads(Path(__file__).with_suffix(".json").read_text())
+#: Words of every vocabulary.
+WORDS: int = _DATA["words"]
 #: What of whole-model tests fails → model type → the reason.
 LEFT_OUT: dict[str, dict[str, str]] = _DATA["left_out"]
 #: Tasks whose classes give logits of text, or of text and image, the first first.
@@ -53,7 +55,7 @@ class _Shrinker:
     def part(self, part: Mapping[str, Any]) -> dict[str, Any]:
         """One part, with its parts."""
         part = {str(key): value for key, value in part.items()}
-        staged = "depths" in part or "stage_names" in part and not part.get("num_hidden_layers")
+        staged = "depths" in part or ("stage_names" in part and not part.get("num_hidden_layers"))
         counts = {} if staged else {
             key: n for key, n in part.items() if type(n) is int and n > 4 and _COUNTS.search(key)
         }  # fmt: skip
@@ -96,9 +98,9 @@ class _Shrinker:
         """Numbers of words that the vocabulary has still."""
         if isinstance(value, list | tuple):
             return [self.token(one) for one in value]
-        if type(value) is not int or value < _DATA["words"] // 2:
+        if type(value) is not int or value < WORDS // 2:
             return value
-        return self.words.setdefault(value, _DATA["words"] - 1 - len(self.words))
+        return self.words.setdefault(value, WORDS - 1 - len(self.words))
 
 
 def _set(part: dict[str, Any], path: str, value: Any) -> None:
