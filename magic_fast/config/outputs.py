@@ -31,6 +31,10 @@ class ModelView(Protocol):
     def is_derived(self, name: str) -> bool:
         """Whether a stored tensor is a buffer that follows from the configuration."""
 
+    def left_out(self, *, strict: bool) -> frozenset[str]:
+        """The stored tensors that the merge leaves out; ``strict``: every word and pattern must
+        match some."""
+
     def is_loaded(self, name: str) -> bool:
         """Whether a stored tensor is not left aside when the model is loaded."""
 
