@@ -50,10 +50,8 @@ class View:
     def counted_stack(self) -> str | None:
         return counted_stack(self.checkpoint)
 
-    def left_out(self, *, strict: bool) -> frozenset[str]:
-        if not self.choice:
-            return frozenset()
-        return self.choice.left_out(self.checkpoint.roles, strict=strict)
+    def left_out(self) -> frozenset[str]:
+        return self.choice.left_out(self.checkpoint.roles) if self.choice else frozenset()
 
     def is_derived(self, name: str) -> bool:
         return self.checkpoint.roles[name].kind is Kind.DERIVED
@@ -115,6 +113,8 @@ def steps_of(
     were)."""
     with no_collection():
         choice = TensorChoice(config.include, config.exclude)
+        if choice:
+            choice.check([model.roles for model in models.values()])
         layout = resolve_layout(config, {name: View(c, choice) for name, c in models.items()})
         if calibration is not None:
             calibration.check_names(t.name for t in layout)
