@@ -3,7 +3,8 @@ checked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from magic_fast.checkpoint import Checkpoint
 from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
 from magic_fast.engine import Input, Step, common_shape
 from magic_fast.engine.plan.step import FLOATS
+from magic_fast.engine.sources.tied import same_values
 from magic_fast.errors import InputError
 from magic_fast.methods.presets import build_recipe
 from magic_fast.methods.registry import find_method
@@ -26,6 +28,7 @@ from magic_fast.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LOG = logging.getLogger("magic_fast")
 _FLOATS = frozenset(FLOATS)
 _WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -121,6 +124,11 @@ def steps_of(
         builder = _Builder(config, models, calibration, seed, compat, allow_truncation)
         steps = [builder.step(tensor) for tensor in layout]
         refuse_uneven(steps)
+        if builder.counters:
+            _LOG.warning(
+                "%d counters differ and stay as in %s: %s%s", len(builder.counters), config.donor,
+                builder.counters[0], ", …" if len(builder.counters) > 1 else "",
+            )  # fmt: skip
         return steps, builder.vocab_size
 
 
@@ -144,6 +152,7 @@ class _Builder:
         self._method = find_method(config.merge_method)
         self._whole = self._method.base == "none"
         self.vocab_size: int | None = None
+        self.counters: list[str] = []
         self._recipes: dict[tuple[int, ...], tuple[dict[str, Any], Recipe | None]] = {}
 
     def _recipe(self, tensor: OutputTensor, num_experts: int) -> tuple[dict[str, Any], Any]:
@@ -166,6 +175,27 @@ class _Builder:
     def _source(self, source: Source) -> Input:
         return input_of(self._models, source.model, source.tensor_name)
 
+    def _stays(self, inputs: Sequence[Input]) -> bool:
+        """Whether a tensor is the first model's whatever the method: a counter that differs, a
+        buffer that is the same in all models, however infinite its masks are."""
+        first = inputs[0]
+        if first.info.name.endswith((".weight", ".bias")):
+            return False
+        kind = self._models[first.model].roles[first.info.name].kind
+        if kind is not Kind.COUNTER and first.info.dtype not in _FLOATS:
+            return False  # compared as they are copied
+        if kind not in (Kind.COUNTER, Kind.DERIVED, Kind.BUFFER):
+            return False
+        same = all(
+            same_values(
+                self._models[first.model], first.info.name, self._models[i.model], i.info.name
+            )
+            for i in inputs[1:]
+        )
+        if kind is Kind.COUNTER and not same:
+            self.counters.append(first.info.name)
+        return same != (kind is Kind.COUNTER)
+
     def step(self, tensor: OutputTensor) -> Step:
         config = self._config
         base = None if tensor.base is None else self._source(tensor.base)
@@ -174,6 +204,11 @@ class _Builder:
         if self._quantised and self._quantised.holds(inputs):
             first = inputs[0].info
             return Step(tensor.name, first.shape, first.dtype, None, inputs, copy=True)
+        if len(inputs) > 1 and self._stays(inputs):
+            own = inputs[0]
+            return Step(
+                tensor.name, own.shape, own.info.dtype, None, inputs[:1], copy=True, exact=True
+            )
         shape, truncated = common_shape(
             tensor.name, inputs, allow_truncation=self._allow_truncation
         )

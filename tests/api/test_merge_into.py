@@ -246,8 +246,7 @@ def _mistakes() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
     state = {"a": torch.zeros(3, 4), "b": torch.zeros(2, 4)}
     model, other = _crossed()
     three = {"a": torch.zeros(3)}
-    count = Network(8)
-    count.norm.num_batches_tracked += 1
+    number = {"ids": torch.tensor([1])}
     return {
         "a tensor": (
             lambda: mf.merge_into(torch.zeros(1), torch.zeros(1), [torch.zeros(1)]),
@@ -272,10 +271,10 @@ def _mistakes() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
             "dtype of 'a' in the model: expected torch.int64 as in experts[0], got torch.float32.",
         ),
         "integers differ": (
-            lambda: mf.merge_into(Network(9), base, [count], "average"),
+            lambda: mf.merge_into(number, number, [{"ids": torch.tensor([2])}], "average"),
             InputError,
-            "integer tensor 'norm.num_batches_tracked' in experts[0]: expected the values of base, "
-            "got others. Integer tensors are not merged; they must agree.",
+            "integer tensor 'ids' in experts[0]: expected the values of base, got others. Integer "
+            "tensors are not merged; they must agree.",
         ),
         "a view of itself": (
             lambda: mf.merge_into(_as_view(), state, [state], "average"),
@@ -317,8 +316,9 @@ def test_a_mistake_leaves_the_model_as_it_was() -> None:
     base, experts = _models()
     model = Network(9)
     before = copies(model)
-    experts[2].norm.num_batches_tracked += 1  # the last tensor but one
-    with pytest.raises(InputError):
+    with torch.no_grad():
+        experts[2].head.weight[0, 0] = float("nan")  # of the last tensor
+    with pytest.raises(NonFiniteError):
         mf.merge_into(model, base, experts, "average")
     assert _same(model, before)
 
@@ -329,3 +329,14 @@ def test_a_deep_copy_of_the_base_is_no_alias() -> None:
     before = copies(base)
     mf.merge_into(model, base, experts, "average")
     assert _same(base, before) and not _same(model, before)
+
+
+def test_counters_are_the_base(caplog: pytest.LogCaptureFixture) -> None:
+    """They differ in every fine-tune with batch norm."""
+    base, experts = _models()
+    for number, model in enumerate((base, *experts)):
+        model.norm.num_batches_tracked.fill_(number + 3)
+    merged = mf.merge(base, experts, "average")
+    assert merged.norm.num_batches_tracked.item() == 3
+    assert "counter norm.num_batches_tracked stays as in base" in caplog.text
+    assert mf.merge_into(Network(9), base, experts, "average").norm.num_batches_tracked.item() == 3

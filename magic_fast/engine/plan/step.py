@@ -53,6 +53,7 @@ class Step:
         calibration: WSC, or None.
         cast: inputs are rounded to this dtype first, or None.
         copy: an integer tensor, or one that is not touched.
+        exact: a copy of the bytes, whatever they hold.
         inputs: everything this step reads, base first, merged last.
         numel: elements of the output.
     """
@@ -71,6 +72,7 @@ class Step:
     calibration: RowCalibration | None = None
     cast: str | None = None
     copy: bool = False
+    exact: bool = False
 
     inputs: tuple[Input, ...] = field(init=False, repr=False, compare=False)
     numel: int = field(init=False, repr=False, compare=False)
