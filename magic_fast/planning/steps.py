@@ -4,7 +4,7 @@ checked."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_from_file
@@ -68,11 +68,6 @@ def read_tensor(models: Mapping[str, Checkpoint], model: str, name: str) -> Tens
     data = bytearray(source.nbytes)
     models[model].read_into(source.info.name, data)
     return tensor_of(source, data)
-
-
-def cut(source: Input, shape: tuple[int, ...]) -> Input:
-    """The leading rows of a source."""
-    return source if source.shape == shape else Input(source.model, source.info, shape)
 
 
 def calibration_of(config: MergeConfig) -> WeightCalibration | None:
@@ -171,9 +166,8 @@ class _Builder:
         )
         if truncated:
             self.vocab_size = shape[0]
-            base = None if base is None else cut(base, shape)
-            experts = tuple(cut(e, shape) for e in experts)
-            inputs = (*([base] if base else []), *experts)
+            inputs = tuple(replace(i, shape=shape) for i in inputs)
+            base, experts = (inputs[0], inputs[1:]) if base else (None, inputs)
         if not {i.info.dtype for i in inputs} <= _FLOATS:
             odd = next((i for i in inputs if i.info.dtype != inputs[0].info.dtype), None)
             if odd is not None:
