@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from magic_fast.checkpoint import Checkpoint, sidecar_source
+from magic_fast.checkpoint import Checkpoint, ModelFolder, sidecar_source
 from magic_fast.config import MergeConfig
 from magic_fast.config.blocks import declared_part
 from magic_fast.config.groups import build_parts
@@ -15,7 +15,9 @@ from magic_fast.planning.stacks import structure_of
 
 
 def config_of_layers(
-    config: MergeConfig, models: Mapping[str, Checkpoint]
+    config: MergeConfig,
+    models: Mapping[str, Checkpoint],
+    files: Checkpoint | ModelFolder | None = None,
 ) -> tuple[dict[str, Any] | None, int | None]:
     """The configuration whose lists follow the layers, and how many layers it states; None and None
     where the layers stay as they are.
@@ -24,7 +26,7 @@ def config_of_layers(
         ConfigError: config.json cannot say what some layer is.
     """
     groups = next((p.groups for p in build_parts(config) if p.sliced and p.counted), None)
-    source = sidecar_source(models[config.donor], list(models.values()))
+    source = files or sidecar_source(models[config.donor], list(models.values()))
     if groups is None or source is None:
         return None, config.num_layers
     views = {name: _Counted(model, name) for name, model in models.items()}
@@ -33,7 +35,7 @@ def config_of_layers(
         for group in groups
         for step in range(group.length or 0)
     ]
-    own = next(view for name, view in views.items() if models[name] is source)
+    own = next((v for name, v in views.items() if models[name] is source), views[config.donor])
     return follow(
         source.config, own.path, own.count, layers, reads=own.reads, stores_mtp=own.stores_mtp
     )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from magic_fast.checkpoint import Checkpoint, open_checkpoint
+from magic_fast.checkpoint import Checkpoint, ModelFolder, open_checkpoint, open_folder
 from magic_fast.config import MergeConfig
 from magic_fast.config.references import find_model
 from magic_fast.planning.pause_gc import no_collection
@@ -38,6 +38,20 @@ def open_models(references: Mapping[str, tuple[Path, Path | None]]) -> dict[str,
             model.close()
         raise
     return models
+
+
+def small_files(
+    config: MergeConfig, reference: str, models: Mapping[str, Checkpoint]
+) -> Checkpoint | ModelFolder:
+    """What has the small files of a model that ``config`` names, merged or not.
+
+    Raises:
+        ConfigError, CheckpointError: it is not there, or no folder.
+    """
+    model = models.get(reference)
+    if model is not None and model.folder is not None:
+        return model
+    return open_folder(str(config.resolve_path(reference)))
 
 
 def open_model(path: Path, adapter: Path | None = None) -> Checkpoint:

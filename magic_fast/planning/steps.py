@@ -16,6 +16,7 @@ from magic_fast.errors import InputError
 from magic_fast.methods.presets import build_recipe
 from magic_fast.methods.registry import find_method
 from magic_fast.models import Kind
+from magic_fast.models.choice import EVERYTHING, TensorChoice
 from magic_fast.planning.pause_gc import no_collection
 from magic_fast.planning.quantised import QuantisedInputs
 from magic_fast.planning.shared_settings import refuse_uneven
@@ -34,6 +35,7 @@ class View:
     """A checkpoint as the layout sees it."""
 
     checkpoint: Checkpoint
+    choice: TensorChoice = EVERYTHING
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -47,6 +49,9 @@ class View:
 
     def counted_stack(self) -> str | None:
         return counted_stack(self.checkpoint)
+
+    def left_out(self) -> frozenset[str]:
+        return self.choice.left_out(self.checkpoint.roles) if self.choice else frozenset()
 
     def is_derived(self, name: str) -> bool:
         return self.checkpoint.roles[name].kind is Kind.DERIVED
@@ -102,7 +107,10 @@ def steps_of(
     """One step per output tensor, and the number of rows embeddings were cut to (None: none
     were)."""
     with no_collection():
-        layout = resolve_layout(config, {name: View(c) for name, c in models.items()})
+        choice = TensorChoice(config.include, config.exclude)
+        if choice:
+            choice.check([model.roles for model in models.values()])
+        layout = resolve_layout(config, {name: View(c, choice) for name, c in models.items()})
         if calibration is not None:
             calibration.check_names(t.name for t in layout)
         builder = _Builder(config, models, calibration, seed, compat, allow_truncation)

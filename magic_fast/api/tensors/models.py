@@ -4,7 +4,7 @@ are one, and a new module that takes a merge."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -56,6 +56,18 @@ def labelled(base: Any, experts: Sequence[Tensors]) -> list[tuple[str, Tensors]]
     """(what messages call it, model) of the base, if there is one, and the experts."""
     first = [] if base is None else [("base", state_dict_of(base, "base"))]
     return first + [(f"experts[{k}]", e) for k, e in enumerate(experts)]
+
+
+def without(
+    models: Sequence[tuple[str, Tensors]], names: Collection[str]
+) -> list[tuple[str, Tensors]]:
+    """The models without some of their tensors."""
+    return [
+        (what, {n: x for n, x in model.items() if n not in names})
+        if isinstance(model, Mapping)
+        else (what, model)
+        for what, model in models
+    ]
 
 
 def destination(out: Any, name: str, bare: bool, like: str) -> Tensor | None:
@@ -163,17 +175,19 @@ def tied_groups(state: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
 
 
 def first_of_tied(
-    models: Iterable[tuple[str, Tensors]], groups: Sequence[tuple[str, ...]]
+    models: Iterable[tuple[str, Tensors]],
+    groups: Sequence[tuple[str, ...]],
+    kept: Collection[str] = (),
 ) -> list[tuple[str, dict[str, Tensor]]]:
     """The models with one tensor for each group of tied names, under its first name.
 
     A model may lack some names of a group (files hold tied weights once); those that it has must
-    agree.
+    agree. Of groups whose first name is in ``kept`` only the first model's are looked at.
 
     Raises:
         InputError: a model has no name of a group, a name of none, or values that differ in one.
     """
-    reduced = []
+    reduced: list[tuple[str, dict[str, Tensor]]] = []
     for what, model in models:
         if isinstance(model, Tensor):
             raise InputError(f"{what}: expected a module or a state dict, got a tensor.")
@@ -181,6 +195,10 @@ def first_of_tied(
         own: dict[str, Tensor] = {}
         for names in groups:
             present = [n for n in names if n in model]
+            if names[0] in kept and reduced:
+                for n in present:
+                    del rest[n]
+                continue
             if not present:
                 raise InputError(
                     f"tensor '{names[0]}' in {what}: expected one as in the model, got none. "
