@@ -119,59 +119,51 @@ def steps_of(
         return steps, builder.vocab_size
 
 
+@dataclass
 class _Builder:
-    def __init__(
-        self,
-        config: MergeConfig,
-        models: Mapping[str, Checkpoint],
-        calibration: WeightCalibration | None,
-        seed: int,
-        compat: str | None,
-        allow_truncation: bool,
-    ) -> None:
-        self._config = config
-        self._models = models
-        self._calibration = calibration
-        self._seed = seed
-        self._compat = compat
-        self._allow_truncation = allow_truncation
-        self._quantised = QuantisedInputs(models)
-        self._method = find_method(config.merge_method)
+    config: MergeConfig
+    models: Mapping[str, Checkpoint]
+    calibration: WeightCalibration | None
+    seed: int
+    compat: str | None
+    allow_truncation: bool
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self._quantised = QuantisedInputs(self.models)
+        self._method = find_method(self.config.merge_method)
         self._whole = self._method.base == "none"
-        self.vocab_size: int | None = None
         self._recipes: dict[tuple[int, ...], tuple[dict[str, Any], Recipe | None]] = {}
 
     def _recipe(self, tensor: OutputTensor, num_experts: int) -> tuple[dict[str, Any], Any]:
         """Arguments and recipe, which tensors of the same parameters share as they share those."""
         key = (id(tensor.parameters), id(tensor.expert_parameters), num_experts)
         if key not in self._recipes:
-            config, recipe = self._config, None
-            arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
+            config, recipe = self.config, None
+            arguments = tensor.arguments(config.merge_method) | {"seed": self.seed}
             if self._method.recipe is not None:
                 recipe = build_recipe(
                     config.merge_method,
                     num_experts,
                     arguments,
                     preset=config.preset,
-                    compat=self._compat,
+                    compat=self.compat,
                 )
             self._recipes[key] = arguments, recipe
         return self._recipes[key]
 
     def _source(self, source: Source) -> Input:
-        return input_of(self._models, source.model, source.tensor_name)
+        return input_of(self.models, source.model, source.tensor_name)
 
     def step(self, tensor: OutputTensor) -> Step:
-        config = self._config
+        config = self.config
         base = None if tensor.base is None else self._source(tensor.base)
         experts = tuple(self._source(s) for s in tensor.experts)
         inputs = (*([base] if base else []), *experts)
         if self._quantised and self._quantised.holds(inputs):
             first = inputs[0].info
             return Step(tensor.name, first.shape, first.dtype, None, inputs, copy=True)
-        shape, truncated = common_shape(
-            tensor.name, inputs, allow_truncation=self._allow_truncation
-        )
+        shape, truncated = common_shape(tensor.name, inputs, allow_truncation=self.allow_truncation)
         if truncated:
             self.vocab_size = shape[0]
             inputs = tuple(replace(i, shape=shape) for i in inputs)
@@ -186,7 +178,7 @@ class _Builder:
                 )
             return Step(tensor.name, shape, inputs[0].info.dtype, None, inputs, copy=True)
         cast = _WORDS[config.dtype] if config.dtype else None
-        stored = self._models[inputs[0].model].stored_dtype(inputs[0].info.name)
+        stored = self.models[inputs[0].model].stored_dtype(inputs[0].info.name)
         word = _WORDS[config.out_dtype] if config.out_dtype else (cast or stored)
         if not experts:  # nothing but the base
             return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
@@ -195,9 +187,9 @@ class _Builder:
         if recipe is not None:
             weights = recipe.weights
         resolved = None
-        if self._calibration is not None and base is not None:
-            resolved = self._calibration.resolve(
-                tensor.name, shape, weights, role=self._models[base.model].roles[base.info.name]
+        if self.calibration is not None and base is not None:
+            resolved = self.calibration.resolve(
+                tensor.name, shape, weights, role=self.models[base.model].roles[base.info.name]
             )
         if self._whole and resolved is None:
             base = None
