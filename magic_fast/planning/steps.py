@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_from_file
@@ -78,11 +78,6 @@ def read_tensor(models: Mapping[str, Checkpoint], model: str, name: str) -> Tens
     return tensor_of(source, data)
 
 
-def cut(source: Input, shape: tuple[int, ...]) -> Input:
-    """The leading rows of a source."""
-    return source if source.shape == shape else Input(source.model, source.info, shape)
-
-
 def calibration_of(config: MergeConfig) -> WeightCalibration | None:
     """The ``calibrate:`` block as settings."""
     arguments = config.calibration_arguments()
@@ -132,26 +127,20 @@ def steps_of(
         return steps, builder.vocab_size
 
 
+@dataclass
 class _Builder:
-    def __init__(
-        self,
-        config: MergeConfig,
-        models: Mapping[str, Checkpoint],
-        calibration: WeightCalibration | None,
-        seed: int,
-        compat: str | None,
-        allow_truncation: bool,
-    ) -> None:
-        self._config = config
-        self._models = models
-        self._calibration = calibration
-        self._seed = seed
-        self._compat = compat
-        self._allow_truncation = allow_truncation
-        self._quantised = QuantisedInputs(models)
-        self._method = find_method(config.merge_method)
+    config: MergeConfig
+    models: Mapping[str, Checkpoint]
+    calibration: WeightCalibration | None
+    seed: int
+    compat: str | None
+    allow_truncation: bool
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self._quantised = QuantisedInputs(self.models)
+        self._method = find_method(self.config.merge_method)
         self._whole = self._method.base == "none"
-        self.vocab_size: int | None = None
         self.counters: list[str] = []
         self._recipes: dict[tuple[int, ...], tuple[dict[str, Any], Recipe | None]] = {}
 
@@ -159,21 +148,21 @@ class _Builder:
         """Arguments and recipe, which tensors of the same parameters share as they share those."""
         key = (id(tensor.parameters), id(tensor.expert_parameters), num_experts)
         if key not in self._recipes:
-            config, recipe = self._config, None
-            arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
+            config, recipe = self.config, None
+            arguments = tensor.arguments(config.merge_method) | {"seed": self.seed}
             if self._method.recipe is not None:
                 recipe = build_recipe(
                     config.merge_method,
                     num_experts,
                     arguments,
                     preset=config.preset,
-                    compat=self._compat,
+                    compat=self.compat,
                 )
             self._recipes[key] = arguments, recipe
         return self._recipes[key]
 
     def _source(self, source: Source) -> Input:
-        return input_of(self._models, source.model, source.tensor_name)
+        return input_of(self.models, source.model, source.tensor_name)
 
     def _stays(self, inputs: Sequence[Input]) -> bool:
         """Whether a tensor is the first model's whatever the method: a counter that differs, a
@@ -181,14 +170,14 @@ class _Builder:
         first = inputs[0]
         if first.info.name.endswith((".weight", ".bias")):
             return False
-        kind = self._models[first.model].roles[first.info.name].kind
+        kind = self.models[first.model].roles[first.info.name].kind
         if kind is not Kind.COUNTER and first.info.dtype not in _FLOATS:
             return False  # compared as they are copied
         if kind not in (Kind.COUNTER, Kind.DERIVED, Kind.BUFFER):
             return False
         same = all(
             same_values(
-                self._models[first.model], first.info.name, self._models[i.model], i.info.name
+                self.models[first.model], first.info.name, self.models[i.model], i.info.name
             )
             for i in inputs[1:]
         )
@@ -197,7 +186,7 @@ class _Builder:
         return same != (kind is Kind.COUNTER)
 
     def step(self, tensor: OutputTensor) -> Step:
-        config = self._config
+        config = self.config
         base = None if tensor.base is None else self._source(tensor.base)
         experts = tuple(self._source(s) for s in tensor.experts)
         inputs = (*([base] if base else []), *experts)
@@ -209,14 +198,11 @@ class _Builder:
             return Step(
                 tensor.name, own.shape, own.info.dtype, None, inputs[:1], copy=True, exact=True
             )
-        shape, truncated = common_shape(
-            tensor.name, inputs, allow_truncation=self._allow_truncation
-        )
+        shape, truncated = common_shape(tensor.name, inputs, allow_truncation=self.allow_truncation)
         if truncated:
             self.vocab_size = shape[0]
-            base = None if base is None else cut(base, shape)
-            experts = tuple(cut(e, shape) for e in experts)
-            inputs = (*([base] if base else []), *experts)
+            inputs = tuple(replace(i, shape=shape) for i in inputs)
+            base, experts = (inputs[0], inputs[1:]) if base else (None, inputs)
         if not {i.info.dtype for i in inputs} <= _FLOATS:
             odd = next((i for i in inputs if i.info.dtype != inputs[0].info.dtype), None)
             if odd is not None:
@@ -227,7 +213,7 @@ class _Builder:
                 )
             return Step(tensor.name, shape, inputs[0].info.dtype, None, inputs, copy=True)
         cast = _WORDS[config.dtype] if config.dtype else None
-        stored = self._models[inputs[0].model].stored_dtype(inputs[0].info.name)
+        stored = self.models[inputs[0].model].stored_dtype(inputs[0].info.name)
         word = _WORDS[config.out_dtype] if config.out_dtype else (cast or stored)
         if not experts:  # nothing but the base
             return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
@@ -236,9 +222,9 @@ class _Builder:
         if recipe is not None:
             weights = recipe.weights
         resolved = None
-        if self._calibration is not None and base is not None:
-            resolved = self._calibration.resolve(
-                tensor.name, shape, weights, role=self._models[base.model].roles[base.info.name]
+        if self.calibration is not None and base is not None:
+            resolved = self.calibration.resolve(
+                tensor.name, shape, weights, role=self.models[base.model].roles[base.info.name]
             )
         if self._whole and resolved is None:
             base = None

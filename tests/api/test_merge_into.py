@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -177,6 +178,21 @@ def test_an_overflow_leaves_the_model_as_it_was(word: str) -> None:
         mf.merge_into(model, start, experts, method, **parameters)
     assert "expected values within F16, got an overflow" in str(caught.value)
     assert _same(model, before)
+
+
+def test_an_entry_that_one_expert_changed_alone_may_overflow() -> None:
+    one, other = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    base, experts = (
+        {"a": torch.zeros(4), "b": torch.zeros(4)},
+        [{"a": x, "b": x} for x in (one, other)],
+    )
+    model = {"a": torch.zeros(4).half(), "b": torch.zeros(4).half()}
+    call = partial(mf.merge_into, model, base, experts, "ramplus_tl", alpha=1.0)
+    with pytest.raises(NonFiniteError, match=r"'a'.*expected values within F16, got an overflow"):
+        call(r=1e5)
+    assert not model["a"].any() and not model["b"].any()
+    call(r=1e4)
+    assert model["b"][2] == 10000.0  # 1 + r · min(overlap ÷ alone, α), rounded to float16
 
 
 def test_a_method_that_refuses_by_values_leaves_the_model_as_it_was() -> None:

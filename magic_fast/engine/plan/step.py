@@ -15,7 +15,6 @@ from magic_fast.recipe import Recipe, RowCalibration
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MERGED = frozenset(FLOATS + _INTEGERS)
-# Rounding an input to a narrower type is only done where the configuration says so.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
