@@ -11,9 +11,11 @@ from torch import Tensor
 
 from magic_fast.calibration import WeightCalibration
 from magic_fast.errors import InputError
+from magic_fast.models.choice import EVERYTHING, TensorChoice
 
 Calibrate: TypeAlias = str | WeightCalibration | Mapping[str, object] | None
 Masks: TypeAlias = Sequence[Tensor | None] | Sequence[Mapping[str, Tensor] | None]
+Words: TypeAlias = str | Sequence[str]
 Weights: TypeAlias = float | Sequence[float] | Tensor | None
 
 
@@ -36,6 +38,7 @@ class MergeOptions:
     seed: int | None = None
     compat: str | None = None
     details: bool = False
+    choice: TensorChoice = EVERYTHING
 
     @property
     def chosen_backend(self) -> str | None:

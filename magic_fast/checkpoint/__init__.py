@@ -13,9 +13,15 @@ from .plan import (
     shard_index,
     stem_of,
 )
-from .reader import Checkpoint, open_checkpoint
+from .reader import Checkpoint, ModelFolder, open_checkpoint, open_folder
 from .shard_files import ShardFiles
-from .sidecar import CONFIG_DTYPES, copy_sidecars, sidecar_files, sidecar_source, updated_config
+from .sidecar import (
+    CONFIG_DTYPES,
+    copy_sidecars,
+    sidecar_files,
+    sidecar_source,
+    updated_config,
+)
 from .tensors import DTYPE_BITS, TensorInfo, TensorSpec, tensor_nbytes
 from .tied import find_aliases
 from .writer import OutputFolder
@@ -33,6 +39,7 @@ __all__ = [
     "HandleCache",
     "Header",
     "InputFile",
+    "ModelFolder",
     "OutputFolder",
     "ShardFiles",
     "ShardPlan",
@@ -42,6 +49,7 @@ __all__ = [
     "copy_sidecars",
     "find_aliases",
     "open_checkpoint",
+    "open_folder",
     "parse_header",
     "plan_shards",
     "serialize_header",

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from magic_fast.models import ModelRoles, Quantisation, quantisation_of, roles_of
@@ -173,12 +173,7 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -213,7 +208,7 @@ def open_checkpoint(
             os.path.abspath(given),
             located.folder,
             headers,
-            _read_config(located.folder),
+            read_config(located.folder),
             reader,
             own,
         )
@@ -251,7 +246,8 @@ def _check_index(located: Located, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _read_config(folder: str | None) -> dict[str, Any]:
+def read_config(folder: str | None) -> dict[str, Any]:
+    """The parsed ``config.json`` of a folder, {} where it has none. Raises CheckpointError."""
     if folder is None:
         return {}
     path = os.path.join(folder, "config.json")
@@ -261,3 +257,28 @@ def _read_config(folder: str | None) -> dict[str, Any]:
         raw = file.read()
     refuse_foreign(raw[:PREFIX_BYTES], path)
     return load_json_object(raw, "Corrupt config", path, strict=False)
+
+
+class ModelFolder(NamedTuple):
+    """A folder with the small files of a model, whose weights are not read.
+
+    Attributes:
+        path, folder: where it is.
+        config: the parsed ``config.json``, or {}.
+    """
+
+    path: str
+    folder: str
+    config: Mapping[str, Any]
+
+
+def open_folder(path: str) -> ModelFolder:
+    """The small files in a folder.
+
+    Raises:
+        CheckpointError: it is none, or its configuration is damaged.
+    """
+    if not os.path.isdir(path):
+        advice = "Name the folder of a model"
+        raise problem("Missing small files", path, "a folder", "something else", advice)
+    return ModelFolder(path, path, read_config(path))

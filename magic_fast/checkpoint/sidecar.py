@@ -13,7 +13,7 @@ from typing import Any
 
 from .io_errors import reading
 from .locate import PICKLE_SUFFIXES
-from .reader import Checkpoint
+from .reader import Checkpoint, ModelFolder
 from .strict_json import load_json_object
 from .tokenizer import OutputTokenizer
 from .writer import OutputFolder
@@ -192,7 +192,7 @@ def updated_config(
 
 
 def copy_sidecars(
-    source: Checkpoint,
+    source: Checkpoint | ModelFolder,
     output: OutputFolder,
     *,
     dtype: str | None = None,
@@ -213,7 +213,8 @@ def copy_sidecars(
     places = {name: source.folder for name in sidecar_files(source.folder)}
     if tokenizer is not None:
         others = tokenizer.folder != source.folder
-        patterns = (*TOKENIZER, GENERATION_NAME) if others else TOKENIZER
+        with_ids = others and tokenizer.config
+        patterns = (*TOKENIZER, GENERATION_NAME) if with_ids else TOKENIZER
         places = {name: place for name, place in places.items() if not _matches(name, patterns)}
         for name in sidecar_files(tokenizer.folder):
             if _matches(name, patterns) and not _matches(name, tokenizer.left_out):

@@ -11,7 +11,7 @@ from typing import Any
 
 from .io_errors import reading
 from .messages import problem, shown
-from .reader import Checkpoint
+from .reader import Checkpoint, ModelFolder
 from .strict_json import load_json_object
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -65,7 +65,7 @@ class OutputTokenizer:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_tokenizer(model: Checkpoint) -> Tokenizer:
+def read_tokenizer(model: Checkpoint | ModelFolder) -> Tokenizer:
     """The tokenizer that lies beside a model's weights.
 
     Raises:
@@ -128,7 +128,7 @@ def template_of(model: Checkpoint) -> str | None:
 
 
 def output_tokenizer(
-    source: Checkpoint,
+    source: Checkpoint | ModelFolder,
     edited: Tokenizer | None = None,
     template: str | None = None,
     folder: str | None = None,

@@ -42,6 +42,19 @@ def add_parser(commands: Any) -> None:
         help="keep the results with a name of several documents there (default: beside OUT until "
         "it is whole)",
     )
+    options.chosen_tensors(parser)
+    parser.add_argument(
+        "--config-from",
+        metavar="MODEL",
+        help="model or folder whose config.json and other small files the result takes, but for "
+        "the tokenizer's (default: base_model, or the first model)",
+    )
+    parser.add_argument(
+        "--tokenizer-from",
+        metavar="MODEL",
+        help="model or folder whose tokenizer files the result takes; the rows of the embeddings "
+        "stay as they are",
+    )
     parser.add_argument("--out-dtype", help="dtype of the result, instead of the configuration's")
     parser.add_argument(
         "--preset", help="whose defaults and rules hold, instead of the configuration's"
@@ -57,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     from magic_fast.config.series import is_series
     from magic_fast.errors import InputError
 
-    instead = {"preset": arguments.preset, "out_dtype": arguments.out_dtype}
+    instead = options.given(
+        arguments, "preset", "out_dtype", "include", "exclude", "config_from", "tokenizer_from"
+    )
     settings = options.run_options(arguments) | options.given(
         arguments, "seed", "compat", "calibrate", "allow_embedding_truncation"
     )
@@ -92,13 +107,14 @@ def dry_run(
 
     planning = dict(settings)
     executor = planning.pop("executor", RunOptions.executor)
+    planning.pop("nonfinite", None)  # of what is computed
     plan = mf.plan_checkpoints(config, out, **planning)
     show(plan)
     executor_for(executor, [plan])
 
 
 def run_series(
-    arguments: argparse.Namespace, instead: dict[str, str | None], settings: dict[str, Any]
+    arguments: argparse.Namespace, instead: dict[str, Any], settings: dict[str, Any]
 ) -> int:
     """The merges of a file of several documents."""
     import magic_fast as mf
@@ -145,7 +161,7 @@ def show_series(
         options.print_json({"merges": told})
 
 
-def read_config(path: str, **instead: str | None) -> MergeConfig:
+def read_config(path: str, **instead: Any) -> MergeConfig:
     """The configuration in a file, with what the command line says ``instead`` of it."""
     from magic_fast.config import MergeConfig
     from magic_fast.config.document import read_document

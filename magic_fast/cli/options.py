@@ -53,13 +53,24 @@ def models(parser: argparse.ArgumentParser, *, experts: bool = True) -> None:
     )
 
 
+def chosen_tensors(parser: argparse.ArgumentParser) -> None:
+    """Which tensors are merged."""
+    what = (
+        "a regular expression on names, a kind (head, embedding, router, norm, …) or a part "
+        "of the model (vision, text, …)"
+    )
+    add = partial(parser.add_argument, nargs="+", action="extend", metavar="WHAT")
+    add("--include", help=f"merge these tensors alone, the others stay the base's; {what}")
+    add("--exclude", help="leave these tensors as they are in the base; as for --include")
+
+
 def machine_readable(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 #: Options of a run on checkpoints. What the user leaves out is not in the namespace: the library
 #: has the defaults.
-_RUN = ("device", "backend", "executor", "max_shard_size", "memory", "resume")
+_RUN = ("device", "backend", "executor", "max_shard_size", "memory", "nonfinite", "resume")
 
 
 def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -79,6 +90,12 @@ def device(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="for buffers, whatever the size of the models (128MiB). A tensor that must be held "
         "whole and needs more is refused; without this option, one that needs more than is free",
+    )
+    add(
+        "--nonfinite",
+        choices=("error", "propagate"),
+        help="NaN and infinity in a tensor that is merged: stop (error, the default), or pass them "
+        "on and count them",
     )
 
 

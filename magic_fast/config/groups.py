@@ -58,10 +58,9 @@ class Group:
                 sources.append(source)
         return OutputTensor(name, tuple(sources), base, *self.settings.at(name, t))
 
-    def base_alone(self, name: str, t: float) -> OutputTensor:
-        """The output tensor that is the base's, which no other member has."""
-        base = next(Source(one.model, name, True) for one in self.members if one.is_base)
-        return OutputTensor(name, (), base, *self.settings.at(name, t))
+    def alone(self, name: str, t: float, model: str, own: str) -> OutputTensor:
+        """The output tensor that is ``own`` of one model, and merged with nothing."""
+        return OutputTensor(name, (), Source(model, own, True), *self.settings.at(name, t))
 
 
 @dataclass(frozen=True)

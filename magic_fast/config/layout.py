@@ -94,21 +94,23 @@ def _whole_models(donor: str, part: Part, presence: Presence) -> Iterator[Output
     kept: set[str] = set()
     if any(one.is_base and one.model == donor for one in group.members) and others:
         kept = {name for name in names if presence.is_of_base_alone(name, donor, others)}
+    _say(f"stay as in {donor}, as no other model has them", [n for n in names if n in kept])
+    kept |= presence.left_out(donor)
     dropped, left = set(), set()
     for other in others:
         stored = presence.stored(other)
         for name in stored.keys() - names.keys():
-            if not presence.check(name, donor, name, other):
+            chosen = name not in presence.left_out(other)
+            if chosen and not presence.check(name, donor, name, other):
                 left.add(name)
         for name in names.keys() - stored.keys() - kept:
             if not presence.check(name, other, name, donor):
                 dropped.add(name)
     presence.raise_missing()
-    _say(f"stay as in {donor}, as no other model has them", [n for n in names if n in kept])
     _say("are left out, as not all models have them and none needs them", sorted(left | dropped))
     for name in names:
         if name in kept:
-            yield group.base_alone(name, structure.position(name))
+            yield group.alone(name, structure.position(name), donor, name)
         elif name not in dropped:
             yield group.output(name, structure.position(name))
 
@@ -214,9 +216,10 @@ class _Slices:
         if models and any(one.is_base and one.model == self.donor for one in group.members):
             kept = [n for n in names if self.presence.is_of_base_alone(n, self.donor, models)]
         _say(f"stay as in {self.donor}, as no other model has them", kept)
+        kept += self.presence.left_out(self.donor)
         for name in names:
             if name in kept:
-                yield group.base_alone(name, 0.0)
+                yield group.alone(name, 0.0, self.donor, name)
             elif all([self.presence.check(name, m, name, self.donor) for m in models]):
                 yield group.output(name, 0.0)
 
@@ -234,10 +237,14 @@ class _Slices:
         leader = group.leader
         places = [f"{self.prefix}{one.start + step}." for one in group.members]
         first = f"{self.prefix}{leader.start + step}."
+        kept = self.presence.left_out(leader.model)
         for one, place in zip(group.members, places, strict=True):
             for rest in self._stack(one.model).blocks[one.start + step]:
                 self.presence.check(first + rest, leader.model, place + rest, one.model)
         for rest in self._stack(leader.model).blocks[leader.start + step]:
+            if first + rest in kept:
+                yield group.alone(prefix + rest, t, leader.model, first + rest)
+                continue
             names = [place + rest for place in places]
             found = [
                 self.presence.check(name, one.model, first + rest, leader.model)

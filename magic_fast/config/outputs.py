@@ -31,6 +31,9 @@ class ModelView(Protocol):
     def is_derived(self, name: str) -> bool:
         """Whether a stored tensor is a buffer that follows from the configuration."""
 
+    def left_out(self) -> frozenset[str]:
+        """The stored tensors that the merge leaves out."""
+
     def is_loaded(self, name: str) -> bool:
         """Whether a stored tensor is not left aside when the model is loaded."""
 

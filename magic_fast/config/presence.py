@@ -24,10 +24,12 @@ class Presence:
         self._missing: dict[tuple[str, str], str] = {}
         self._tied: set[tuple[str, str]] = set()
         self._patterns: dict[str, set[str]] = {}
+        self._left_out: dict[str, frozenset[str]] = {}
 
     def only(self, names: Mapping[str, Collection[str]]) -> Presence:
         """The same models, of each of which only ``names[model]`` count as stored."""
         part = Presence(self._models)
+        part._left_out = self._left_out
         for model, chosen in names.items():
             part._stored[model] = {n: None for n in self.stored(model) if n in chosen}
         return part
@@ -41,6 +43,12 @@ class Presence:
     def has(self, name: str, model: str) -> bool:
         """Whether ``model`` stores ``name`` or has it tied to another tensor."""
         return name in self.stored(model) or self._models[model].has(name)
+
+    def left_out(self, model: str) -> frozenset[str]:
+        """As of `ModelView`, found once."""
+        if model not in self._left_out:
+            self._left_out[model] = self._models[model].left_out()
+        return self._left_out[model]
 
     def is_derived(self, name: str, model: str) -> bool:
         """Whether ``name`` is a buffer that follows from the configuration of ``model``."""
@@ -74,14 +82,19 @@ class Presence:
     def check(self, name: str, model: str, other_name: str, other: str) -> bool:
         """Whether ``model`` has ``name``, which ``other`` stores as ``other_name``.
 
-        A lack is noted for :meth:`raise_missing`, unless the other model can do without it.
+        A lack is noted for :meth:`raise_missing`, unless the other model can do without it or it is
+        not merged.
         """
         if name in self.stored(model):
             return True
         if self._models[model].has(name):
             self._note_tied(name, model, other)
             return True
-        if not self.is_derived(other_name, other) and self._models[other].is_loaded(other_name):
+        if not (
+            self.is_derived(other_name, other)
+            or other_name in self.left_out(other)
+            or not self._models[other].is_loaded(other_name)
+        ):
             as_in = other if name == other_name else f"{other_name} of {other}"
             self._missing.setdefault((model, name), as_in)
         return False
@@ -119,7 +132,10 @@ class Presence:
             )
         extra = [n for n in names if n not in others and not self.is_derived(n, model)]
         if not extra:
-            return "Check that all checkpoints are complete and of one architecture."
+            return (
+                "Check that all checkpoints are complete and of one architecture, or say with "
+                "include or exclude what is merged."
+            )
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         return (
             f"{model} has {extra[0]}{more} instead, which {other} lacks: another architecture, or "

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from magic_fast.config.calibrate import CalibrateConfig, SensitiveScores, TensorPatterns
+from magic_fast.config.calibrate import CalibrateConfig, Regex, SensitiveScores, TensorPatterns
 from magic_fast.config.document import Document, read_document
 from magic_fast.config.entries import (
     Dtype,
@@ -33,6 +33,9 @@ from magic_fast.errors import ConfigError
 from magic_fast.methods.presets import PRESETS
 
 _LOG = logging.getLogger("magic_fast")
+
+#: A word or a pattern, or a list of them.
+Words = Annotated[tuple[Regex, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 
 
 class MergeConfig(Node):
@@ -57,6 +60,11 @@ class MergeConfig(Node):
         tokenizer: the same, with sources of single tokens and padding.
         chat_template: ``auto``, a name or a Jinja template; None for the donor's.
         calibrate: weight-space calibration of the result; None for none.
+        include, exclude: which tensors are merged (:class:`~magic_fast.models.TensorChoice`); what
+            is left out stays the base's, without one the first model's.
+        config_from: model or folder whose small files the result takes; None for the donor's.
+        tokenizer_from: model or folder whose tokenizer files the result takes, rows unchanged;
+            None for the donor's.
 
     >>> config = MergeConfig.from_yaml('''
     ... merge_method: ties
@@ -84,6 +92,10 @@ class MergeConfig(Node):
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
     calibrate: CalibrateConfig | None = None
+    include: Words = ()
+    exclude: Words = ()
+    config_from: Reference | None = None
+    tokenizer_from: Reference | None = None
 
     _warnings: tuple[str, ...] = PrivateAttr(default=())
     _folder: Path | None = PrivateAttr(default=None)
@@ -192,6 +204,12 @@ class MergeConfig(Node):
         return tuple(dict.fromkeys(names))
 
     @property
+    def file_references(self) -> tuple[str, ...]:
+        """Every model of which only small files are wanted."""
+        named = dict.fromkeys(filter(None, (self.config_from, self.tokenizer_from)))
+        return tuple(name for name in named if name not in self.model_references)
+
+    @property
     def listings(self) -> tuple[MergeConfig | ModuleEntry, ...]:
         """What lists models or slices: the configuration itself, and each of its modules."""
         return (self, *(self.modules or {}).values())
@@ -238,7 +256,8 @@ class MergeConfig(Node):
     def with_places(self, places: Mapping[str, Path]) -> MergeConfig:
         """The same configuration, with the folders of models that have no path but a name."""
         config = self.model_copy()
-        config._places = {name: places[name] for name in self.model_references if name in places}
+        wanted = (*self.model_references, *self.file_references)
+        config._places = {name: places[name] for name in wanted if name in places}
         return config
 
     def calibration_arguments(self) -> dict[str, Any] | None:

@@ -73,7 +73,8 @@ def read_series(
         config = MergeConfig.from_document(
             Document(data | dict(instead or {}), document.origin), folder
         )
-        uses = tuple(r for r in config.model_references if r in names)
+        wanted = (*config.model_references, *config.file_references)
+        uses = tuple(r for r in wanted if r in names)
         merges.append(Merge(name, config, uses))
     return _ordered(merges, where)
 

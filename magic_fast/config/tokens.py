@@ -74,6 +74,13 @@ def check_tokenizer(data: Mapping[str, Any], models: set[str | None]) -> Iterato
             "two tokenizers",
             "expected one of tokenizer and tokenizer_source, got both. Remove one.",
         )
+    if data.get("tokenizer_from") and (block is not None or data.get("tokenizer_source")):
+        yield Problem(
+            ("tokenizer_from",),
+            "two tokenizers",
+            "expected one of tokenizer_from, tokenizer_source and tokenizer, got two. Remove one: "
+            "tokenizer_from takes the files and leaves the embeddings as they are.",
+        )
     yield from _check(("tokenizer_source",), data.get("tokenizer_source"), {*models, *WORDS})
     if not isinstance(block, Mapping):
         return

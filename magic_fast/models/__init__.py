@@ -1,6 +1,7 @@
 """What a tensor is: the one room that knows models (docs/models.md)."""
 
 from magic_fast.models.assign import roles_of
+from magic_fast.models.choice import TensorChoice
 from magic_fast.models.quantised import Quantisation, quantisation_of
 from magic_fast.models.roles import (
     MAPS,
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "StackFields",
     "Step",
+    "TensorChoice",
     "Tensors",
     "quantisation_of",
     "roles_of",

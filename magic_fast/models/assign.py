@@ -15,6 +15,7 @@ from magic_fast.models.quantised import with_quantised
 from magic_fast.models.roles import (
     Block,
     Experts,
+    Kind,
     ModelRoles,
     Role,
     Source,
@@ -132,6 +133,7 @@ class _Assignment:
             architecture=self.architecture,
             source=source,
             lacking=self._assumed,
+            is_head=self._is_head,
             ties=self._ties(role_of),
             tied=self._is_tied(),
             stacks=stacks,
@@ -254,6 +256,10 @@ class _Assignment:
             for match in filter(None, map(numbers.match, names)):
                 result[match[0]] = match.expand(source)
         return {name: source for name, source in result.items() if name != source}
+
+    def _is_head(self, canonical: str) -> bool:
+        found = self.tree.place(canonical, self.architecture)[1]
+        return any(one.kind is Kind.HEAD for one in found)
 
     def _counts(self, stacks: Mapping[str, StackFields]) -> dict[str, int]:
         """How many layers of each stack the configuration states. More of them (for multi-token

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from magic_fast.models.assign import roles_of
-from magic_fast.models.roles import Kind, Role, Source
+from magic_fast.models.roles import Kind, ModelRoles, Role, Source
 
 
 def roles_in_memory(
     model: object, tensors: Mapping[str, Tensor], model_type: str | None = None
-) -> dict[str, Role]:
+) -> ModelRoles:
     """The role of each of ``tensors`` by its name.
 
     Args:
@@ -24,10 +24,9 @@ def roles_in_memory(
     """
     config = {"model_type": model_type} if model_type else plain_config(model)
     found = roles_of(config, {name: (tuple(x.shape), "F32") for name, x in tensors.items()})
-    roles = dict(found)
     if found.source is Source.HEADERS and isinstance(model, nn.Module):
-        roles |= _by_class(model, roles)
-    return roles
+        found.know(_by_class(model, found))
+    return found
 
 
 def plain_config(model: object) -> Mapping[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import takewhile
 from typing import NamedTuple
 
 from magic_fast.errors import InputError
@@ -170,6 +171,7 @@ class ModelRoles(Mapping[str, Role]):
             them.
         tied: whether the configuration asks for ``ties``.
         stacks: canonical path of a stack of layers → its fields of the configuration.
+        is_head: whether a canonical name, stored or not, is that of a head.
     """
 
     def __init__(
@@ -181,6 +183,7 @@ class ModelRoles(Mapping[str, Role]):
         architecture: str,
         source: Source,
         lacking: Callable[[], tuple[str, ...]] = tuple,
+        is_head: Callable[[str], bool] = lambda name: False,
         ties: Mapping[str, str] | None = None,
         tied: bool = False,
         stacks: Mapping[str, StackFields] | None = None,
@@ -189,6 +192,7 @@ class ModelRoles(Mapping[str, Role]):
         self._role = role
         self._found: dict[str, Role] = {}
         self._lacking = lacking
+        self.is_head = is_head
         self.model_type = model_type
         self.architecture = architecture
         self.source = source
@@ -203,6 +207,10 @@ class ModelRoles(Mapping[str, Role]):
                 raise KeyError(name)
             role = self._found[name] = self._role(name)
         return role
+
+    def know(self, roles: Mapping[str, Role]) -> None:
+        """Takes roles that are known better."""
+        self._found |= roles
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -239,6 +247,28 @@ class ModelRoles(Mapping[str, Role]):
             )
         return role.vocabulary
 
+    @property
+    def tied_heads(self) -> frozenset[str]:
+        """Canonical names of embeddings that are the head, too: no tensor of its own is stored."""
+        if not self.tied:
+            return frozenset()
+        stored = {self[name].canonical for name in self}
+        tied = (tie for tie in self.ties.items() if tie[0] not in stored)
+        return frozenset(source for name, source in tied if self.is_head(name))
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Part of a multimodal model, as its configuration calls it (``vision``) → the canonical
+        path that all of it is under."""
+        stacks = [(path.split("."), fields.part) for path, fields in self.stacks.items()]
+        roots: dict[str, set[str]] = {}
+        for path, part in stacks:
+            shared = [_common(path, other) for other, its in stacks if its != part]
+            if part and shared:
+                word = part.rpartition(".")[2].removesuffix("_config")
+                roots.setdefault(word, set()).add(".".join(path[: max(shared) + 1]))
+        return {word: found.pop() for word, found in roots.items() if len(found) == 1}
+
     def tie_of(self, name: str) -> str | None:
         """The canonical name of the parameter that tensor ``name`` shares its values with where
         the configuration ties them, or None."""
@@ -246,6 +276,12 @@ class ModelRoles(Mapping[str, Role]):
         if canonical in self.ties.values():
             return canonical
         return self.ties.get(canonical)
+
+
+def _common(path: Sequence[str], other: Sequence[str]) -> int:
+    """How many steps two paths share."""
+    steps = zip(path, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], steps))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from magic_fast.checkpoint import Checkpoint
+from magic_fast.checkpoint import Checkpoint, ModelFolder
 from magic_fast.errors import CheckpointError
 
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -23,26 +23,33 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 _THETA = ("rope_theta", "rotary_emb_base")
 
 
-def compare_configurations(models: Mapping[str, Checkpoint]) -> list[str]:
-    """One warning for each model whose configuration gives its weights another meaning than the
-    first one's: the fields, and both values.
+def compare_configurations(
+    models: Mapping[str, Checkpoint],
+    taken: str | None = None,
+    files: Checkpoint | ModelFolder | None = None,
+) -> list[str]:
+    """One warning for each model whose configuration gives its weights another meaning than the one
+    that the result takes, the first one's or that of ``files``, called ``taken``: the fields, and
+    both values.
 
     Raises:
         CheckpointError: attention of other heads, though the tensors have the same shapes.
     """
-    known = {name: _part(model.config) for name, model in models.items() if model.config}
+    first = {} if taken is None or files is None else {taken: files}
+    known = {name: _part(one.config) for name, one in {**first, **models}.items() if one.config}
     if len(known) < 2:
         return []
-    (first, expected), *others = known.items()
+    (chosen, expected), *others = known.items()
     warnings = []
     for name, part in others:
-        _check_heads(name, part, first, expected)
+        _check_heads(name, part, chosen, expected)
         differing = list(_differences(part, expected))
         if differing:
-            said = ", ".join(f"{key} ({here!r}, there {there!r})" for key, here, there in differing)
+            said = ", ".join(f"{key} ({own!r}, there {other!r})" for key, own, other in differing)
             warnings.append(
-                f"config.json of {name} differs from that of {first} in {said}: their weights were "
-                f"trained to mean other things. The result takes the configuration of {first}."
+                f"config.json of {name} differs from that of {chosen} in {said}: their weights "
+                "were trained to mean other things. The result takes the configuration of "
+                f"{chosen}."
             )
     return warnings
 

@@ -44,7 +44,7 @@ def plan_merge(
         compat=compat,
         allow_truncation=allow_embedding_truncation,
     )
-    layers, num_layers = config_of_layers(config, aligned.models)
+    layers, num_layers = config_of_layers(config, aligned.models, aligned.files)
     settings = {
         "seed": seed,
         "calibrate": calibration,
@@ -58,7 +58,7 @@ def plan_merge(
     return MergePlan(
         config.merge_method,
         steps,
-        place(steps, out, options.max_shard_size, aligned.models[config.donor]),
+        place(steps, out, options.max_shard_size, aligned.files or aligned.models[config.donor]),
         aligned.models,
         config.donor,
         out,
@@ -73,9 +73,10 @@ def plan_merge(
         aligned.tokenizer,
         aligned.untied,
         layers,
+        aligned.files,
     )
 
 
 def merges_one_expert(steps: Sequence[Step]) -> bool:
     """Whether no step merges more than one expert."""
-    return max((len(step.experts) for step in steps), default=0) == 1
+    return max((len(step.experts) for step in steps if not step.copy), default=0) == 1

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from magic_fast.checkpoint import Checkpoint
+from magic_fast.checkpoint import Checkpoint, ModelFolder
 from magic_fast.checkpoint.tokenizer import (
     OutputTokenizer,
     Tokenizer,
@@ -25,6 +25,7 @@ from magic_fast.engine.sources.vocabulary import AlignedCheckpoint, Row, vocabul
 from magic_fast.errors import CheckpointError, ConfigError, InputError
 from magic_fast.planning.configurations import compare_configurations
 from magic_fast.planning.names import settle_names
+from magic_fast.planning.sources import small_files
 from magic_fast.planning.ties import settle_ties
 
 
@@ -35,7 +36,8 @@ class Aligned:
     Attributes:
         models: reference → checkpoint, with embeddings in the rows of the result.
         rows: of the result's embeddings, None where they are as they are stored.
-        tokenizer: None for the donor's.
+        files: whose other small files the result takes; None for the donor's.
+        tokenizer: None for that of ``files``.
         settings: what tells one such merge from another.
         untied: whether weights that a configuration ties are apart in the result.
         warnings: what the user should know.
@@ -43,6 +45,7 @@ class Aligned:
 
     models: dict[str, Checkpoint]
     rows: int | None = None
+    files: Checkpoint | ModelFolder | None = None
     tokenizer: OutputTokenizer | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     untied: bool = False
@@ -61,10 +64,14 @@ def align(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
         CheckpointError: a model without ``tokenizer.json``.
         InputError: a model without embeddings.
     """
-    warnings = compare_configurations(models)
+    files = None
+    if config.config_from is not None:
+        files = small_files(config, config.config_from, models)
+    warnings = compare_configurations(models, config.config_from, files)
     ties = settle_ties(settle_names(models, config.donor), config.donor)
     aligned = _aligned(config, ties.models)
-    return replace(aligned, untied=ties.untied, warnings=[*warnings, *ties.warnings])
+    warnings += [*ties.warnings, *aligned.warnings]
+    return replace(aligned, files=files, untied=ties.untied, warnings=warnings)
 
 
 def _aligned(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
@@ -74,10 +81,19 @@ def _aligned(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
         resized = models[donor].resized
         count = None if resized is None else resized.rows
         folder = None if resized is None else resized.folder
+        settings = {} if template is None else {"chat_template": digest(template)}
+        if config.tokenizer_from is not None:
+            theirs = small_files(config, config.tokenizer_from, models)
+            warnings = _check_rows(models[donor], config.tokenizer_from, theirs)
+            made = output_tokenizer(theirs, template=template)
+            return Aligned(models, count, tokenizer=made, settings=settings, warnings=warnings)
+        if config.config_from is not None and folder is None:
+            folder = models[donor].folder
         if template is not None:
             made = output_tokenizer(models[donor], template=template, folder=folder)
-            return Aligned(models, count, made, {"chat_template": digest(template)})
-        return Aligned(models, count, OutputTokenizer(folder) if folder is not None else None)
+            made = replace(made, config={} if config.config_from else made.config)
+            return Aligned(models, count, tokenizer=made, settings=settings)
+        return Aligned(models, count, tokenizer=OutputTokenizer(folder) if folder else None)
     tokenizers = {name: read_tokenizer(model) for name, model in models.items()}
     source = donor if config.vocabulary in ("union", "base") else config.vocabulary
     tokens = config.tokenizer.tokens or {} if config.tokenizer is not None else {}
@@ -98,7 +114,36 @@ def _aligned(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
         name: AlignedCheckpoint(model, rows[name], models) for name, model in models.items()
     }
     known = digest(repr([rows[name] for name in models]) + repr(sorted(made.texts.items())))
-    return Aligned(in_rows, table.count, made, {"tokenizer": known})
+    return Aligned(in_rows, table.count, tokenizer=made, settings={"tokenizer": known})
+
+
+def _check_rows(donor: Checkpoint, name: str, theirs: Checkpoint | ModelFolder) -> list[str]:
+    """What to know of a tokenizer whose files come along while the embeddings stay as they are.
+
+    Raises:
+        ConfigError: it has tokens beyond the embeddings.
+    """
+    try:
+        wanted = read_tokenizer(theirs)
+    except CheckpointError as error:
+        return [f"the rows of the tokenizer of {name} are not checked: {error}"]
+    stored = min(_lengths(donor), default=wanted.rows)
+    if wanted.rows > stored:
+        raise ConfigError(
+            f"tokenizer_from {name}: expected at most {stored} tokens, the rows of the "
+            f"embeddings, got {wanted.rows}. Use tokenizer_source, which adds rows."
+        )
+    try:
+        rows = read_tokenizer(donor).vocabulary
+    except CheckpointError:
+        return []
+    moved = [t for t, row in wanted.vocabulary.items() if rows.get(t, row) != row]
+    if not moved:
+        return []
+    return [
+        f"{len(moved)} tokens of {name}, {moved[0]!r} among them, have other rows than in "
+        f"{donor.path}, and the embeddings stay as they are. tokenizer_source moves the rows."
+    ]
 
 
 def _by_row(vocabulary: Mapping[str, int]) -> list[str]:
@@ -196,10 +241,13 @@ class _Table:
         return ((model, row),)
 
 
+def _lengths(model: Checkpoint) -> list[int]:
+    """Of the axes whose places are words."""
+    return [model.tensors[tensor].shape[axis] for tensor, axis in vocabulary_axes(model).items()]
+
+
 def _rows_stored(name: str, model: Checkpoint) -> int:
-    found: Sequence[int] = [
-        model.tensors[tensor].shape[axis] for tensor, axis in vocabulary_axes(model).items()
-    ]
+    found = _lengths(model)
     if not found:
         raise InputError(
             f"embeddings of {name}: expected a tensor such as model.embed_tokens.weight, got none. "

@@ -42,6 +42,9 @@ class View:
     def is_derived(self, name: str) -> bool:
         return roles_of({}, {name: ((), "F32")})[name].kind is Kind.DERIVED
 
+    def left_out(self) -> frozenset[str]:
+        return frozenset()
+
     def is_loaded(self, name: str) -> bool:
         return True
 

@@ -75,48 +75,38 @@ def test_what_only_the_base_has_is_rounded(tmp_path: Path) -> None:
     assert different(read_out(tmp_path / "out"), want) == []
 
 
-RESNET = {"model_type": "resnet", "architectures": ["ResNetModel"]}
-NORM = "embedder.embedder.normalization."
+MASK = torch.full((4, 4), float("-inf")).triu(1)
 
 
-def test_counters_are_those_of_the_base(tmp_path: Path) -> None:
-    """Fine-tunes have seen other numbers of batches than the base."""
-    for k, name in enumerate(("base", "one", "two")):
-        tensors = {f"{NORM}running_mean": torch.full((3,), float(k)),
-                   f"{NORM}num_batches_tracked": torch.tensor(7 * k)}  # fmt: skip
-        write_model(tmp_path / name, tensors, RESNET)
-    config = (
-        f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\nmodels:\n"
-        f"- model: {tmp_path}/one\n- model: {tmp_path}/two\nparameters: {{weight: 0.5}}\n"
+def test_counters_and_equal_buffers_are_the_first_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mask of -inf that all have is no NaN of one; counters differ in every fine-tune."""
+    extra = {"model.causal_mask": MASK, "norm.num_batches_tracked": torch.tensor(3)}
+    models = Models(tmp_path / "m", {"a.weight": (4, 8)}, extra=extra)
+    other = dict(models.experts[1]) | {"norm.num_batches_tracked": torch.tensor(9)}
+    write_model(tmp_path / "other", other)
+    config = models.config("task_arithmetic", parameters={"weight": 1.0}).replace(
+        str(models.folder / "expert-1"), str(tmp_path / "other")
     )
     mf.merge_checkpoints(config, tmp_path / "out")
-    merged = read_out(tmp_path / "out")
-    assert torch.equal(merged[f"{NORM}num_batches_tracked"], torch.tensor(0))
-    assert torch.equal(merged[f"{NORM}running_mean"], torch.full((3,), 1.5))
+    found = read_out(tmp_path / "out")
+    assert torch.equal(found["model.causal_mask"], MASK)
+    assert found["norm.num_batches_tracked"].item() == 3
+    assert "1 counters differ and stay as in" in caplog.text
+    write_model(tmp_path / "unlike", other | {"model.causal_mask": MASK.T.contiguous()})
+    config = config.replace(str(tmp_path / "other"), str(tmp_path / "unlike"))
+    with pytest.raises(mf.NonFiniteError, match="causal_mask"):
+        mf.merge_checkpoints(config, tmp_path / "out2")
 
 
-@pytest.mark.parametrize("backend", [None, "torch"])
-def test_buffers_that_all_have_may_be_infinite(backend: str | None, tmp_path: Path) -> None:
-    """The bounds of Gemma 4's linear layers, where none was found."""
-    shared = {"layers.0.feed_forward1.ffw_layer_1.input_max": torch.tensor(float("inf"))}
-    models = Models(
-        tmp_path / "m", {"output_proj.weight": (4, 8)}, extra=shared,
-        config={"model_type": "gemma4_audio", "architectures": ["Gemma4AudioModel"]},
-    )  # fmt: skip
-    config = models.config("ties", parameters={"density": 0.5, "weight": 1.0})
-    mf.merge_checkpoints(config, tmp_path / "out", backend=backend)
-    (name,) = shared
-    assert torch.equal(read_out(tmp_path / "out")[name].float(), shared[name])
-
-
-def test_buffers_that_differ_may_not(tmp_path: Path) -> None:
-    config = {"model_type": "gemma4_audio", "architectures": ["Gemma4AudioModel"]}
-    name = "layers.0.feed_forward1.ffw_layer_1.input_max"
-    for folder, bound in (("base", "inf"), ("one", "3"), ("two", "3")):
-        write_model(tmp_path / folder, {name: torch.tensor(float(bound))}, config)
-    text = (
-        f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\nmodels:\n"
-        f"- model: {tmp_path}/one\n- model: {tmp_path}/two\nparameters: {{weight: 0.5}}\n"
-    )
-    with pytest.raises(mf.NonFiniteError, match="input_max"):
-        mf.merge_checkpoints(text, tmp_path / "out")
+@pytest.mark.parametrize("suffix", ["", "/adapter_model.safetensors"])
+def test_an_adapter_is_no_model(suffix: str, tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    factors = {name.format("A"): torch.ones(2, 8), name.format("B"): torch.ones(8, 2)}
+    write_model(tmp_path / "a", factors)
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "a" / "adapter_model.safetensors")
+    path = f"{tmp_path}/a{suffix}"
+    config = f"merge_method: linear\nmodels:\n- {{model: {path}, parameters: {{weight: 1}}}}\n"
+    with pytest.raises(mf.InputError, match=r"got an adapter.*MODEL\+ADAPTER"):
+        mf.merge_checkpoints(config, tmp_path / "out")

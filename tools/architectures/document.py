@@ -142,8 +142,8 @@ def text(sliced: int) -> str:
     version = table.heading()["transformers"]
     return "\n".join([
         START, "", f"transformers {version}:", "", *tried(sliced), "",
-        "### Names", "", *_filled(_NAMES), "", *layouts(), "", "### Output units elsewhere than along axis 0", "",
-        *units(), "", END,
+        "### Names", "", *_filled(_NAMES), "", *layouts(), "",
+        "### Output units elsewhere than along axis 0", "", *units(), "", END,
     ])  # fmt: skip
 
 

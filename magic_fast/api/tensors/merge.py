@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magic_fast.api.options import Calibrate, Masks, MergeOptions, Weights
+from magic_fast.api.options import Calibrate, Masks, MergeOptions, Weights, Words
 from magic_fast.api.tensors.models import (
     Named,
     Tensors,
@@ -19,12 +19,14 @@ from magic_fast.api.tensors.models import (
     module_like,
     state_dict_of,
     tied_groups,
+    without,
 )
 from magic_fast.api.tensors.resolve import (
     Call,
     details_of,
     execute,
     job_of,
+    left_out,
     masks_of,
     numbers_of,
     resolve,
@@ -32,6 +34,7 @@ from magic_fast.api.tensors.resolve import (
     roles_of,
 )
 from magic_fast.errors import InputError
+from magic_fast.models import TensorChoice
 from magic_fast.ops.job import Job
 
 
@@ -53,6 +56,8 @@ def merge(
     seed: int | None = None,
     compat: str | None = None,
     details: bool = False,
+    include: Words = (),
+    exclude: Words = (),
     **method_params: Any,
 ) -> Any:
     """The experts of one base merged into one model: base + scale·Δ, calibrated row by row on
@@ -81,6 +86,10 @@ def merge(
         seed: of the random trims.
         compat: ``"mergekit-0.1.4"`` matches that release's faults.
         details: return a :class:`MergeResult` instead of the bare result.
+        include, exclude: which tensors of state dicts and modules are merged
+            (:class:`~magic_fast.models.TensorChoice`): regular expressions on names, kinds such as
+            ``head``, ``embedding`` or ``router``, parts such as ``vision``. What is left out stays
+            the base's (without a base, the first expert's); the experts need not have it.
         **method_params: density, gamma, epsilon, normalize, rescale, t, … as the method has them.
 
     Returns:
@@ -101,8 +110,9 @@ def merge(
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     like = experts[0] if base is None else base
     options = MergeOptions(
-        calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details
-    )
+        calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details,
+        TensorChoice(include, exclude),
+    )  # fmt: skip
     call = resolve_models(method, given, len(models), options, like, base is not None)
     if out is not None or not isinstance(like, nn.Module):
         return _run(start, models, call, out)
@@ -126,6 +136,8 @@ def merge_task_vectors(
     seed: int | None = None,
     compat: str | None = None,
     details: bool = False,
+    include: Words = (),
+    exclude: Words = (),
     **method_params: Any,
 ) -> Any:
     """scale·Δ of K task vectors: :func:`merge` where the differences are formed already.
@@ -135,7 +147,8 @@ def merge_task_vectors(
         weights: number, K numbers, or a 1-D tensor whose dtype promotes the result under preset
             ``peft``.
 
-    Everything else as in :func:`merge`. The result has the dtype of the first task vector.
+    Everything else as in :func:`merge`. The result has the dtype of the first task vector; what
+    ``include`` and ``exclude`` leave out is zero in it.
 
     >>> merge_task_vectors(torch.tensor([[1.0, -1.0], [3.0, 1.0]]), "average")
     tensor([2., 0.])
@@ -143,11 +156,12 @@ def merge_task_vectors(
     models = models_of(task_vectors, "task_vectors")
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     options = MergeOptions(
-        calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details
-    )
+        calibrate, preset, backend, nonfinite, row_axis, masks, name, seed, compat, details,
+        TensorChoice(include, exclude),
+    )  # fmt: skip
     call = resolve(method, given, len(models), options)
     promoted = weights.dtype if preset == "peft" and isinstance(weights, Tensor) else None
-    return _run(None, models, call, out, promote=promoted)
+    return _run(None, models, call, out, promote=promoted, of_task_vectors=True)
 
 
 def _run_module(
@@ -155,7 +169,9 @@ def _run_module(
 ) -> Any:
     """A new module of the kind of ``like``, its tied weights merged once and still tied."""
     groups = tied_groups(like.state_dict())
-    named = first_of_tied(labelled(base, experts), groups)
+    models = labelled(base, experts)
+    kept = left_out(call, first_of_tied(models[:1], groups)[0][1])
+    named = first_of_tied(models, groups, kept)
     merged = module_like(like)
     state = merged.state_dict()
     start = None if base is None else named[0][1]
@@ -173,8 +189,12 @@ def _run(
     call: Call,
     out: Any,
     promote: torch.dtype | None = None,
+    *,
+    of_task_vectors: bool = False,
 ) -> Any:
-    table = Named(labelled(base, experts))
+    named = labelled(base, experts)
+    kept = left_out(call, named[0][1])
+    table = Named(without(named, kept) if kept else named)
     if call.calibration is not None and not table.bare:
         call.calibration.check_names(table.names)
     roles = roles_of(call, table)
@@ -194,8 +214,14 @@ def _run(
         results[name] = target
         label = name or call.options.name
         jobs.append(job_of(call, label, start, own, target, masks_of(call, name), roles.get(name)))
+    for name, x in kept.items():
+        if of_task_vectors:
+            x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, promote or x.dtype))
+        target = _destination(out, name, False)
+        results[name] = x.clone() if target is None else target.copy_(x)
     stats = execute(jobs, call)
-    merged = results[""] if table.bare else {n: results[n] for n in table.names}
+    first = named[0][1]
+    merged = results[""] if isinstance(first, Tensor) else {n: results[n] for n in first}
     if not call.options.details:
         return merged
     return details_of(merged, jobs, stats, table.bare)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magic_fast.api.options import Calibrate, MergeOptions, Weights
+from magic_fast.api.options import Calibrate, MergeOptions, Weights, Words
 from magic_fast.api.tensors.bounds import bound, largest_input
 from magic_fast.api.tensors.models import (
     Named,
@@ -20,10 +20,12 @@ from magic_fast.api.tensors.models import (
     models_of,
     state_dict_of,
     tied_groups,
+    without,
 )
 from magic_fast.api.tensors.resolve import (
     Call,
     job_of,
+    left_out,
     numbers_of,
     prepare,
     resolve_models,
@@ -31,6 +33,7 @@ from magic_fast.api.tensors.resolve import (
     run,
 )
 from magic_fast.errors import InputError
+from magic_fast.models import TensorChoice
 from magic_fast.ops.checks import check, extent_of
 from magic_fast.ops.choice import choose
 from magic_fast.ops.job import Job
@@ -55,6 +58,8 @@ def merge_into(
     row_axis: int | tuple[int, ...] | None = None,
     seed: int | None = None,
     compat: str | None = None,
+    include: Words = (),
+    exclude: Words = (),
     **method_params: Any,
 ) -> Any:
     """Writes the merge of the experts into ``model``: the values of :func:`merge`, in the dtypes,
@@ -71,8 +76,9 @@ def merge_into(
             an expert itself, or share tensors of the same name with them.
         base, experts: modules or state dicts with its names (of tied weights one is enough), all on
             one device.
-        method, weights, scale, calibrate, preset, backend, nonfinite, row_axis, seed, compat: as of
-            :func:`merge`. With ``nonfinite="propagate"`` nothing is read beforehand.
+        method, weights, scale, calibrate, preset, backend, nonfinite, row_axis, seed, compat,
+            include, exclude: as of :func:`merge`. With ``nonfinite="propagate"`` nothing is read
+            beforehand.
         **method_params: as of :func:`merge`.
 
     Returns:
@@ -97,16 +103,23 @@ def merge_into(
     models = models_of(experts, "experts")
     given = {"weights": numbers_of(weights), "scale": scale, **method_params}
     options = MergeOptions(
-        calibrate, preset, backend, nonfinite, row_axis, seed=seed, compat=compat
-    )
+        calibrate, preset, backend, nonfinite, row_axis, seed=seed, compat=compat,
+        choice=TensorChoice(include, exclude),
+    )  # fmt: skip
     call = resolve_models(method, given, len(models), options, model, base is not None)
     groups = tied_groups(targets)
-    table = Named(first_of_tied(labelled(base, models), groups))
+    all_models = labelled(base, models)
+    whole = left_out(call, first_of_tied(all_models[:1], groups)[0][1])
+    table = Named(without(first_of_tied(all_models, groups, whole), whole))
     if call.calibration is not None:
         call.calibration.check_names(table.names)
     places = {names[0]: targets[names[0]] for names in groups}
-    _check_memory(places, table)
+    first = all_models[0][0]
+    _check_memory(places, [*table.tensors(), *((first, name, x) for name, x in whole.items())])
     jobs, copies = _jobs(table, places, call, base is not None)
+    for name, x in whole.items():
+        _check_place(name, places[name], x, first)
+        copies.append((places[name], x))
     with torch.no_grad():
         _write(jobs, copies, call)
     return model
@@ -120,17 +133,7 @@ def _jobs(
     for name in table.names:
         row, place = table.row(name), places[name]
         copied = table.copied(name)
-        if place.shape != row[0].shape:
-            raise InputError(
-                f"shape of '{name}' in the model: expected {tuple(row[0].shape)} as in "
-                f"{'base' if has_base else 'experts[0]'}, got {tuple(place.shape)}. All models "
-                "must have the same architecture."
-            )
-        if (copied is None) != place.is_floating_point():
-            raise InputError(
-                f"dtype of '{name}' in the model: expected {row[0].dtype} as in "
-                f"{'base' if has_base else 'experts[0]'}, got {place.dtype}."
-            )
+        _check_place(name, place, row[0], "base" if has_base else "experts[0]")
         if copied is not None:
             copies.append((place, copied))
             continue
@@ -147,7 +150,21 @@ def _jobs(
     return jobs, copies
 
 
-def _check_memory(places: Mapping[str, Tensor], table: Named) -> None:
+def _check_place(name: str, place: Tensor, like: Tensor, what: str) -> None:
+    """Refuses a place that cannot take the result."""
+    if place.shape != like.shape:
+        raise InputError(
+            f"shape of '{name}' in the model: expected {tuple(like.shape)} as in {what}, got "
+            f"{tuple(place.shape)}. All models must have the same architecture."
+        )
+    if place.is_floating_point() != like.is_floating_point():
+        raise InputError(
+            f"dtype of '{name}' in the model: expected {like.dtype} as in {what}, got "
+            f"{place.dtype}."
+        )
+
+
+def _check_memory(places: Mapping[str, Tensor], inputs: Sequence[tuple[str, str, Tensor]]) -> None:
     """Refuses tensors of the model that share memory with other tensors of it or of an input: one
     would be written before it is read as the other."""
     taken = sorted((*extent_of(x), name) for name, x in places.items() if x.numel())
@@ -158,7 +175,7 @@ def _check_memory(places: Mapping[str, Tensor], table: Named) -> None:
                 f"overlaps '{name}'. Merge into a model without such views."
             )
     starts = [start for start, _, _ in taken]
-    for what, name, x in table.tensors():
+    for what, name, x in inputs:
         first, last = extent_of(x)
         at = max(0, bisect_right(starts, first) - 1)
         for start, stop, own in taken[at:]:

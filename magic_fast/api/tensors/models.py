@@ -4,13 +4,17 @@ are one, and a new module that takes a merge."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from magic_fast.errors import InputError
+from magic_fast.models import Kind, roles_of
+
+_LOG = logging.getLogger("magic_fast")
 
 Tensors: TypeAlias = Tensor | Mapping[str, Tensor]
 
@@ -56,6 +60,18 @@ def labelled(base: Any, experts: Sequence[Tensors]) -> list[tuple[str, Tensors]]
     """(what messages call it, model) of the base, if there is one, and the experts."""
     first = [] if base is None else [("base", state_dict_of(base, "base"))]
     return first + [(f"experts[{k}]", e) for k, e in enumerate(experts)]
+
+
+def without(
+    models: Sequence[tuple[str, Tensors]], names: Collection[str]
+) -> list[tuple[str, Tensors]]:
+    """The models without some of their tensors."""
+    return [
+        (what, {n: x for n, x in model.items() if n not in names})
+        if isinstance(model, Mapping)
+        else (what, model)
+        for what, model in models
+    ]
 
 
 def destination(out: Any, name: str, bare: bool, like: str) -> Tensor | None:
@@ -136,6 +152,9 @@ class Named:
             raise InputError(f"dtype of '{name}': expected a real dtype, got {row[0].dtype}.")
         for (what, _), other in zip(self._dicts[1:], row[1:], strict=True):
             if other.dtype != row[0].dtype or not torch.equal(other, row[0]):
+                if roles_of({}, {name: (tuple(row[0].shape), "I64")})[name].kind is Kind.COUNTER:
+                    _LOG.warning("counter %s stays as in %s", name, self._dicts[0][0])
+                    return row[0]
                 raise InputError(
                     f"integer tensor '{name}' in {what}: expected the values of "
                     f"{self._dicts[0][0]}, "
@@ -163,17 +182,19 @@ def tied_groups(state: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
 
 
 def first_of_tied(
-    models: Iterable[tuple[str, Tensors]], groups: Sequence[tuple[str, ...]]
+    models: Iterable[tuple[str, Tensors]],
+    groups: Sequence[tuple[str, ...]],
+    kept: Collection[str] = (),
 ) -> list[tuple[str, dict[str, Tensor]]]:
     """The models with one tensor for each group of tied names, under its first name.
 
     A model may lack some names of a group (files hold tied weights once); those that it has must
-    agree.
+    agree. Of groups whose first name is in ``kept`` only the first model's are looked at.
 
     Raises:
         InputError: a model has no name of a group, a name of none, or values that differ in one.
     """
-    reduced = []
+    reduced: list[tuple[str, dict[str, Tensor]]] = []
     for what, model in models:
         if isinstance(model, Tensor):
             raise InputError(f"{what}: expected a module or a state dict, got a tensor.")
@@ -181,6 +202,10 @@ def first_of_tied(
         own: dict[str, Tensor] = {}
         for names in groups:
             present = [n for n in names if n in model]
+            if names[0] in kept and reduced:
+                for n in present:
+                    del rest[n]
+                continue
             if not present:
                 raise InputError(
                     f"tensor '{names[0]}' in {what}: expected one as in the model, got none. "

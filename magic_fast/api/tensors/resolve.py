@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from magic_fast import ops
 from magic_fast.api.options import MergeOptions, Weights
 from magic_fast.api.results import MergeResult
-from magic_fast.api.tensors.models import Named
+from magic_fast.api.tensors.models import Named, Tensors
 from magic_fast.calibration import WeightCalibration, as_calibration
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import resolve_arguments
@@ -139,9 +139,25 @@ def resolve(
     return Call(method, arguments, recipe, calibration, options, like)
 
 
-def roles_of(call: Call, table: Named) -> dict[str, Role]:
+def roles_of(call: Call, table: Named) -> Mapping[str, Role]:
     """What the tensors are, where that is asked: by a calibration."""
     return {} if call.calibration is None else roles_in_memory(call.like, table.first)
+
+
+def left_out(call: Call, first: Tensors) -> dict[str, Tensor]:
+    """Those of the first model's tensors that are not merged."""
+    choice = call.options.choice
+    if not choice:
+        return {}
+    if isinstance(first, Tensor):
+        raise InputError(
+            "include and exclude: expected none for a tensor, got some. They choose among the "
+            "tensors of state dicts and modules."
+        )
+    roles = roles_in_memory(call.like, first)
+    choice.check([roles])
+    names = choice.left_out(roles)
+    return {name: x for name, x in first.items() if name in names}
 
 
 def masks_of(call: Call, name: str) -> list[Tensor | None] | None:

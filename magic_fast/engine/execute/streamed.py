@@ -222,8 +222,7 @@ class Streamed:
     def _convert(self, step: Step, source: View, target: View) -> None:
         """Rounds one array to another's dtype: a merge of one task vector with weight 1."""
         job = Job(None, [source], Recipe((1.0,)), target)
-        policy = self._nonfinite if step.finite else "propagate"
-        ops.merge([job], backend=self._backend_of(step), nonfinite=policy)
+        ops.merge([job], backend=self._backend_of(step), nonfinite=self._nonfinite)
 
     def _job(self, one: Loaded) -> tuple[Job, View | None]:
         """What is to be done, and the model merged elsewhere that is to be calibrated, if any."""
@@ -258,7 +257,7 @@ class Streamed:
         source, view, data = one.inputs[0]
         for other, _, more in one.inputs[1:]:
             refuse_unequal(step, other, other.info.dtype == source.info.dtype and more == data)
-        if source.info.dtype in FLOATS:
+        if source.info.dtype in FLOATS and not step.exact:
             assert one.out is not None
             self._convert(step, view, one.out)
         else:

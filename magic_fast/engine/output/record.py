@@ -50,7 +50,7 @@ def write_small_files(
     from magic_fast.engine.output.card import model_card
 
     donor = plan.models[plan.donor]
-    source = sidecar_source(donor, list(plan.models.values()))
+    source = plan.files or sidecar_source(donor, list(plan.models.values()))
     dtypes = {s.dtype for s in plan.steps if s.dtype in FLOATS}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     if source is not None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from os.path import basename
 from typing import Any
 
-from magic_fast.checkpoint import Checkpoint, ShardPlan, plan_shards, stem_of
+from magic_fast.checkpoint import Checkpoint, ModelFolder, ShardPlan, plan_shards, stem_of
 from magic_fast.checkpoint.fs import REAL
 from magic_fast.checkpoint.tokenizer import OutputTokenizer
 from magic_fast.engine.plan.budget import Budget, budget_of
@@ -39,6 +39,7 @@ class MergePlan:
         settings: what decides values beside ``recipe_text``, by the names users know.
         untied: whether weights that the donor's configuration ties are apart in the result.
         config: the configuration that follows the layers, None where it is as in the file.
+        files: whose small files come along; None for the donor's.
     """
 
     method: str
@@ -58,6 +59,7 @@ class MergePlan:
     tokenizer: OutputTokenizer | None = None
     untied: bool = False
     config: Mapping[str, Any] | None = None
+    files: Checkpoint | ModelFolder | None = None
 
     def decisions(self) -> str:
         """What is done to each tensor, as text: the same for the same merge, wherever its files
@@ -176,7 +178,7 @@ def free_bytes(out: str) -> int:
 
 
 def place(
-    steps: Sequence[Step], out: str, max_shard_size: int, donor: Checkpoint
+    steps: Sequence[Step], out: str, max_shard_size: int, donor: Checkpoint | ModelFolder
 ) -> list[ShardPlan]:
     """Where every output tensor goes, in files named as the donor's library looks for them; one
     file where ``out`` names one."""
