@@ -17,18 +17,10 @@ WORDS = 1031  # as long as nothing else in a tiny model
 Tensors = dict[str, tuple[tuple[int, ...], str]]
 
 
-def built(name: str, config: Any) -> Any:
-    """A model of class ``name`` on the meta device."""
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
-        return classes.class_of(name)(config)
-
-
 def default(name: str, model_type: str) -> Any:
     """A model of the default configuration of a type."""
     with classes.absent_parts():
-        return built(name, default_config(model_type))
+        return classes.built(name, default_config(model_type))
 
 
 def config_of(model: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from magic_fast.models import Kind, ModelRoles, roles_of
+from magic_fast.models.built.classes import built
 from models.architectures import (
     WORDS,
     as_in_file,
-    built,
     config_of,
     each_unit_has_one_number,
     headers,

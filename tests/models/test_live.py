@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from magic_fast.models import Source, assign, live, roles_of
-from models.architectures import built, config_of, in_memory
+from magic_fast.models.built.classes import built
+from models.architectures import config_of, in_memory
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
 
