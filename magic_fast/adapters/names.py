@@ -52,7 +52,7 @@ _LORA = {
     ".lora.up.weight": Role.UP,
     ".lora_linear_layer.down.weight": Role.DOWN,  # diffusers' text encoders
     ".lora_linear_layer.up.weight": Role.UP,
-    "_lora.down.weight": Role.DOWN,  # diffusers' attention processors
+    "_lora.down.weight": Role.DOWN,  # diffusers' attention processors, until 0.22
     "_lora.up.weight": Role.UP,
     ".alpha": Role.ALPHA,
     ".ia3_l": Role.VECTOR,
@@ -82,12 +82,25 @@ def parse_key(key: str) -> Key:
             return Key(name.removesuffix(suffix), role, embedding=True)
     for suffix, role in _LORA.items():
         if name.endswith(suffix):
-            return Key(name.removesuffix(suffix), role)
+            module = name.removesuffix(suffix)
+            return Key(_processed(module) if suffix[0] == "_" else module, role)
     if _FOREIGN.search(name):
         return Key(name, Role.FOREIGN)
     if ".original_module." in name:
         return Key(name, Role.ORIGINAL)
     return Key(_SAVED.sub(".", name), Role.WHOLE)
+
+
+def _processed(name: str) -> str:
+    """The module that an attention processor had the factors of.
+
+    >>> _processed("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
+    'unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0'
+    """
+    owner, _, leaf = name.replace(".processor.", ".").rpartition(".")
+    if owner.endswith(".self_attn"):  # of a text encoder
+        return f"{owner}.{leaf.removeprefix('to_')}_proj"
+    return f"{owner}.to_out.0" if leaf == "to_out" else f"{owner}.{leaf}"
 
 
 def style_of(keys: Iterable[str]) -> str:

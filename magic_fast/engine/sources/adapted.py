@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.adapters import Adapter, AdapterModule, open_adapter
+from magic_fast.adapters.fitted import fitted
 from magic_fast.adapters.names import weight_names
 from magic_fast.checkpoint import Checkpoint, TensorInfo
 from magic_fast.checkpoint.reader import Resized
@@ -56,7 +57,9 @@ class AdaptedCheckpoint(Checkpoint):
                 f"{adapter.kind.upper()}. Merge it into its model first (PEFT's merge_and_unload), "
                 "or merge the adapters by themselves."
             )
+        adapter, notes = fitted(adapter, own)
         places = _Places(own, adapter)
+        self.notes = (*own.notes, *notes)
         self._own = own = places.own
         vars(self).update(tensors=own.tensors, aliases=own.aliases)
         vars(self).pop("roles", None)  # of other names, where ties are opened
@@ -69,7 +72,7 @@ class AdaptedCheckpoint(Checkpoint):
             self._stored[name] = replace(adapter.checkpoint.tensors[key], name=name)
         self._changes: dict[str, Change] = {}
         for module in adapter.modules.values():
-            name = places.of(f"{module.name}.weight")
+            name = module.weight or places.of(f"{module.name}.weight")
             if name in self._changes:
                 raise CheckpointError(
                     f"modules '{self._changes[name].module.name}' and '{module.name}' in "
@@ -203,11 +206,13 @@ class _Places:
     def __init__(self, own: Checkpoint, adapter: Adapter) -> None:
         self.own = own
         self._adapter = adapter
-        names = [*adapter.whole, *(f"{module}.weight" for module in adapter.modules)]
+        known = [m.weight for m in adapter.modules.values() if m.weight]
+        modules = [name for name, m in adapter.modules.items() if not m.weight]
+        names = [*adapter.whole, *(f"{module}.weight" for module in modules)]
         self._canonical = {role.canonical: name for name, role in own.roles.items()}
         asked = roles_of(own.config, {name: ((1, 1), "F32") for name in names})
         self._asked = {name: role.canonical for name, role in asked.items()}
-        self._untie({self._found(name) for name in names} - {None})
+        self._untie({*known, *map(self._found, names)} - {None})
 
     def of(self, name: str) -> str:
         """The stored name.
