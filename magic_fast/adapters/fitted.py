@@ -30,9 +30,7 @@ class Fit:
 
     def targets(self) -> Mapping[str, object]:
         """What tells it from that of another family."""
-        changed = {
-            t: [(b.module.name, b.to, b.link.rows) for b in g] for t, g in self.groups.items()
-        }
+        changed = {target: [bit.told for bit in bits] for target, bits in self.groups.items()}
         return changed | self.whole
 
 

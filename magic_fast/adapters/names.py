@@ -105,8 +105,16 @@ def _processed(name: str) -> str:
 
 def style_of(keys: Iterable[str]) -> str:
     """The convention of a file without a configuration: ``kohya`` or ``diffusers``."""
-    kohya = any(k.startswith("lora_") and ".lora_down." in k for k in keys)
+    kohya = any(k.startswith(("lora_", "lycoris_")) and ".lora_down." in k for k in keys)
     return "kohya" if kohya else "diffusers"
+
+
+#: What a file says of the part of a pipeline that a module is of; a second text encoder is not to
+#: be found by how a name ends.
+_PARTS = {
+    "kohya": re.compile(r"^(lora_(unet|transformer|te1?)|lycoris)_"),
+    "diffusers": re.compile(r"^(unet|transformer|diffusion_model|text_encoder)\."),
+}
 
 
 def weight_names(module: str, style: str, names: Iterable[str]) -> list[str]:
@@ -120,8 +128,8 @@ def weight_names(module: str, style: str, names: Iterable[str]) -> list[str]:
     names = [n for n in names if n.endswith(".weight")]
     wanted = _flat(module) if style == "kohya" else module
     stems = {n: _flat(n[:-7]) if style == "kohya" else n[:-7] for n in names}
-    if style != "peft":  # lora_unet_, unet.: the part of the pipeline that the file is for
-        wanted = re.sub(r"^(lora_)?(unet|te\d?|text_encoder(_\d)?|transformer)[._]", "", wanted)
+    if style != "peft":
+        wanted = _PARTS[style].sub("", wanted)
     separator = "_" if style == "kohya" else "."
     exact = [n for n, stem in stems.items() if stem in (module, wanted)]
     longer = [n for n, stem in stems.items() if stem.endswith(separator + wanted)]

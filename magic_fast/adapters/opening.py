@@ -40,7 +40,7 @@ class AdapterModule:
         up: B [out, r] (convolutions [out, r, 1, 1], embeddings [width, r]); None for IA3.
         scaling: s; the weight changes by s·B·A.
         embedding: the weight changes by s·(B·A)ᵀ.
-        weight: the tensor of the model that it changes, where another convention's name leads to it.
+        weight: the tensor of the model that it changes, where its name is of another convention.
     """
 
     name: str

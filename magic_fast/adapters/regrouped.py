@@ -39,6 +39,16 @@ class Bit(NamedTuple):
         """Whether only rows of one are rows of the other."""
         return self.to is not None and self.link.rows is not None
 
+    @property
+    def turns(self) -> bool:
+        """Whether one is the transpose of the other."""
+        return self.to is not None and self.link.turned
+
+    @property
+    def told(self) -> tuple[object, ...]:
+        """What tells it from that of another family."""
+        return self.module.name, self.turns, self.cuts and (self.to, self.link.rows)
+
 
 def bits_of(module: AdapterModule, meaning: Meaning, to: Naming) -> dict[str, Bit]:
     """Parameter in the names of ``to``, without prefix → what a module is to it."""
@@ -127,8 +137,7 @@ def regrouped(
 
 
 def _turned(module: AdapterModule, bit: Bit) -> AdapterModule:
-    turned = bit.to is not None and bit.link.turned
-    return replace(module, embedding=module.embedding != turned)
+    return replace(module, embedding=module.embedding != bit.turns)
 
 
 def _module(

@@ -98,7 +98,7 @@ def meanings(family: str, name: str, *, flat: bool = False) -> list[Meaning]:
     ...     0].links[0].names[1]
     'transformer.resblocks.0.mlp.c_fc.weight'
     """
-    found = []
+    found: list[Meaning] = []
     for part, entry in families()[family].items():
         for prefix in entry["flat" if flat else "dotted"]:
             if name.startswith(prefix):
@@ -111,8 +111,8 @@ def meanings(family: str, name: str, *, flat: bool = False) -> list[Meaning]:
 
 
 def recognised(names: Iterable[str]) -> dict[str, dict[str, Part]]:
-    """The families of which a file is, each with its parts: those whose maps know most of its names;
-    none where no map knows a part."""
+    """The families of which a file is, each with its parts: those whose maps know most of its
+    names; none where no map knows a part."""
     found = {family: family_parts(family, names) for family in families()}
     known = {
         f: len({n for p in parts.values() for _, n in p.places.values()})

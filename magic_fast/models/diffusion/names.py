@@ -75,8 +75,7 @@ class NameMap:
 
     def __init__(self, plain: dict[str, Any]) -> None:
         self._places: dict[tuple[str, int, bool], list[_Record]] = {}
-        for pattern, *more in plain["names"]:
-            other, table, rows = (*more, *(pattern, -1, "")[len(more) :])
+        for pattern, other, table, rows in map(_complete, plain["names"]):
             tables = plain["tables"][table] if table >= 0 else {}
             for leaf in ("weight", "bias") if pattern.endswith("@") else ("",):
                 patterns = (pattern.replace("@", leaf), other.replace("@", leaf))
@@ -116,6 +115,12 @@ def _plain() -> dict[str, Any]:
 def stem_of(parameter: str) -> str:
     """The module of a weight; another parameter as it is."""
     return parameter.removesuffix(".weight")
+
+
+def _complete(entry: list[Any]) -> tuple[str, str, int, Any]:
+    """With what an entry leaves out: the same name, no table, all rows."""
+    pattern, other, table, rows = entry + [entry[0], -1, ""][len(entry) - 1 :]
+    return pattern, other, table, rows
 
 
 def _starred(name: str) -> str:
