@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from magic_fast.adapters.names import weight_names
 from magic_fast.adapters.opening import Adapter, AdapterModule
 from magic_fast.adapters.regrouped import Bit, bits_of, regrouped
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.errors import CheckpointError
+from magic_fast.models import Source
 from magic_fast.models.diffusion import Meaning, Naming, Part, families, meanings, recognised
+
+#: The part of a pipeline that a module is of, where no map says it.
+_PART = re.compile(r"(unet|transformer|text_encoder(_\d)?)\.|lora_(unet|te\d?)_")
 
 
 @dataclass
@@ -52,7 +58,7 @@ def fitted(adapter: Adapter, model: Checkpoint) -> tuple[Adapter, list[str]]:
     if not whole:
         _refuse_lost(adapter, model, fits)
         _refuse_other_family(adapter, model, list(known), flat)
-        return adapter, []
+        return _without_absent_parts(adapter, model)
     (family, fit), *others = whole.items()
     for other, second in others:
         if second.targets() != fit.targets():
@@ -69,13 +75,10 @@ def fitted(adapter: Adapter, model: Checkpoint) -> tuple[Adapter, list[str]]:
     modules, weights = regrouped(adapter, fit.groups, _keys, only_cut=True)
     places = zip(fit.groups, modules, strict=True)
     changed = {name: replace(module, weight=name) for name, module in places}
-    notes = [
-        f"{adapter.path}: {len(left)} modules are for the {part}, which {model.path} does not have,"
-        f" and were left out, first '{left[0]}'"
-        for part, left in fit.left.items()
-    ]
     own = {fit.whole[name]: key for name, key in adapter.whole.items() if name in fit.whole}
-    return replace(adapter, checkpoint=weights, modules=changed, whole=own), notes
+    return replace(adapter, checkpoint=weights, modules=changed, whole=own), _notes(
+        adapter, model, fit.left
+    )
 
 
 def _keys(name: str) -> tuple[str, str]:
@@ -146,6 +149,52 @@ def _refuse_lost(adapter: Adapter, model: Checkpoint, fits: Mapping[str, Fit]) -
                 f"{model.path}, which has names of {family}, got none. Name the model that the "
                 "adapter was trained on."
             )
+
+
+def _without_absent_parts(adapter: Adapter, model: Checkpoint) -> tuple[Adapter, list[str]]:
+    """Of a pipeline that is not known: without the parts of which the model has no module, where
+    it has all of another."""
+    parts: dict[str, dict[str, AdapterModule]] = {}
+    for name, module in adapter.modules.items():
+        found = _PART.match(name)
+        parts.setdefault(found[0] if found else "", {})[name] = module
+    here = {
+        part: sum(bool(weight_names(name, adapter.style, model.tensors)) for name in modules)
+        for part, modules in parts.items()
+    }
+    if not any(here[part] == len(modules) for part, modules in parts.items()):
+        return adapter, []
+    left = {part: list(modules) for part, modules in parts.items() if not here[part]}
+    kept = {name: m for part in parts if part not in left for name, m in parts[part].items()}
+    return replace(adapter, modules=kept), _notes(adapter, model, left)
+
+
+def _notes(adapter: Adapter, model: Checkpoint, left: Mapping[str, Sequence[str]]) -> list[str]:
+    return [
+        f"{adapter.path}: {len(names)} of its modules are for the part '{part.strip('._')}', which "
+        f"{model.path} does not have, and were left out, first '{names[0]}'"
+        for part, names in left.items()
+    ]
+
+
+def no_weight(adapter: Adapter, model: Checkpoint, name: str) -> CheckpointError:
+    """The error for a module or tensor of an adapter that finds none in the model, or several."""
+    stem, _, leaf = name.rpartition(".")
+    near = weight_names(stem, adapter.style, model.tensors)
+    got = f"{near[0]} and {near[1]}" if len(near) > 1 else "none of that name"
+    way = "Name the model that the adapter was trained on."
+    if near or model.roles.source is Source.HEADERS:
+        way = (
+            "It was trained on another model, which is the one to name, or its names follow a "
+            "convention that is not known here: save it by the library that saved the model."
+        )
+    if not near and model.quantisation is not None:
+        got = f"{model.quantisation.scheme} codes"
+        way = "Name the model whose weights are not quantised."
+    what = f"module '{stem}'" if leaf == "weight" else f"tensor '{name}'"
+    return CheckpointError(
+        f"{what} in {adapter.path}: expected its weight in {model.path}, got {got}. {way}"
+    )
 
 
 def named_for(adapter: Adapter, flat: bool) -> list[str]:

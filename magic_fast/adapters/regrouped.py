@@ -75,6 +75,7 @@ class BlockCheckpoint(Checkpoint):
         self._made = {one.info.name: one for one in made}
         self._stored = {**own.tensors, **{name: one.info for name, one in self._made.items()}}
         self.tensors = MappingProxyType(self._stored)
+        self.overhead = 2 * max((one.info.nbytes for one in self._made.values()), default=0)
         self._kept: tuple[str, memoryview] = ("", memoryview(b""))
 
     def read_into(

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.adapters import Adapter, AdapterModule, open_adapter
-from magic_fast.adapters.fitted import fitted
+from magic_fast.adapters.fitted import fitted, no_weight
 from magic_fast.adapters.names import weight_names
 from magic_fast.checkpoint import Checkpoint, TensorInfo
 from magic_fast.checkpoint.reader import Resized
@@ -88,6 +88,7 @@ class AdaptedCheckpoint(Checkpoint):
         self.tensors = MappingProxyType(self._stored)
         self.resized = self._resized()
         self.overhead += max((c.memory for c in self._changes.values()), default=0)
+        self.overhead += adapter.checkpoint.overhead
         self._kept: tuple[Any, Any] = (None, None)
 
     def _resized(self) -> Resized | None:
@@ -221,18 +222,9 @@ class _Places:
             CheckpointError: there is none, or no single one.
         """
         found = self._found(name)
-        if found is not None:
-            return found
-        stem, _, leaf = name.rpartition(".")
-        near = weight_names(stem, self._adapter.style, self.own.tensors)
-        got = f"{near[0]} and {near[1]}" if len(near) > 1 else "none of that name"
-        if not near and self.own.quantisation is not None:
-            got = f"{self.own.quantisation.scheme} codes"
-        what = f"module '{stem}'" if leaf == "weight" else f"tensor '{name}'"
-        raise CheckpointError(
-            f"{what} in {self._adapter.path}: expected its weight in {self.own.path}, got {got}. "
-            "Name the model that the adapter was trained on."
-        )
+        if found is None:
+            raise no_weight(self._adapter, self.own, name)
+        return found
 
     def _found(self, name: str) -> str | None:
         """The name in the model, by itself, by the module tree, else by how it ends."""
