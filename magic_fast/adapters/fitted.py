@@ -93,8 +93,10 @@ def _fit(
         found = meanings(family, name if flat else f"{name}.weight", flat=flat)
         here = [m for m in found if m.part in parts]
         there = [m for m in here if _stands(m, parts[m.part])]
-        if len(there) > 1:
-            there = [m for m in there if _shaped(module, m, parts[m.part], model)]
+        shaped = [m for m in there if _shaped(module, m, parts[m.part], model)]
+        if not shaped and any(_shares(m.part, parts) for m in there):
+            here, there = [], []  # the names are another part's, as the widths say
+        there = shaped or there
         if len(there) > 1:
             a, b = there[:2]
             raise CheckpointError(
@@ -125,6 +127,12 @@ def _fit(
 
 def _stands(meaning: Meaning, part: Part) -> bool:
     return all(link.names[0] in part.places for link in meaning.links)
+
+
+def _shares(part: str, parts: Mapping[str, Part]) -> bool:
+    """Whether the names of a part may be those of another."""
+    own = parts[part]
+    return any(p is not own and p[:2] == own[:2] and p.places for p in parts.values())
 
 
 def _stored(meaning: Meaning, parts: Mapping[str, Part]) -> str:

@@ -301,6 +301,21 @@ def test_a_name_of_two_parts_goes_by_its_width_or_is_refused(tmp_path: Path) -> 
             assert f"'{TE1}mlp.fc1.weight'" in said and f"'{TE2}mlp.c_fc.weight'" in said
 
 
+def test_text_encoders_in_folders_of_their_own(tmp_path: Path) -> None:
+    """Both have the same names: which one a file is, its width says."""
+    shapes = {"text_encoder.": (D, D), "text_encoder_2.": (2 * D, 2 * D)}
+    factors = Factors(8, "diffusers", {f"{p}{LAYER}mlp.fc1": s for p, s in shapes.items()})
+    for (own, shape), other in zip(shapes.items(), reversed(shapes), strict=True):
+        base = weights({f"{LAYER}mlp.fc1.weight": shape})
+        save_file(base, tmp_path / "base.safetensors")
+        factors.save(tmp_path / "adapter.safetensors")
+        report = merged(tmp_path)
+        got = load_file(tmp_path / "out.safetensors")
+        check(got, base, {f"{LAYER}mlp.fc1.weight": factors.deltas[f"{own}{LAYER}mlp.fc1"]})
+        assert any(f"first '{other}{LAYER}mlp.fc1'" in w for w in report.warnings)
+        (tmp_path / "out.safetensors").unlink()
+
+
 def delta(tensors: dict[str, Tensor], module: str, style: str) -> Tensor:
     down, up = (tensors[module + key] for key in KEYS[style])
     alpha = tensors.get(f"{module}.alpha")
