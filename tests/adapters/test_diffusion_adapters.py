@@ -4,6 +4,7 @@ values by plain torch, the names and rows written out here."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import magic_fast as mf
+from adapters.adapter_files import draw_lora, write_peft
 from magic_fast.planning.sources import open_model
 
 #: convention → what comes before a module, and the keys of A and B
@@ -352,6 +354,33 @@ def test_adapters_in_unlike_conventions_meet(tmp_path: Path) -> None:
                 assert [m.name for m in report.modules] == [names[a]]
                 assert any("read and written in the names of" in w for w in report.warnings)
                 (tmp_path / "ab.safetensors").unlink()
+
+
+@pytest.mark.parametrize("peft_first", [True, False])
+def test_folders_of_peft_meet_files(peft_first: bool, tmp_path: Path) -> None:
+    """The configuration of the result names the modules of both."""
+    module = f"down_blocks.1.attentions.0.{INNER}"
+    other = "mid_block.attentions.0.proj_in"
+    lora = draw_lora(0, {module: (D, D)})
+    flat = {"lora_unet_" + m.replace(".", "_"): (D, D) for m in (module, other)}
+    kohya = Factors(1, "kohya", flat)
+    paths = [write_peft(tmp_path / "p", lora), kohya.save(tmp_path / "k.safetensors")]
+    out = tmp_path / ("out" if peft_first else "out.safetensors")
+    order = paths if peft_first else paths[::-1]
+    mf.merge_adapters(order, out, "task_arithmetic", base_model="base")
+    first, second = kohya.deltas.values()
+    want = {module: lora.delta(module, (D, D)).float() + first, other: second}
+    if peft_first:
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert all(re.fullmatch(config["target_modules"], m) for m in want)
+        assert config["r"] == config["lora_alpha"]
+        found = load_file(out / "adapter_model.safetensors")
+        names = {m: f"base_model.model.{m}" for m in want}
+    else:
+        found, names = load_file(out), dict(zip(want, flat, strict=True))
+    for name, change in want.items():
+        style = "diffusers" if peft_first else "kohya"
+        torch.testing.assert_close(delta(found, names[name], style), change)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])

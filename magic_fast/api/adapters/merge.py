@@ -60,8 +60,9 @@ def merge_adapters(
     its result is brought to ``rank``. IA3 multiplies activations by vectors l: methods see l − 1.
 
     Args:
-        adapters: K folders of PEFT or files of kohya or diffusers, all of one kind and naming.
-            Their ranks may differ, and the modules too: where one has no module, its τ is 0.
+        adapters: K folders of PEFT or files of kohya or diffusers, all of one kind and naming, or
+            of one diffusion model that is known: those meet in the names of the first. Their ranks
+            may differ, and the modules too: where one has no module, its τ is 0.
         out: new folder, or, of kohya and diffusers, a ``.safetensors`` file.
         method: of :func:`merge`, with its parameters; the result has the scaling in its factors.
         weights, scale: as of :func:`merge`.
