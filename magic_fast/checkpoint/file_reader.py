@@ -58,11 +58,7 @@ class FileReader:
             InternalError: the range leaves the tensor, or the buffer does not fit.
         """
         count = info.nbytes - start if nbytes is None else nbytes
-        if not 0 <= start <= start + count <= info.nbytes:
-            raise InternalError(
-                f"Range outside the tensor for {shown(info.name)}: expected bytes within 0 to "
-                f"{info.nbytes}, got {start} to {start + count}. Please report this."
-            )
+        info.stop_of(start, count)
         view = as_bytes(buffer)
         if count and (view.readonly or len(view) < count):
             raise InternalError(

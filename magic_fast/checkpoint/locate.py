@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from magic_fast.errors import CheckpointError
 from .header import LENGTH_BYTES
 from .messages import problem, shown
 from .strict_json import load_json_object
+
+_LOG = logging.getLogger("magic_fast")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -130,7 +133,9 @@ def _in_folder(folder: str) -> Located:
     if len(indices) > 1:
         raise _ambiguous(folder, "one index", indices)
     if indices:
-        return _by_index(folder, indices[0], weights)
+        located = _by_index(folder, indices[0], weights)
+        if located is not None:
+            return located
     if not weights:
         raise _no_weights(folder, names)
     chosen = [SINGLE_NAME] if SINGLE_NAME in weights else weights
@@ -141,7 +146,9 @@ def _in_folder(folder: str) -> Located:
     )
 
 
-def _by_index(folder: str, index_name: str, weights: list[str]) -> Located:
+def _by_index(folder: str, index_name: str, weights: list[str]) -> Located | None:
+    """What an index names; None where it is stale: all of that is gone, and model.safetensors is
+    there."""
     index = os.path.join(folder, index_name)
     if os.path.getsize(index) > MAX_INDEX_BYTES:
         raise problem(
@@ -158,6 +165,10 @@ def _by_index(folder: str, index_name: str, weights: list[str]) -> Located:
         raise problem(
             "Corrupt index", index, 'a "weight_map" from tensors to files', shown(weight_map)
         )
+    names = {name for name in weight_map.values() if isinstance(name, str)}
+    if SINGLE_NAME in weights and names.isdisjoint(os.listdir(folder)):
+        _LOG.warning("%s names files that are all gone: %s is read.", index, SINGLE_NAME)
+        return None
     files: dict[str, str] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or name not in files:

@@ -6,17 +6,15 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from magic_fast.errors import InternalError
 
-from .fs import REAL, FileSystem
-from .io_errors import disk_full
+from .fs import COPY_BLOCK_BYTES, REAL, FileSystem
+from .io_errors import disk_full, reading
 from .messages import shown
 from .plan import ShardPlan, index_name, shard_index
 from .shard_files import ShardFiles
-from .small_files import SmallFiles
 from .staging import Staging
 
 if TYPE_CHECKING:
@@ -73,7 +71,7 @@ class OutputFolder(ShardFiles):
         self.is_file = self._staging.is_file
         self.resumed = self._staging.resumed
         self._resumable = resumable
-        self._small = SmallFiles(self.partial, self.is_file, fs)
+        self._small: set[str] = set()
 
     def create_shards(self, plans: Sequence[ShardPlan]) -> frozenset[str]:
         """Create all shards: room reserved, header written, data to come.
@@ -111,7 +109,9 @@ class OutputFolder(ShardFiles):
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file in UTF-8, replacing one of that name; a subfolder in it is made."""
-        self._small.write_text(name, text)
+        path, data = self.keep(name), text.encode()
+        with self._writing(path, len(data)), self._fs.new_file(path) as fd:
+            self._fs.write_exactly(fd, memoryview(data), 0)
 
     def copy_file(self, source: str | os.PathLike[str], name: str | None = None) -> None:
         """Copy a small file's content, following links; ``name`` in the output, or the same.
@@ -120,15 +120,45 @@ class OutputFolder(ShardFiles):
             CheckpointError: the source cannot be read.
             OutputError: the copy cannot be written.
         """
-        self._small.copy(os.fspath(source), name)
+        source = os.fspath(source)
+        block = memoryview(bytearray(COPY_BLOCK_BYTES))
+        with reading(source):
+            origin = self._fs.open(source, os.O_RDONLY)
+        try:
+            path = self.keep(os.path.basename(source) if name is None else name)
+            needed = self._fs.stat(origin).st_size
+            with self._writing(path, needed), self._fs.new_file(path) as fd:
+                offset = 0
+                while True:
+                    with reading(source):
+                        count = self._fs.read_exactly(origin, block, offset)
+                    if count == 0:
+                        break
+                    self._fs.write_exactly(fd, block[:count], offset)
+                    offset += count
+        finally:
+            self._fs.close(origin)
 
-    def keep(self, name: str) -> None:
-        """Let a file that the caller writes itself in `partial` be a part of the output.
+    def keep(self, name: str) -> str:
+        """Let a small file that the caller writes itself in `partial` be a part of the output.
+
+        Returns:
+            Its path, whose folder exists.
 
         Raises:
             InternalError: the output is a single file, or the name is not one for a small file.
         """
-        self._small.declare(name)
+        taken = name.endswith((".safetensors", ".safetensors.index.json"))
+        if self.is_file or taken or {"", ".", ".."} & {*name.split("/")}:
+            raise InternalError(
+                f"Wrong small file for {self.partial}: expected a relative name beside the shards "
+                f"of a folder, got {shown(name)}. Please report this."
+            )
+        path = self.path_of(name)
+        with self._writing(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        self._small.add(name)
+        return path
 
     def finalise(self) -> str:
         """Make the output appear, whole: all data to the disk, then the index, then one rename.
@@ -151,7 +181,7 @@ class OutputFolder(ShardFiles):
             )
         with self._writing(self.partial):
             self._handles.close()
-        declared = self._declared()
+        declared = self._small | {plan.file for plan in self.shards}
         for name in sorted(declared):
             with self._writing(self.path_of(name)):
                 self._fs.fsync_path(self.path_of(name))
@@ -159,7 +189,7 @@ class OutputFolder(ShardFiles):
             self._write_index()
             declared.add(index_name(self.shards[0].file))
         with self._writing(self.partial):  # a journal last: until here it is of use
-            for folder in self._small.remove_others(declared):
+            for folder in self._remove_others(declared):
                 self._fs.fsync_path(folder)
         self._staging.commit()
         return self.path
@@ -173,12 +203,7 @@ class OutputFolder(ShardFiles):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.abort(keep=self._resumable)
 
     def _write_index(self) -> None:
@@ -188,5 +213,17 @@ class OutputFolder(ShardFiles):
             self._fs.write_exactly(fd, memoryview(data), 0)
             self._fs.fsync(fd)
 
-    def _declared(self) -> set[str]:
-        return self._small.names | {plan.file for plan in self.shards}
+    def _remove_others(self, declared: set[str]) -> list[str]:
+        """Remove what is not declared; returns the folders left, innermost first."""
+        folders: list[str] = []
+        for folder, subfolders, names in os.walk(self.partial, topdown=False):
+            links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+            for name in names + links:
+                path = os.path.join(folder, name)
+                if os.path.relpath(path, self.partial) not in declared:
+                    os.unlink(path)
+            if os.listdir(folder):
+                folders.append(folder)
+            else:
+                os.rmdir(folder)
+        return folders

@@ -14,8 +14,9 @@ def add_parser(commands: Any) -> None:
         commands,
         "verify",
         help="check a merged model on disk",
-        description="Reads OUT whole: headers and index agree, every value is finite, and every "
-        "tensor has the checksum that the merge recorded. Exit code 2 where something is wrong.",
+        description="Reads OUT whole: headers and index agree, every value is finite, every tensor "
+        "has the checksum that the merge recorded, and the tensors are those that config.json asks "
+        "for, as far as its model type is known. Exit code 2 where something is wrong.",
     )
     parser.add_argument("out", metavar="OUT", help="folder or .safetensors file")
     options.machine_readable(parser)
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         verdict = "sound" if found.ok else f"{len(found.problems)} problems"
         print(
             f"{found.out}: {verdict} ({found.tensors} tensors, {format_bytes(found.nbytes)}, "
-            f"{checked})"
+            f"{checked}, "
+            f"{f'config.json by {found.fits}' if found.fits else 'config.json not compared'})"
         )
     return 0 if found.ok else 2

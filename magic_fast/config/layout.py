@@ -52,7 +52,6 @@ def resolve_layout(config: MergeConfig, models: Mapping[str, ModelView]) -> list
             "Open it first."
         )
     presence = Presence(models)
-    presence.left_out(config.donor, strict=True)
     outputs: list[OutputTensor] = []
     for part, view in _parts(config, presence):
         if part.sliced:

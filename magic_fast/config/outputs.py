@@ -31,9 +31,8 @@ class ModelView(Protocol):
     def is_derived(self, name: str) -> bool:
         """Whether a stored tensor is a buffer that follows from the configuration."""
 
-    def left_out(self, *, strict: bool) -> frozenset[str]:
-        """The stored tensors that the merge leaves out; ``strict``: every word and pattern must
-        match some."""
+    def left_out(self) -> frozenset[str]:
+        """The stored tensors that the merge leaves out."""
 
     def is_loaded(self, name: str) -> bool:
         """Whether a stored tensor is not left aside when the model is loaded."""

@@ -44,10 +44,10 @@ class Presence:
         """Whether ``model`` stores ``name`` or has it tied to another tensor."""
         return name in self.stored(model) or self._models[model].has(name)
 
-    def left_out(self, model: str, *, strict: bool = False) -> frozenset[str]:
+    def left_out(self, model: str) -> frozenset[str]:
         """As of `ModelView`, found once."""
         if model not in self._left_out:
-            self._left_out[model] = self._models[model].left_out(strict=strict)
+            self._left_out[model] = self._models[model].left_out()
         return self._left_out[model]
 
     def is_derived(self, name: str, model: str) -> bool:
@@ -132,7 +132,10 @@ class Presence:
             )
         extra = [n for n in names if n not in others and not self.is_derived(n, model)]
         if not extra:
-            return "Check that all checkpoints are complete and of one architecture."
+            return (
+                "Check that all checkpoints are complete and of one architecture, or say with "
+                "include or exclude what is merged."
+            )
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         return (
             f"{model} has {extra[0]}{more} instead, which {other} lacks: another architecture, or "

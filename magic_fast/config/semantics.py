@@ -178,7 +178,15 @@ class Checker:
             if not isinstance(given, list | tuple) or [type(x) for x in given] != [int, int]:
                 continue  # the schema says so
             start, end = given
-            if start < 0 or end <= start:
+            if start == end:
+                self._problem(
+                    (*entry.path, "layer_range"),
+                    "no layer",
+                    f"expected [first, end) with first < end, got {list(given)} for {entry.model}. "
+                    "Remove the slice; to take what is outside the layers from one model, give "
+                    "its weight a filter: {filter: lm_head, value: 1}.",
+                )
+            elif start < 0 or end <= start:
                 self._problem(
                     (*entry.path, "layer_range"),
                     "impossible range",

@@ -17,6 +17,7 @@ from magic_fast.methods.arguments import python_name, resolve_arguments
 from magic_fast.methods.presets import PRESETS, build_recipe, check_preset
 from magic_fast.methods.registry import built_in, find_method, names
 from magic_fast.methods.spec import MethodSpec, ParameterSpec, Value
+from magic_fast.ops.registry import SPECS
 from magic_fast.recipe import Recipe
 
 
@@ -108,14 +109,15 @@ def entry(name: str, *, beside: Collection[str] = ()) -> Entry:
             preset: "by its parameters" if recipe is None else str(passes(recipe))
             for preset, recipe in recipes.items()
         }
-        form, held, backends = "recipe", _BLOCKS, "native, cuda, triton, torch"
+        form, held, backends = "recipe", _BLOCKS, ", ".join(spec.name for spec in SPECS)
         if any(recipe is not None and recipe.reference_only for recipe in recipes.values()):
             form, held, backends = "recipe in the reference alone", _WHOLE, "torch"
     else:
         reads = dict.fromkeys(presets, spec.reads)
         form, held, backends = "whole tensor", f"{_WHOLE}: {spec.holds}", "torch"
         if spec.directions is not None:
-            form, backends = "inner products", "native, torch"
+            streaming = [spec.name for spec in SPECS if spec.streams]
+            form, backends = "inner products", ", ".join((*streaming, "torch"))
             held = f"{_BLOCKS}; in torch {held}"
     own = reads["default"]
     most = spec.max_experts

@@ -4,7 +4,7 @@ in."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,44 +43,48 @@ class TensorChoice:
     def __bool__(self) -> bool:
         return bool(self.include or self.exclude)
 
-    def left_out(self, roles: ModelRoles, *, strict: bool = True) -> frozenset[str]:
-        """The tensors of a model that are not chosen.
+    def left_out(self, roles: ModelRoles) -> frozenset[str]:
+        """The tensors of a model that are not chosen."""
+        tests = words(roles)
 
-        Raises:
-            InputError: an entry is no regular expression, or (if ``strict``) matches no tensor.
-        """
-        names, tests = list(roles), words(roles)
+        def matched(entries: str | Sequence[str]) -> list[frozenset[str]]:
+            return [_matched(entry, roles, tests) for entry in entries]
 
-        def matched(where: str, entry: str) -> frozenset[str]:
-            if entry in tests:
-                found = frozenset(name for name in names if tests[entry](roles[name]))
-            else:
-                found = frozenset(filter(_pattern(where, entry).search, names))
-            if strict and not found:
-                raise InputError(
-                    f"{where} {entry!r}: expected some tensor that it matches, got none. Give a "
-                    f"regular expression on names such as {next(iter(names), None)!r}, or one of "
-                    f"{', '.join(sorted(tests))}."
-                )
-            return found
-
-        chosen = [matched("include", entry) for entry in self.include]
-        dropped = [matched("exclude", entry) for entry in self.exclude]
-        kept = frozenset(names) - frozenset().union(*chosen) if chosen else frozenset()
+        chosen, dropped = matched(self.include), matched(self.exclude)
+        kept = frozenset(roles) - frozenset().union(*chosen) if chosen else frozenset()
         return kept.union(*dropped)
+
+    def check(self, models: Sequence[ModelRoles]) -> None:
+        """Raises:
+        InputError: an entry is no regular expression, or matches no tensor of any model.
+        """
+        known = [(roles, words(roles)) for roles in models]
+        for where in ("include", "exclude"):
+            for entry in getattr(self, where):
+                try:
+                    found = any(_matched(entry, roles, tests) for roles, tests in known)
+                except re.error as error:
+                    raise InputError(
+                        f"{where} {entry!r}: expected a word or a regular expression, got an "
+                        f"error: {error}. Escape special characters with a backslash."
+                    ) from None
+                if not found:
+                    raise InputError(
+                        f"{where} {entry!r}: expected some tensor that it matches, got none. Give "
+                        f"a regular expression on names such as {next(iter(models[0]), None)!r}, "
+                        f"or one of {', '.join(sorted(known[0][1]))}."
+                    )
+
+
+def _matched(
+    entry: str, roles: ModelRoles, tests: Mapping[str, Callable[[Role], bool]]
+) -> frozenset[str]:
+    if entry in tests:
+        return frozenset(name for name in roles if tests[entry](roles[name]))
+    return frozenset(filter(re.compile(entry).search, roles))
 
 
 EVERYTHING = TensorChoice()
-
-
-def _pattern(where: str, entry: str) -> re.Pattern[str]:
-    try:
-        return re.compile(entry)
-    except re.error as error:
-        raise InputError(
-            f"{where} {entry!r}: expected a word or a regular expression, got an error: {error}. "
-            "Escape special characters with a backslash."
-        ) from None
 
 
 def words(roles: ModelRoles) -> dict[str, Callable[[Role], bool]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from magic_fast.models.roles import ModelRoles, Role, Step, Tensors
@@ -35,6 +36,8 @@ def match(
         wanted, wanted_tensors: roles and headers of the model whose layout is wanted.
         other, tensors: those of the model that is to be read in it.
     """
+    moved = text_parts(wanted, other)
+    there: Mapping[str, Role] = other if moved is None else _under(other, *moved)
     missing = [name for name in wanted_tensors if name not in tensors]
     left = [name for name in tensors if name not in wanted_tensors]
     if not missing or not left:
@@ -42,7 +45,7 @@ def match(
     made: dict[str, Made] = {}
     places: dict[object, list[str]] = {}
     for name in left:
-        places.setdefault(_place(other[name]), []).append(name)
+        places.setdefault(_place(there[name]), []).append(name)
     for name in missing:
         same = places.get(_place(wanted[name]), [])
         if len(same) == 1 and len(tensors[same[0]][0]) == len(wanted_tensors[name][0]):
@@ -50,9 +53,49 @@ def match(
     used = {piece.name for one in made.values() for piece in one.pieces}
     missing = [name for name in missing if name not in made]
     left = [name for name in left if name not in used]
-    made |= _cut(wanted, wanted_tensors, missing, other, tensors, left)
-    made |= _joined(wanted, wanted_tensors, missing, other, tensors, left)
+    made |= _cut(wanted, wanted_tensors, missing, there, tensors, left)
+    made |= _joined(wanted, wanted_tensors, missing, there, tensors, left)
     return made or _by_prefix(wanted_tensors, tensors)
+
+
+def text_parts(wanted: ModelRoles, other: ModelRoles) -> tuple[str, str] | None:
+    """Canonical paths of the text part in ``other`` and in ``wanted`` where one of the two is a
+    multimodal model and the other a text model whose layers are named as those of its text part.
+
+    >>> from magic_fast.models import roles_of
+    >>> text_parts(roles_of({"model_type": "qwen2_vl"}, {}), roles_of({"model_type": "qwen2"}, {}))
+    ('model', 'model.language_model')
+    """
+    roots = [_text_root(roles) for roles in (other, wanted)]
+    several = [bool(roles.parts) for roles in (other, wanted)]
+    if None in roots or several[0] == several[1]:
+        return None
+    (there, stack), (here, wanted_stack) = roots[0] or ("", ""), roots[1] or ("", "")
+    return (there, here) if stack == wanted_stack else None
+
+
+def _text_root(roles: ModelRoles) -> tuple[str, str] | None:
+    """Where the text part of a model stands, and what its stack of layers is called there."""
+    if "text" in roles.parts:
+        root = roles.parts["text"]
+        found = [path for path in roles.stacks if path.startswith(f"{root}.")]
+        return (root, found[0].removeprefix(f"{root}.")) if len(found) == 1 else None
+    if roles.parts or len(roles.stacks) != 1:
+        return None
+    root, _, stack = next(iter(roles.stacks)).rpartition(".")
+    return root, stack
+
+
+def _under(roles: ModelRoles, root: str, other: str) -> Mapping[str, Role]:
+    """The roles, what is under ``root`` being under ``other``."""
+
+    def moved(name: str) -> str:
+        return other + name.removeprefix(root) if name.startswith(f"{root}.") else name
+
+    return {
+        name: replace(r, canonical=moved(r.canonical), targets=tuple(map(moved, r.targets)))
+        for name, r in roles.items()
+    }
 
 
 def common_prefix(wanted: Iterable[str], names: Iterable[str]) -> tuple[str, str] | None:
@@ -99,7 +142,7 @@ def _cut(
     wanted: ModelRoles,
     wanted_tensors: Tensors,
     missing: Sequence[str],
-    other: ModelRoles,
+    other: Mapping[str, Role],
     tensors: Tensors,
     left: Sequence[str],
 ) -> dict[str, Made]:
@@ -124,7 +167,7 @@ def _joined(
     wanted: ModelRoles,
     wanted_tensors: Tensors,
     missing: Sequence[str],
-    other: ModelRoles,
+    other: Mapping[str, Role],
     tensors: Tensors,
     left: Sequence[str],
 ) -> dict[str, Made]:
@@ -154,7 +197,7 @@ class _Inside(NamedTuple):
     steps: tuple[Step, ...]
 
 
-def _large(roles: ModelRoles, tensors: Tensors, names: Sequence[str]) -> dict[str, _Inside]:
+def _large(roles: Mapping[str, Role], tensors: Tensors, names: Sequence[str]) -> dict[str, _Inside]:
     """Parameter → the tensor that holds it: itself, or one that is cut into several."""
     large: dict[str, _Inside] = {}
     for name in names:

@@ -161,7 +161,6 @@ class ModelRoles(Mapping[str, Role]):
         names: of the tensors.
         role: finds one's role.
         lacking: those that have been met and are not in the model's tree, in words.
-        is_head: whether a canonical name, stored or not, is that of a head.
 
     Attributes:
         model_type: of its configuration; "" without one.
@@ -171,6 +170,7 @@ class ModelRoles(Mapping[str, Role]):
             them.
         tied: whether the configuration asks for ``ties``.
         stacks: canonical path of a stack of layers → its fields of the configuration.
+        is_head: whether a canonical name, stored or not, is that of a head.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class ModelRoles(Mapping[str, Role]):
         self._role = role
         self._found: dict[str, Role] = {}
         self._lacking = lacking
-        self._is_head = is_head
+        self.is_head = is_head
         self.model_type = model_type
         self.architecture = architecture
         self.source = source
@@ -253,7 +253,7 @@ class ModelRoles(Mapping[str, Role]):
             return frozenset()
         stored = {self[name].canonical for name in self}
         tied = (tie for tie in self.ties.items() if tie[0] not in stored)
-        return frozenset(source for name, source in tied if self._is_head(name))
+        return frozenset(source for name, source in tied if self.is_head(name))
 
     @property
     def parts(self) -> dict[str, str]:

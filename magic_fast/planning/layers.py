@@ -7,7 +7,7 @@ from typing import Any
 
 from magic_fast.checkpoint import Checkpoint, ModelFolder, sidecar_source
 from magic_fast.config import MergeConfig
-from magic_fast.config.blocks import Structure, declared_part
+from magic_fast.config.blocks import declared_part
 from magic_fast.config.groups import build_parts
 from magic_fast.config.per_layer import Layer, follow
 from magic_fast.models.lookup import part_of
@@ -29,7 +29,7 @@ def config_of_layers(
     source = files or sidecar_source(models[config.donor], list(models.values()))
     if groups is None or source is None:
         return None, config.num_layers
-    views = {name: _Counted.of(model, name) for name, model in models.items()}
+    views = {name: _Counted(model, name) for name, model in models.items()}
     layers = [
         views[group.leader.model].layer(group.leader.start + step)
         for group in groups
@@ -44,8 +44,8 @@ def config_of_layers(
 class _Counted:
     """The layers of one model."""
 
-    def __init__(self, model: Checkpoint, structure: Structure) -> None:
-        self.config = model.config
+    def __init__(self, model: Checkpoint, name: str) -> None:
+        structure = structure_of(model, name)
         main = structure.main
         stored = main.count if main is not None else 0
         self.count = min(stored, structure.declared or stored)
@@ -61,10 +61,6 @@ class _Counted:
         self.part = part_of(model.config, self.path)
         top = model.config.get("model_type") if not self.path else None
         self.model_type = str(self.part.get("model_type") or top or "")
-
-    @classmethod
-    def of(cls, model: Checkpoint, name: str) -> _Counted:
-        return cls(model, structure_of(model, name))
 
     def layer(self, number: int) -> Layer:
         return Layer(self.part, self.model_type, number, self.count)

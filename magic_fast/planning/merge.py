@@ -79,4 +79,4 @@ def plan_merge(
 
 def merges_one_expert(steps: Sequence[Step]) -> bool:
     """Whether no step merges more than one expert."""
-    return max((len(step.experts) for step in steps), default=0) == 1
+    return max((len(step.experts) for step in steps if not step.copy), default=0) == 1

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from magic_fast.checkpoint import Checkpoint
 from magic_fast.engine.sources.renamed import RenamedCheckpoint
 from magic_fast.errors import CheckpointError
-from magic_fast.models.matching import match
+from magic_fast.models import roles_of
+from magic_fast.models.matching import match, text_parts
 from magic_fast.models.roles import Tensors
 
 _LOG = logging.getLogger("magic_fast")
@@ -21,7 +22,8 @@ def settle_names(models: Mapping[str, Checkpoint], donor: str) -> dict[str, Chec
     wrappers (``module.``, ``_orig_mod.``), of a release that nests the parts of a model otherwise.
     Names that differ are matched by the name in transformers' module tree, one to one, where the
     tensor is the same one as it is stored, or consists of ranges of bytes of the others (experts
-    stacked or single); what the donor has under its own name stays.
+    stacked or single); what the donor has under its own name stays. The tensors of a text model
+    meet those of the text part of a multimodal one.
 
     Raises:
         CheckpointError: the same parameters are stored in another layout.
@@ -30,16 +32,31 @@ def settle_names(models: Mapping[str, Checkpoint], donor: str) -> dict[str, Chec
     settled = {}
     for reference, model in models.items():
         settled[reference] = model
-        if model is first or first.tensors.keys() <= model.tensors.keys():
+        if model is first:
             continue
-        made = match(first.roles, _headers(first), model.roles, _headers(model))
+        made, hidden = {}, []
+        if not first.tensors.keys() <= model.tensors.keys():
+            made = match(first.roles, _headers(first), model.roles, _headers(model))
         if made:
             name, one = next(iter(made.items()))
             _LOG.warning(
                 "%s: %d tensors go by the names of %s: %s is %s there.",
                 reference, len(made), donor, one.pieces[0].name, name,
             )  # fmt: skip
-            settled[reference] = RenamedCheckpoint(model, made)
+        of_text = text_parts(first.roles, model.roles)
+        if of_text is not None and model.roles.parts:
+            used = {piece.name for one in made.values() for piece in one.pieces}
+            hidden = [name for name in model.tensors if name not in used and name not in first]
+            if hidden:
+                _LOG.warning(
+                    "%s: %d tensors outside its text part are left out, %s among them: %s is a "
+                    "text model.", reference, len(hidden), hidden[0], donor,
+                )  # fmt: skip
+        if made or hidden:
+            renamed = settled[reference] = RenamedCheckpoint(model, made, hidden)
+            if of_text is not None:
+                as_first = {**first.config, "tie_word_embeddings": model.roles.tied}
+                renamed.roles = roles_of(as_first, _headers(renamed))
         _refuse_other_layouts(first, settled[reference])
     return settled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 from magic_fast.checkpoint import Checkpoint, ModelFolder, open_checkpoint, open_folder
 from magic_fast.config import MergeConfig
 from magic_fast.config.references import find_model
+from magic_fast.errors import InputError
 from magic_fast.planning.pause_gc import no_collection
 from magic_fast.planning.quantised import QuantisedInputs
+
+_OF_AN_ADAPTER = re.compile(r"[._](lora|hada|lokr|ia3|oft|boft|vera)_|\.(alpha|dora_scale)$")
 
 
 def read_config(config: str | Path | MergeConfig | Mapping[str, Any]) -> MergeConfig:
@@ -57,7 +61,14 @@ def small_files(
 def open_model(path: Path, adapter: Path | None = None) -> Checkpoint:
     """`open_checkpoint`, with an adapter on it where one is named."""
     if adapter is None:
-        return open_checkpoint(path)
+        model = open_checkpoint(path)
+        if model and all(map(_OF_AN_ADAPTER.search, model)):
+            model.close()
+            raise InputError(
+                f"model {str(path)!r}: expected whole weights, got an adapter, whose factors are "
+                "not merged one by one. Write MODEL+ADAPTER, or use magic-fast merge-adapters."
+            )
+        return model
     from magic_fast.engine.sources.adapted import open_adapted
 
     return open_adapted(partial(open_checkpoint, path), adapter)

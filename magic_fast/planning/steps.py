@@ -3,8 +3,9 @@ checked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.calibration import TensorFilter, WeightCalibration, sensitive_from_file
@@ -12,6 +13,7 @@ from magic_fast.checkpoint import Checkpoint
 from magic_fast.config import MergeConfig, OutputTensor, Source, resolve_layout
 from magic_fast.engine import Input, Step, common_shape
 from magic_fast.engine.plan.step import FLOATS
+from magic_fast.engine.sources.tied import same_values
 from magic_fast.errors import InputError
 from magic_fast.methods.presets import build_recipe
 from magic_fast.methods.registry import find_method
@@ -26,6 +28,7 @@ from magic_fast.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LOG = logging.getLogger("magic_fast")
 _FLOATS = frozenset(FLOATS)
 _WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -50,10 +53,8 @@ class View:
     def counted_stack(self) -> str | None:
         return counted_stack(self.checkpoint)
 
-    def left_out(self, *, strict: bool) -> frozenset[str]:
-        if not self.choice:
-            return frozenset()
-        return self.choice.left_out(self.checkpoint.roles, strict=strict)
+    def left_out(self) -> frozenset[str]:
+        return self.choice.left_out(self.checkpoint.roles) if self.choice else frozenset()
 
     def is_derived(self, name: str) -> bool:
         return self.checkpoint.roles[name].kind is Kind.DERIVED
@@ -75,11 +76,6 @@ def read_tensor(models: Mapping[str, Checkpoint], model: str, name: str) -> Tens
     data = bytearray(source.nbytes)
     models[model].read_into(source.info.name, data)
     return tensor_of(source, data)
-
-
-def cut(source: Input, shape: tuple[int, ...]) -> Input:
-    """The leading rows of a source."""
-    return source if source.shape == shape else Input(source.model, source.info, shape)
 
 
 def calibration_of(config: MergeConfig) -> WeightCalibration | None:
@@ -115,73 +111,98 @@ def steps_of(
     were)."""
     with no_collection():
         choice = TensorChoice(config.include, config.exclude)
+        if choice:
+            choice.check([model.roles for model in models.values()])
         layout = resolve_layout(config, {name: View(c, choice) for name, c in models.items()})
         if calibration is not None:
             calibration.check_names(t.name for t in layout)
         builder = _Builder(config, models, calibration, seed, compat, allow_truncation)
         steps = [builder.step(tensor) for tensor in layout]
         refuse_uneven(steps)
+        if builder.counters:
+            _LOG.warning(
+                "%d counters differ and stay as in %s: %s%s", len(builder.counters), config.donor,
+                builder.counters[0], ", …" if len(builder.counters) > 1 else "",
+            )  # fmt: skip
         return steps, builder.vocab_size
 
 
+@dataclass
 class _Builder:
-    def __init__(
-        self,
-        config: MergeConfig,
-        models: Mapping[str, Checkpoint],
-        calibration: WeightCalibration | None,
-        seed: int,
-        compat: str | None,
-        allow_truncation: bool,
-    ) -> None:
-        self._config = config
-        self._models = models
-        self._calibration = calibration
-        self._seed = seed
-        self._compat = compat
-        self._allow_truncation = allow_truncation
-        self._quantised = QuantisedInputs(models)
-        self._method = find_method(config.merge_method)
+    config: MergeConfig
+    models: Mapping[str, Checkpoint]
+    calibration: WeightCalibration | None
+    seed: int
+    compat: str | None
+    allow_truncation: bool
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self._quantised = QuantisedInputs(self.models)
+        self._method = find_method(self.config.merge_method)
         self._whole = self._method.base == "none"
-        self.vocab_size: int | None = None
+        self.counters: list[str] = []
         self._recipes: dict[tuple[int, ...], tuple[dict[str, Any], Recipe | None]] = {}
 
     def _recipe(self, tensor: OutputTensor, num_experts: int) -> tuple[dict[str, Any], Any]:
         """Arguments and recipe, which tensors of the same parameters share as they share those."""
         key = (id(tensor.parameters), id(tensor.expert_parameters), num_experts)
         if key not in self._recipes:
-            config, recipe = self._config, None
-            arguments = tensor.arguments(config.merge_method) | {"seed": self._seed}
+            config, recipe = self.config, None
+            arguments = tensor.arguments(config.merge_method) | {"seed": self.seed}
             if self._method.recipe is not None:
                 recipe = build_recipe(
                     config.merge_method,
                     num_experts,
                     arguments,
                     preset=config.preset,
-                    compat=self._compat,
+                    compat=self.compat,
                 )
             self._recipes[key] = arguments, recipe
         return self._recipes[key]
 
     def _source(self, source: Source) -> Input:
-        return input_of(self._models, source.model, source.tensor_name)
+        return input_of(self.models, source.model, source.tensor_name)
+
+    def _stays(self, inputs: Sequence[Input]) -> bool:
+        """Whether a tensor is the first model's whatever the method: a counter that differs, a
+        buffer that is the same in all models, however infinite its masks are."""
+        first = inputs[0]
+        if first.info.name.endswith((".weight", ".bias")):
+            return False
+        kind = self.models[first.model].roles[first.info.name].kind
+        if kind is not Kind.COUNTER and first.info.dtype not in _FLOATS:
+            return False  # compared as they are copied
+        if kind not in (Kind.COUNTER, Kind.DERIVED, Kind.BUFFER):
+            return False
+        same = all(
+            same_values(
+                self.models[first.model], first.info.name, self.models[i.model], i.info.name
+            )
+            for i in inputs[1:]
+        )
+        if kind is Kind.COUNTER and not same:
+            self.counters.append(first.info.name)
+        return same != (kind is Kind.COUNTER)
 
     def step(self, tensor: OutputTensor) -> Step:
-        config = self._config
+        config = self.config
         base = None if tensor.base is None else self._source(tensor.base)
         experts = tuple(self._source(s) for s in tensor.experts)
         inputs = (*([base] if base else []), *experts)
         if self._quantised and self._quantised.holds(inputs):
             first = inputs[0].info
             return Step(tensor.name, first.shape, first.dtype, None, inputs, copy=True)
-        shape, truncated = common_shape(
-            tensor.name, inputs, allow_truncation=self._allow_truncation
-        )
+        if len(inputs) > 1 and self._stays(inputs):
+            own = inputs[0]
+            return Step(
+                tensor.name, own.shape, own.info.dtype, None, inputs[:1], copy=True, exact=True
+            )
+        shape, truncated = common_shape(tensor.name, inputs, allow_truncation=self.allow_truncation)
         if truncated:
             self.vocab_size = shape[0]
-            base = None if base is None else cut(base, shape)
-            experts = tuple(cut(e, shape) for e in experts)
-            inputs = (*([base] if base else []), *experts)
+            inputs = tuple(replace(i, shape=shape) for i in inputs)
+            base, experts = (inputs[0], inputs[1:]) if base else (None, inputs)
         if not {i.info.dtype for i in inputs} <= _FLOATS:
             odd = next((i for i in inputs if i.info.dtype != inputs[0].info.dtype), None)
             if odd is not None:
@@ -192,7 +213,7 @@ class _Builder:
                 )
             return Step(tensor.name, shape, inputs[0].info.dtype, None, inputs, copy=True)
         cast = _WORDS[config.dtype] if config.dtype else None
-        stored = self._models[inputs[0].model].stored_dtype(inputs[0].info.name)
+        stored = self.models[inputs[0].model].stored_dtype(inputs[0].info.name)
         word = _WORDS[config.out_dtype] if config.out_dtype else (cast or stored)
         if not experts:  # nothing but the base
             return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
@@ -201,9 +222,9 @@ class _Builder:
         if recipe is not None:
             weights = recipe.weights
         resolved = None
-        if self._calibration is not None and base is not None:
-            resolved = self._calibration.resolve(
-                tensor.name, shape, weights, role=self._models[base.model].roles[base.info.name]
+        if self.calibration is not None and base is not None:
+            resolved = self.calibration.resolve(
+                tensor.name, shape, weights, role=self.models[base.model].roles[base.info.name]
             )
         if self._whole and resolved is None:
             base = None

@@ -45,7 +45,10 @@ def settle_ties(models: Mapping[str, Checkpoint], donor: str) -> Tied:
         asked = any(models[m].roles.tied for m in (*both, *alone))
         if not both or not asked:
             continue
-        apart = [m for m in both if not same_values(models[m], names[m][tied], names[m][source])]
+        apart = [
+            m for m in both
+            if not same_values(models[m], names[m][tied], models[m], names[m][source])
+        ]  # fmt: skip
         if not apart and models[donor].roles.tied:
             for m in both:
                 hidden[m][names[m][tied]] = names[m][source]

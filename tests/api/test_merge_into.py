@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -179,6 +180,21 @@ def test_an_overflow_leaves_the_model_as_it_was(word: str) -> None:
     assert _same(model, before)
 
 
+def test_an_entry_that_one_expert_changed_alone_may_overflow() -> None:
+    one, other = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    base, experts = (
+        {"a": torch.zeros(4), "b": torch.zeros(4)},
+        [{"a": x, "b": x} for x in (one, other)],
+    )
+    model = {"a": torch.zeros(4).half(), "b": torch.zeros(4).half()}
+    call = partial(mf.merge_into, model, base, experts, "ramplus_tl", alpha=1.0)
+    with pytest.raises(NonFiniteError, match=r"'a'.*expected values within F16, got an overflow"):
+        call(r=1e5)
+    assert not model["a"].any() and not model["b"].any()
+    call(r=1e4)
+    assert model["b"][2] == 10000.0  # 1 + r · min(overlap ÷ alone, α), rounded to float16
+
+
 def test_a_method_that_refuses_by_values_leaves_the_model_as_it_was() -> None:
     states = [{"a": torch.ones(4), "b": torch.eye(3)[k] - 1 / 3} for k in range(3)]
     model = {"a": torch.zeros(4), "b": torch.zeros(3)}
@@ -246,8 +262,7 @@ def _mistakes() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
     state = {"a": torch.zeros(3, 4), "b": torch.zeros(2, 4)}
     model, other = _crossed()
     three = {"a": torch.zeros(3)}
-    count = Network(8)
-    count.norm.num_batches_tracked += 1
+    number = {"ids": torch.tensor([1])}
     return {
         "a tensor": (
             lambda: mf.merge_into(torch.zeros(1), torch.zeros(1), [torch.zeros(1)]),
@@ -272,10 +287,10 @@ def _mistakes() -> dict[str, tuple[Callable[[], Any], type[Exception], str]]:
             "dtype of 'a' in the model: expected torch.int64 as in experts[0], got torch.float32.",
         ),
         "integers differ": (
-            lambda: mf.merge_into(Network(9), base, [count], "average"),
+            lambda: mf.merge_into(number, number, [{"ids": torch.tensor([2])}], "average"),
             InputError,
-            "integer tensor 'norm.num_batches_tracked' in experts[0]: expected the values of base, "
-            "got others. Integer tensors are not merged; they must agree.",
+            "integer tensor 'ids' in experts[0]: expected the values of base, got others. Integer "
+            "tensors are not merged; they must agree.",
         ),
         "a view of itself": (
             lambda: mf.merge_into(_as_view(), state, [state], "average"),
@@ -317,8 +332,9 @@ def test_a_mistake_leaves_the_model_as_it_was() -> None:
     base, experts = _models()
     model = Network(9)
     before = copies(model)
-    experts[2].norm.num_batches_tracked += 1  # the last tensor but one
-    with pytest.raises(InputError):
+    with torch.no_grad():
+        experts[2].head.weight[0, 0] = float("nan")  # of the last tensor
+    with pytest.raises(NonFiniteError):
         mf.merge_into(model, base, experts, "average")
     assert _same(model, before)
 
@@ -329,3 +345,14 @@ def test_a_deep_copy_of_the_base_is_no_alias() -> None:
     before = copies(base)
     mf.merge_into(model, base, experts, "average")
     assert _same(base, before) and not _same(model, before)
+
+
+def test_counters_are_the_base(caplog: pytest.LogCaptureFixture) -> None:
+    """They differ in every fine-tune with batch norm."""
+    base, experts = _models()
+    for number, model in enumerate((base, *experts)):
+        model.norm.num_batches_tracked.fill_(number + 3)
+    merged = mf.merge(base, experts, "average")
+    assert merged.norm.num_batches_tracked.item() == 3
+    assert "counter norm.num_batches_tracked stays as in base" in caplog.text
+    assert mf.merge_into(Network(9), base, experts, "average").norm.num_batches_tracked.item() == 3

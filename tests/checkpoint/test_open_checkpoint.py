@@ -53,6 +53,19 @@ def test_model_safetensors_is_preferred_without_an_index(tmp_path):
     assert list(open_checkpoint(tmp_path)) == ["w"]
 
 
+def test_an_index_of_shards_that_are_gone_is_stale(tmp_path, caplog):
+    """As transformers reads it: a folder that was saved again as one file."""
+    two_shards(tmp_path)
+    shards = sorted(tmp_path.glob("model-*"))
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    shards[0].unlink()
+    with pytest.raises(CheckpointError, match="Missing shard"):
+        open_checkpoint(tmp_path)
+    shards[1].unlink()
+    assert list(open_checkpoint(tmp_path)) == ["w"]
+    assert "names files that are all gone" in caplog.text
+
+
 def test_index_is_preferred_to_other_files(tmp_path):
     two_shards(tmp_path)
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "consolidated.safetensors")

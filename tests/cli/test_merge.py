@@ -173,7 +173,9 @@ def test_verify(config: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     assert main(["merge", str(config), str(out), "-q"]) == 0
     assert main(["verify", str(out)]) == 0
-    assert f"{out}: sound (21 tensors, 313 kB, 21 checksums)" in capsys.readouterr().out
+    assert (
+        f"{out}: sound (21 tensors, 313 kB, 21 checksums, config.json by" in capsys.readouterr().out
+    )
     shard = next(out.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

@@ -42,7 +42,7 @@ class View:
     def is_derived(self, name: str) -> bool:
         return roles_of({}, {name: ((), "F32")})[name].kind is Kind.DERIVED
 
-    def left_out(self, *, strict: bool) -> frozenset[str]:
+    def left_out(self) -> frozenset[str]:
         return frozenset()
 
     def is_loaded(self, name: str) -> bool:

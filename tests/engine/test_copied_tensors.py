@@ -73,3 +73,40 @@ def test_what_only_the_base_has_is_rounded(tmp_path: Path) -> None:
     mf.merge_checkpoints(config, tmp_path / "out", memory=4 * MIB)
     want = {n: t.bfloat16() for n, t in base.items()}
     assert different(read_out(tmp_path / "out"), want) == []
+
+
+MASK = torch.full((4, 4), float("-inf")).triu(1)
+
+
+def test_counters_and_equal_buffers_are_the_first_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mask of -inf that all have is no NaN of one; counters differ in every fine-tune."""
+    extra = {"model.causal_mask": MASK, "norm.num_batches_tracked": torch.tensor(3)}
+    models = Models(tmp_path / "m", {"a.weight": (4, 8)}, extra=extra)
+    other = dict(models.experts[1]) | {"norm.num_batches_tracked": torch.tensor(9)}
+    write_model(tmp_path / "other", other)
+    config = models.config("task_arithmetic", parameters={"weight": 1.0}).replace(
+        str(models.folder / "expert-1"), str(tmp_path / "other")
+    )
+    mf.merge_checkpoints(config, tmp_path / "out")
+    found = read_out(tmp_path / "out")
+    assert torch.equal(found["model.causal_mask"], MASK)
+    assert found["norm.num_batches_tracked"].item() == 3
+    assert "1 counters differ and stay as in" in caplog.text
+    write_model(tmp_path / "unlike", other | {"model.causal_mask": MASK.T.contiguous()})
+    config = config.replace(str(tmp_path / "other"), str(tmp_path / "unlike"))
+    with pytest.raises(mf.NonFiniteError, match="causal_mask"):
+        mf.merge_checkpoints(config, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("suffix", ["", "/adapter_model.safetensors"])
+def test_an_adapter_is_no_model(suffix: str, tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    factors = {name.format("A"): torch.ones(2, 8), name.format("B"): torch.ones(8, 2)}
+    write_model(tmp_path / "a", factors)
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "a" / "adapter_model.safetensors")
+    path = f"{tmp_path}/a{suffix}"
+    config = f"merge_method: linear\nmodels:\n- {{model: {path}, parameters: {{weight: 1}}}}\n"
+    with pytest.raises(mf.InputError, match=r"got an adapter.*MODEL\+ADAPTER"):
+        mf.merge_checkpoints(config, tmp_path / "out")

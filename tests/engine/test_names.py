@@ -64,6 +64,11 @@ CASES: dict[str, tuple[str, str, Shapes, Callable[[str], str]]] = {
 }
 
 
+def random(shapes: Shapes, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
 def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
@@ -205,3 +210,42 @@ def test_another_layout_is_said_to_be_one(tmp_path: Path) -> None:
         mf.merge_checkpoints(document, tmp_path / "out")
     assert "complete" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+VISION = {
+    "model.vision_tower.encoder.layers.0.mlp.fc1.weight": (8, 8),
+    "model.multi_modal_projector.linear_1.weight": (8, 8),
+}
+
+
+@pytest.mark.parametrize("donor", ["both", "text"])
+def test_a_text_model_meets_the_text_part_of_a_multimodal_one(
+    donor: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The names of a LLaVA since transformers 4.52, and those of a Llama."""
+    text = random(LLAMA, 1)
+    own = random(LLAMA, 2)
+    both = {name.replace("model.", "model.language_model."): x for name, x in own.items()}
+    both |= random(VISION, 3)
+    sizes = {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    write(tmp_path / "text", text, {"model_type": "llama", **sizes})
+    parts = {"text_config": {"model_type": "llama", **sizes}}
+    write(tmp_path / "both", both, {"model_type": "llava", "tie_word_embeddings": False, **parts})
+    other = {"both": "text", "text": "both"}[donor]
+    mf.merge_checkpoints(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(tmp_path / donor),
+            "models": [{"model": str(tmp_path / other), "parameters": {"weight": 0.25}}],
+        },
+        tmp_path / "out",
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    base, expert = (own, text) if donor == "both" else (text, own)
+    want = {name: x + 0.25 * (expert[name] - x) for name, x in base.items()}
+    if donor == "both":
+        want = {n.replace("model.", "model.language_model."): x for n, x in want.items()}
+        want |= random(VISION, 3)
+    else:
+        assert "2 tensors outside its text part are left out" in caplog.text
+    torch.testing.assert_close(found, want)

@@ -39,7 +39,8 @@ def plan_checkpoints(
     resume: bool = False,
 ) -> MergePlan:
     """Everything a merge would do, checked. Of data only what decides it is read: tied weights that
-    a model stores twice, beginnings of quantised ones. Arguments as of :func:`merge_checkpoints`.
+    a model stores twice, buffers, beginnings of quantised weights. Arguments as of
+    :func:`merge_checkpoints`.
     """
     options = RunOptions(
         device, backend, max_shard_size=max_shard_size, memory=memory, resume=resume

@@ -4,6 +4,7 @@ are one, and a new module that takes a merge."""
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from magic_fast.errors import InputError
+from magic_fast.models import Kind, roles_of
+
+_LOG = logging.getLogger("magic_fast")
 
 Tensors: TypeAlias = Tensor | Mapping[str, Tensor]
 
@@ -148,6 +152,9 @@ class Named:
             raise InputError(f"dtype of '{name}': expected a real dtype, got {row[0].dtype}.")
         for (what, _), other in zip(self._dicts[1:], row[1:], strict=True):
             if other.dtype != row[0].dtype or not torch.equal(other, row[0]):
+                if roles_of({}, {name: (tuple(row[0].shape), "I64")})[name].kind is Kind.COUNTER:
+                    _LOG.warning("counter %s stays as in %s", name, self._dicts[0][0])
+                    return row[0]
                 raise InputError(
                     f"integer tensor '{name}' in {what}: expected the values of "
                     f"{self._dicts[0][0]}, "

@@ -154,7 +154,9 @@ def left_out(call: Call, first: Tensors) -> dict[str, Tensor]:
             "include and exclude: expected none for a tensor, got some. They choose among the "
             "tensors of state dicts and modules."
         )
-    names = choice.left_out(roles_in_memory(call.like, first))
+    roles = roles_in_memory(call.like, first)
+    choice.check([roles])
+    names = choice.left_out(roles)
     return {name: x for name, x in first.items() if name in names}
 
 

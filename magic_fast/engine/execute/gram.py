@@ -43,7 +43,7 @@ class GramSearch:
         if self._left == 0 and self._gram.again():
             self._left = self._step.numel
 
-    def weights(self) -> RowWeights:
+    def result(self) -> RowWeights:
         """Once nothing more is wanted."""
         cols = self._step.numel
         return weights_of(self._directions, self._gram.values, cols, split=self._split)

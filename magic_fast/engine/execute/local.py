@@ -197,12 +197,13 @@ class Run:
         from magic_fast.engine.execute.search import StreamedSearch
 
         backend = self._backend_of(steps[0])
-        search = StreamedSearch(steps, self._slot_bytes, self._pipeline.wait, backend)
+        search = StreamedSearch([steps], self._slot_bytes, self._pipeline.wait, backend)
         yield from search.units()
+        (found,) = search.results()
         if steps[0].recipe is None:
-            self._compute.weights |= search.weights()
+            self._compute.weights |= found
         else:
-            self._compute.selections |= search.selections()
+            self._compute.selections |= found
 
     def _recorded(self, journal: Journal) -> dict[str, list[Piece]]:
         """Steps that an earlier run wrote completely, in its pieces."""

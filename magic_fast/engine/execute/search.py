@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from itertools import accumulate
+from typing import Any, Protocol
 
 from magic_fast import ops
 from magic_fast.engine.execute.gram import GramSearch
 from magic_fast.engine.plan.step import Step
 from magic_fast.engine.plan.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
-from magic_fast.ops.directions import RowWeights
 from magic_fast.ops.job import Array, View
-from magic_fast.ops.search import Search, cut_for
-from magic_fast.recipe import Selection
+from magic_fast.ops.search import cut_for
 
 _SAMPLES = 16
 _SAMPLE_ELEMENTS = 1 << 14  # of each: 16 of them pin a threshold to a few thousandths of the ranks
@@ -31,16 +30,20 @@ class Wanting(Protocol):
     def feed(self, base: Array | None, experts: Sequence[Array], *, offset: int) -> None:
         """One piece."""
 
+    def result(self) -> Any:
+        """Once nothing more is wanted."""
+
 
 class StreamedSearch:
-    """The selection of one tensor, or of all tensors at once (scope ``model``); or the weights of
-    one tensor whose coefficients follow from all of it.
+    """The selections of one tensor, or of all tensors at once (scope ``model``), for one recipe or
+    several; or the weights of one tensor whose coefficients follow from all of it.
 
     The tensors lie one behind the other, in the order given; ``units`` yields what to read and
-    waits, between passes, for what the pieces have shown.
+    waits, between passes, for what the pieces have shown. What one recipe reads, all are fed.
 
     Args:
-        steps: of one recipe; or one step of a mean of directions.
+        ways: for each recipe its steps, the same tensors in each; or one step of a mean of
+            directions.
         slot_bytes: size of a unit.
         wait: blocks until an event is set (and leaves when the run has failed).
         backend: name of the one that finds it.
@@ -48,29 +51,26 @@ class StreamedSearch:
 
     def __init__(
         self,
-        steps: Sequence[Step],
+        ways: Sequence[Sequence[Step]],
         slot_bytes: int,
         wait: Callable[[threading.Event], None],
         backend: str,
     ) -> None:
-        self._steps = steps
+        self._steps = steps = max(ways, key=lambda steps: search_grain(steps[0]))
         self._slot_bytes = slot_bytes
         self._wait = wait
-        self._starts: dict[str, int] = {}
-        total = 0
-        for step in steps:
-            self._starts[step.name] = total
-            total += step.numel
-        recipe = steps[0].recipe
-        self._backend = ops.implementation(backend)
-        self._select: Search | None = None
-        self._gram: GramSearch | None = None
-        self._search: Wanting
+        ends = [0, *accumulate(step.numel for step in steps)]
+        self._starts = dict(zip((step.name for step in steps), ends, strict=False))
+        self._total = ends[-1]
+        recipe, found = steps[0].recipe, ops.implementation(backend)
+        self._searches: list[Wanting]
         if recipe is None:
-            self._search = self._gram = GramSearch(steps[0], self._backend)
-        else:
-            self._search = self._select = self._backend.search(recipe, total, name=name_of(steps))
-        self._total = total
+            self._searches = [GramSearch(steps[0], found)]
+        else:  # a tensor alone has random masks by its name
+            name = steps[0].name if len(steps) == 1 else ""
+            recipes = [w[0].recipe or recipe for w in ways]
+            self._searches = [found.search(r, self._total, name=name) for r in recipes]
+        self._active = self._searches
         self._sampled = False
         self._by_magnitude = recipe is not None and recipe.trim.by_magnitude
         self._outstanding = 0
@@ -80,7 +80,7 @@ class StreamedSearch:
     def units(self) -> Iterator[Unit]:
         """Units to load and feed, until nothing more is wanted."""
         yield from self._sample()
-        while ranges := self._search.wants():
+        while ranges := self._wants():
             batches = list(group(self._pieces(ranges), self._slot_bytes))
             with self._lock:
                 self._outstanding = len(batches)
@@ -88,6 +88,14 @@ class StreamedSearch:
             for pieces in batches:
                 yield self._unit(pieces)
             self._wait(self._fed)
+
+    def _wants(self) -> list[tuple[int, int]]:
+        """What to feed now, to the searches that want the same."""
+        wanted = [search.wants() for search in self._searches]
+        ranges = next((w for w in wanted if w), [])
+        pairs = zip(self._searches, wanted, strict=True)
+        self._active = [search for search, w in pairs if w == ranges]
+        return ranges
 
     def _unit(self, pieces: tuple[Piece, ...]) -> Unit:
         """In a slot, or in memory of its own where the smallest piece needs more than a slot."""
@@ -129,86 +137,28 @@ class StreamedSearch:
         for views, piece in zip(arrays, pieces, strict=True):
             base, experts = (views[0], views[1:]) if piece.step.base is not None else (None, views)
             start = self._starts[piece.step.name] + piece.start
-            if self._sampled:
-                self._search.feed(base, experts, offset=start)
-            else:
-                self._search.sample(base, experts)
+            for search in self._active:
+                if self._sampled:
+                    search.feed(base, experts, offset=start)
+                else:
+                    search.sample(base, experts)
         self._sampled = True
         with self._lock:
             self._outstanding -= 1
             if self._outstanding == 0:
                 self._fed.set()
 
-    def selections(self) -> dict[str, Selection]:
-        """One selection per tensor, tie cuts counted inside it."""
-        assert self._select is not None
-        whole = self._select.result()
-        found = {}
-        for step in self._steps:
-            found[step.name] = cut_for(whole, self._starts[step.name], step.numel)
-        return found
-
-    def weights(self) -> dict[str, RowWeights]:
-        """The weights of the one tensor."""
-        assert self._gram is not None
-        return {self._steps[0].name: self._gram.weights()}
-
-
-def name_of(steps: Sequence[Step]) -> str:
-    """The name that keys random masks: of a tensor alone, not of several at once."""
-    return steps[0].name if len(steps) == 1 else ""
-
-
-class SharedSearch(StreamedSearch):
-    """The selections of the same tensors for several recipes: what one reads, all are fed.
-
-    Args:
-        ways: for each recipe its steps; the same tensors in each.
-    """
-
-    def __init__(
-        self,
-        ways: Sequence[Sequence[Step]],
-        slot_bytes: int,
-        wait: Callable[[threading.Event], None],
-        backend: str,
-    ) -> None:
-        widest = max(ways, key=lambda steps: search_grain(steps[0]))
-        super().__init__(widest, slot_bytes, wait, backend)
-        recipes = [steps[0].recipe for steps in ways if steps[0].recipe is not None]
-        self._many = [
-            self._backend.search(recipe, self._total, name=name_of(widest)) for recipe in recipes
-        ]
-        self._search = _Together(self._many)
-
-    def all_selections(self) -> list[dict[str, Selection]]:
-        """Of each recipe: one selection per tensor."""
-        return [
-            {s.name: cut_for(one.result(), self._starts[s.name], s.numel) for s in self._steps}
-            for one in self._many
-        ]
-
-
-class _Together:
-    """Several searches that want the same data are fed together."""
-
-    def __init__(self, searches: Sequence[Search]) -> None:
-        self._searches = self._active = list(searches)
-
-    def sample(self, base: Array | None, experts: Sequence[Array]) -> None:
+    def results(self) -> list[dict[str, Any]]:
+        """Of each recipe: a selection per tensor, tie cuts counted inside it; or the weights of the
+        one tensor."""
+        found = []
         for search in self._searches:
-            search.sample(base, experts)
-
-    def wants(self) -> list[tuple[int, int]]:
-        wanted = [search.wants() for search in self._searches]
-        ranges = next((w for w in wanted if w), [])
-        pairs = zip(self._searches, wanted, strict=True)
-        self._active = [search for search, w in pairs if w == ranges]
-        return ranges
-
-    def feed(self, base: Array | None, experts: Sequence[Array], *, offset: int) -> None:
-        for search in self._active:
-            search.feed(base, experts, offset=offset)
+            whole = search.result()
+            found.append({
+                s.name: whole if s.recipe is None else cut_for(whole, self._starts[s.name], s.numel)
+                for s in self._steps
+            })  # fmt: skip
+        return found
 
 
 def _bytes_per_element(step: Step) -> float:

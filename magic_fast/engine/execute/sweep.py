@@ -17,7 +17,7 @@ from magic_fast.engine.execute.scales import (
     unscaled,
     worth_sharing,
 )
-from magic_fast.engine.execute.search import SharedSearch
+from magic_fast.engine.execute.search import StreamedSearch
 from magic_fast.engine.execute.streamed import Loaded, Loader
 from magic_fast.engine.execute.variants import Selecting, Variant, copy_of
 from magic_fast.engine.execute.writer import Writer
@@ -160,9 +160,9 @@ class Sweep:
             backends.setdefault(self._backend_of(steps[0]), {})[_recipes(steps)] = steps
         for backend, distinct in backends.items():
             some = list(distinct.values())
-            search = SharedSearch(some, self._slot_bytes, self._pipeline.wait, backend)
+            search = StreamedSearch(some, self._slot_bytes, self._pipeline.wait, backend)
             yield from search.units()
-            for steps, found in zip(some, search.all_selections(), strict=True):
+            for steps, found in zip(some, search.results(), strict=True):
                 for step, recipe in zip(steps, _recipes(steps), strict=True):
                     self._selections.setdefault(step.name, {})[recipe] = found[step.name]
 

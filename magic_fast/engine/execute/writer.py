@@ -28,6 +28,7 @@ class Writer:
         self._output = output
         self._journal = journal
         self.nonfinite: Counter[str] | None = Counter() if policy == "propagate" else None
+        self._policy = policy
         self._hashers: dict[str, Any] = {}
         self.checksums: dict[str, str] = {}
         self.records: dict[str, list[Record]] = {}
@@ -45,7 +46,7 @@ class Writer:
                 self._journal.add(record)
                 self.written += nbytes
             else:
-                if self.nonfinite is not None or not piece.whole:
+                if self._counts(piece) or not piece.whole:
                     self._take(one, start, write=False)
                 self._output.mark_written(name, start, nbytes)
             self.records.setdefault(name, []).append(record)
@@ -65,11 +66,16 @@ class Writer:
             own.update(data)
             if tensor is not None:
                 tensor.update(data)
-            if self.nonfinite is not None and (count := nonfinite(data, piece.step.dtype)[0]):
+            if self._counts(piece) and (count := nonfinite(data, piece.step.dtype)[0]):
+                self.nonfinite = self.nonfinite or Counter()
                 self.nonfinite[name] += count
         if tensor is not None and piece.stop == piece.step.numel:
             self.checksums[name] = self._hashers.pop(name).hexdigest()
         return own.hexdigest()
+
+    def _counts(self, piece: Piece) -> bool:
+        """Whether values that are NaN or infinite are let through."""
+        return piece.step.exact or self._policy == "propagate"
 
     def _parts(self, one: Loaded) -> Iterator[Any]:
         """The bytes of a piece, one part behind the other."""

@@ -12,7 +12,7 @@ from magic_fast.checkpoint.staging import Staging
 from magic_fast.engine import MergePlan, MergeReport, TensorReport
 from magic_fast.engine.output.identity import Identity, identity_of, label_of, name_of, plain
 from magic_fast.engine.output.record import RECORD_NAME
-from magic_fast.engine.output.verify import read_record, verify_checkpoint
+from magic_fast.engine.output.verify import VerifyReport, read_record, verify_checkpoint
 from magic_fast.errors import CheckpointError, InputError
 
 
@@ -38,17 +38,7 @@ def verified(plan: MergePlan, nonfinite: str) -> MergeReport:
             f"resume for {plan.out!r}: expected the result of this run, got a finished one of "
             f"another: {'; '.join(differs)}. Name another output, or remove it."
         )
-    Staging.clear(plan.out)
-    found = verify_checkpoint(plan.out)
-    expected, stored = {s.name for s in plan.steps}, set(found.names)
-    if expected != stored:
-        odd = sorted(expected ^ stored)[0]
-        found.problems.append(f"tensor '{odd}': expected the tensors of the plan")
-    if not found.ok:
-        raise CheckpointError(
-            f"output for {plan.out!r}: expected a sound result of this run, got: "
-            f"{'; '.join(found.problems[:3])}. Remove it and merge again."
-        )
+    found = _sound(plan.out, "merge", {s.name for s in plan.steps})
     warnings = [*plan.warnings, "it was finished already, and is verified"]
     report = MergeReport(plan.out, plan.method, str(record.get("backend", "")), warnings=warnings)
     report.bytes_read = found.nbytes
@@ -79,19 +69,31 @@ def finished(out: str, recipe: str, settings: Mapping[str, Any]) -> MergeReport:
             f"resume for {out!r}: expected the result of this run, got a finished one of another: "
             f"{', '.join(differs)} differ. Name another output, or remove it."
         )
-    Staging.clear(out)
-    found = verify_checkpoint(out)
-    if not found.ok:
-        raise CheckpointError(
-            f"output for {out!r}: expected a sound result of this run, got: "
-            f"{'; '.join(found.problems[:3])}. Remove it and calibrate again."
-        )
+    found = _sound(out, "calibrate")
     report = MergeReport(out, str(record["method"]), str(record["backend"]))
     report.warnings = [*record["warnings"], "it was finished already, and is verified"]
     report.bytes_read = found.nbytes
     report.tensors = [TensorReport(**({"shape": ()} | t)) for t in record["tensors"]]
     report.layers = list(record.get("layers", ()))
     return report
+
+
+def _sound(out: str, verb: str, names: set[str] | None = None) -> VerifyReport:
+    """What verifying a finished output found, which holds the tensors of ``names``.
+
+    Raises:
+        CheckpointError: it is damaged; the advice is to ``verb`` again.
+    """
+    Staging.clear(out)
+    found = verify_checkpoint(out, configuration=False)
+    if names is not None and (odd := sorted(names ^ set(found.names))):
+        found.problems.append(f"tensor '{odd[0]}': expected the tensors of the plan")
+    if not found.ok:
+        raise CheckpointError(
+            f"output for {out!r}: expected a sound result of this run, got: "
+            f"{'; '.join(found.problems[:3])}. Remove it and {verb} again."
+        )
+    return found
 
 
 def _recorded_identity(out: str, record: Mapping[str, Any]) -> Identity | None:

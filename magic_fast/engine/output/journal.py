@@ -47,32 +47,16 @@ class Record:
     backend: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "start": self.start,
-            "stop": self.stop,
-            "checksum": self.checksum,
-            "coefficient": base64.b64encode(self.coefficient.tobytes()).decode(),
-            "repaired": self.repaired,
-            "norms2": list(self.norms2),
-            "backend": self.backend,
-        }
+        coefficient = base64.b64encode(self.coefficient.tobytes()).decode()
+        return {**vars(self), "coefficient": coefficient}
 
     @classmethod
     def from_line(cls, line: str) -> Record:
-        value = json.loads(line)
-        coefficient = array("f")
-        coefficient.frombytes(base64.b64decode(value["coefficient"]))
-        return cls(
-            value["name"],
-            value["start"],
-            value["stop"],
-            value["checksum"],
-            coefficient,
-            value["repaired"],
-            tuple(value["norms2"]),
-            value["backend"],
-        )
+        record = cls(**json.loads(line))
+        data, record.coefficient = base64.b64decode(record.coefficient), array("f")
+        record.coefficient.frombytes(data)
+        record.norms2 = tuple(record.norms2)
+        return record
 
 
 class Journal:

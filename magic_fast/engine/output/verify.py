@@ -17,6 +17,7 @@ from magic_fast.engine.output.identity import label_of
 from magic_fast.engine.output.record import RECORD_NAME
 from magic_fast.engine.output.report import Progress
 from magic_fast.errors import CheckpointError
+from magic_fast.models.fits import misfits
 
 _BLOCK_BYTES = 8 << 20
 
@@ -29,6 +30,8 @@ class VerifyReport:
         tensors, nbytes: how much was read.
         checksums: tensors whose checksum the run recorded; 0 where another tool made the model.
         nonfinite: values that are NaN or infinite.
+        fits: what told whether the tensors are those that config.json asks for; "" where nothing
+            could.
         problems: one sentence each; empty: all is well.
         names: of the tensors.
     """
@@ -38,6 +41,7 @@ class VerifyReport:
     nbytes: int = 0
     checksums: int = 0
     nonfinite: int = 0
+    fits: str = ""
     problems: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
@@ -76,17 +80,22 @@ def read_record(folder: str | None) -> dict[str, Any]:
 
 
 def verify_checkpoint(
-    out: str | os.PathLike[str], *, progress: Callable[[Progress], None] | None = None
+    out: str | os.PathLike[str],
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    configuration: bool = True,
 ) -> VerifyReport:
     """Reads a checkpoint whole and says whether it is sound.
 
     Headers are parsed strictly and must agree with the index; every floating value must be finite
-    (where the merge let others through: as many must not be as it recorded); and where
-    ``magic_fast.json`` holds checksums, every tensor must have its own.
+    (where the merge let others through: as many must not be as it recorded); where
+    ``magic_fast.json`` holds checksums, every tensor must have its own; and the tensors must be
+    those that ``config.json`` asks for, as far as its model type is known.
 
     Args:
         out: folder or ``.safetensors`` file.
         progress: called after each tensor.
+        configuration: compare with ``config.json``; with transformers installed, that imports it.
 
     Raises:
         CheckpointError: it cannot be opened at all.
@@ -103,6 +112,10 @@ def verify_checkpoint(
             report.problems.append(
                 f"tensor '{name}': recorded by the merge, missing from the files"
             )
+        if configuration and model.config:
+            headers = {name: (info.shape, info.dtype) for name, info in model.tensors.items()}
+            found, report.fits = misfits(model.config, headers, model.roles)
+            report.problems += found
         done = 0
         for info in model.tensors.values():
             count = allowed.get(info.name, 0) if allowed is not None else None

@@ -3,7 +3,7 @@ whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from magic_fast.engine.plan.machine import available_memory
@@ -91,18 +91,17 @@ def budget_of(
         staged: no sweep, which holds what it merges on a GPU, and what a search would be for.
     """
     given = memory is not None
-    blocks = DEFAULT_MEMORY if memory is None else memory
     allowed = available_memory() if memory is None else max(memory, LEAST)
 
     def of_blocks(size: int) -> Budget:
         ways = modes(steps, size, device, backend, searches=staged)
         if staged and device != "cpu":
             return Budget(size, ways, SLOTS * size, 0, "", allowed, given, beside)
-        return Budget(
-            size, ways, _blocks(ways, size), *_largest(steps, ways), allowed, given, beside
-        )
+        streamed = any(way.mode is Mode.STREAM for way in ways.values())
+        blocks = SLOTS * size if streamed else 0
+        return Budget(size, ways, blocks, *_largest(steps, ways), allowed, given, beside)
 
-    budget = of_blocks(slot_bytes(blocks - beside))
+    budget = of_blocks(slot_bytes((DEFAULT_MEMORY if memory is None else memory) - beside))
     if budget.fits or allowed is None:
         return budget
     for size in (slot_bytes(allowed - budget.held - beside), LEAST_SLOT):
@@ -110,10 +109,6 @@ def budget_of(
         if smaller.fits:
             return smaller
     return smaller
-
-
-def _blocks(ways: Mapping[str, Way], size: int) -> int:
-    return SLOTS * size if _any_streamed(ways.values()) else 0
 
 
 def _largest(steps: Sequence[Step], ways: Mapping[str, Way]) -> tuple[int, str]:
@@ -126,7 +121,3 @@ def _largest(steps: Sequence[Step], ways: Mapping[str, Way]) -> tuple[int, str]:
         if needs > held:
             held, tensor = needs, step.name
     return held, tensor
-
-
-def _any_streamed(ways: Iterable[Way]) -> bool:
-    return any(way.mode is Mode.STREAM for way in ways)

@@ -126,7 +126,7 @@ def _taken_by(
     if reason is not None:
         return None, reason
     dtypes = [i.info.dtype for i in step.inputs]
-    if step.copy and dtypes[0] not in FLOATS:
+    if step.exact or (step.copy and dtypes[0] not in FLOATS):
         return able[0], ""
     if "F64" in (*dtypes, step.dtype):
         able = [one for one in able if one.supports(_conversion("F64", "F64")) is None]

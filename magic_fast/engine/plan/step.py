@@ -15,7 +15,6 @@ from magic_fast.recipe import Recipe, RowCalibration
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MERGED = frozenset(FLOATS + _INTEGERS)
-# Rounding an input to a narrower type is only done where the configuration says so.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -53,6 +52,7 @@ class Step:
         calibration: WSC, or None.
         cast: inputs are rounded to this dtype first, or None.
         copy: an integer tensor, or one that is not touched.
+        exact: a copy of the bytes, whatever they hold.
         inputs: everything this step reads, base first, merged last.
         numel: elements of the output.
     """
@@ -71,6 +71,7 @@ class Step:
     calibration: RowCalibration | None = None
     cast: str | None = None
     copy: bool = False
+    exact: bool = False
 
     inputs: tuple[Input, ...] = field(init=False, repr=False, compare=False)
     numel: int = field(init=False, repr=False, compare=False)

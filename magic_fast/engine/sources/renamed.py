@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -25,14 +25,18 @@ class RenamedCheckpoint(Checkpoint):
     Args:
         own: the checkpoint.
         made: new name → where it comes from. What is used here has its own name no more.
+        hidden: tensors that are not there.
     """
 
-    def __init__(self, own: Checkpoint, made: Mapping[str, Made]) -> None:
+    def __init__(
+        self, own: Checkpoint, made: Mapping[str, Made], hidden: Collection[str] = ()
+    ) -> None:
         vars(self).update(vars(own))
         vars(self).pop("roles", None)  # of other names
         self._own = own
         self._made = dict(made)
-        used = {piece.name for one in made.values() for piece in one.pieces}
+        self._hidden = hidden
+        used = {*hidden, *(piece.name for one in made.values() for piece in one.pieces)}
         self._stored = {name: info for name, info in own.tensors.items() if name not in used}
         self._ends: dict[str, list[int]] = {}
         for name, one in made.items():
@@ -91,8 +95,10 @@ class RenamedCheckpoint(Checkpoint):
 
     def opener(self) -> Callable[[], Checkpoint]:
         """What opens it again, in another process too."""
-        return partial(_open_renamed, self._own.opener(), self._made)
+        return partial(_open_renamed, self._own.opener(), self._made, self._hidden)
 
 
-def _open_renamed(own: Callable[[], Checkpoint], made: Mapping[str, Made]) -> Checkpoint:
-    return RenamedCheckpoint(own(), made)
+def _open_renamed(
+    own: Callable[[], Checkpoint], made: Mapping[str, Made], hidden: Collection[str]
+) -> Checkpoint:
+    return RenamedCheckpoint(own(), made, hidden)

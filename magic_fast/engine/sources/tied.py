@@ -68,17 +68,17 @@ def _open_tied(
 _BLOCK = 8 << 20  # bytes that are compared at a time
 
 
-def same_values(model: Checkpoint, a: str, b: str) -> bool:
-    """Whether two tensors of a model have the same bytes; they are read where their dtype and shape
+def same_values(model: Checkpoint, a: str, other: Checkpoint, b: str) -> bool:
+    """Whether two stored tensors have the same bytes; they are read where their dtype and shape
     agree."""
-    first, other = model.resolve(a), model.resolve(b)
-    if (first.dtype, first.shape) != (other.dtype, other.shape):
+    first, second = model.resolve(a), other.resolve(b)
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     for start in range(0, first.nbytes, _BLOCK):
         count = min(_BLOCK, first.nbytes - start)
         one, two = bytearray(count), bytearray(count)
         model.read_into(a, one, start, count)
-        model.read_into(b, two, start, count)
+        other.read_into(b, two, start, count)
         if one != two:
             return False
     return True

@@ -172,17 +172,20 @@ def absent_parts() -> Iterator[None]:
 def build(name: str, make_config: Callable[[], Any]) -> tuple[Any, frozenset[int]]:
     """A model of class ``name`` on the meta device and the sizes of its vocabularies; of the
     configuration as it is where the class refuses the changes of :func:`probe`."""
-    import torch
-    from transformers.initialization import no_init_weights
-
-    def built(config: Any) -> Any:
-        with torch.device("meta"), no_init_weights(), absent_parts():
-            return class_of(name)(config)
-
     try:
         config = make_config()
         sizes = probe(config)
-        return built(config), sizes
+        with absent_parts():
+            return built(name, config), sizes
     except Exception:
-        config = make_config()
-        return built(config), frozenset()
+        with absent_parts():
+            return built(name, make_config()), frozenset()
+
+
+def built(name: str, config: Any) -> Any:
+    """A model of class ``name`` on the meta device."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        return class_of(name)(config)

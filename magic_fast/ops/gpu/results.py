@@ -14,6 +14,7 @@ from magic_fast.ops.gpu.rows import Rows
 from magic_fast.ops.job import Stats
 from magic_fast.recipe import Selection, Weigh
 from magic_fast.recipe.codes import Floats, GpuTrim, Integers, place_of
+from magic_fast.reference.calibration import magnitude_of
 
 NO_INDEX = (1 << 63) - 1  # nothing bad so far
 
@@ -65,16 +66,10 @@ def _stats(d: Device, p: Pending, words: Iterator[int]) -> Stats:
         overflow=over,
     )
     if p.rows is not None:
-        norms2 = _doubles(take(k + 2))
-        *own, before, after = (x**0.5 for x in norms2)
-        mean = sum(own) / k
+        norms2 = torch.tensor(_doubles(take(k + 2)), dtype=torch.float64)
         stats.coefficient = p.rows.coefficient
-        stats.extra = {
-            "repaired": p.rows.repaired,
-            "norms2": torch.tensor(norms2, dtype=torch.float64),
-            "magnitude_before": before / mean if mean > 0 else None,
-            "magnitude_after": after / mean if mean > 0 else None,
-        }
+        more = magnitude_of(norms2)
+        stats.extra = {"repaired": p.rows.repaired, "norms2": norms2, **more}
     if d.numbers.rule == MERGED_RULE:
         stats.extra["merged_nonfinite"] = merged
     return stats
