@@ -148,6 +148,30 @@ def test_both_text_encoders_of_sdxl(style: str, tmp_path: Path) -> None:
     })  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [
+        ("transformer_blocks.0.attn.add_q_proj", f"{UNET}transformer_blocks.0.attn.add_q_proj"),
+        ("lycoris_transformer_blocks_0_img_mlp_net_2", "transformer_blocks.0.img_mlp.net.2"),
+        ("diffusion_model.transformer_blocks.7.txt_mod.1", "transformer_blocks.7.txt_mod.1"),
+        ("lora_unet_blocks_3_cross_attn_k_img", "blocks.3.attn2.add_k_proj"),
+        ("blocks.3.ffn.2", "blocks.3.ffn.net.2"),
+        ("transformer.blocks.3.attn1.to_out.0", f"{UNET}blocks.3.self_attn.o"),
+        ("transformer.vace_blocks.0.proj_in", "vace_blocks.0.before_proj"),
+        ("lora_te3_encoder_block_5_layer_0_SelfAttention_q",
+         "text_encoders.t5xxl.transformer.encoder.block.5.layer.0.SelfAttention.q"),
+        ("lora_te1_text_model_encoder_layers_1_mlp_fc2",
+         "text_encoders.clip_l.transformer.text_model.encoder.layers.1.mlp.fc2"),
+    ],
+)  # fmt: skip
+def test_qwen_image_wan_and_the_text_encoders_of_flux(
+    module: str, place: str, tmp_path: Path
+) -> None:
+    base = weights({f"{place}.weight": (D, D)})
+    factors = Factors(1, "kohya" if module.startswith("l") else "diffusers", {module: (D, D)})
+    check(applied(base, factors, tmp_path), base, {f"{place}.weight": factors.deltas[module]})
+
+
 def flux(prefix: str = "") -> dict[str, Tensor]:
     """BFL's names."""
     return weights({
