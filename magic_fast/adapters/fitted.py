@@ -170,9 +170,10 @@ def _without_absent_parts(adapter: Adapter, model: Checkpoint) -> tuple[Adapter,
         part: sum(bool(weight_names(name, adapter.style, model.tensors)) for name in modules)
         for part, modules in parts.items()
     }
-    if not any(here[part] == len(modules) for part, modules in parts.items()):
+    there = any(part and here[part] == len(modules) for part, modules in parts.items())
+    if adapter.style == "peft" or not there:
         return adapter, []
-    left = {part: list(modules) for part, modules in parts.items() if not here[part]}
+    left = {part: list(modules) for part, modules in parts.items() if part and not here[part]}
     kept = {name: m for part in parts if part not in left for name, m in parts[part].items()}
     return replace(adapter, modules=kept), _notes(adapter, model, left)
 

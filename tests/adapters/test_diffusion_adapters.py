@@ -310,6 +310,17 @@ def test_refusals(tmp_path: Path) -> None:
     assert "expected a multiple of 3 rows of B" in refusal(whole, uneven, tmp_path)
 
 
+def test_of_one_model_nothing_is_left_out(tmp_path: Path) -> None:
+    """``transformer.`` is the language model of GPT-2, no part of a pipeline."""
+    base = weights({"transformer.h.0.mlp.c_fc.weight": (D, D), "transformer.wte.weight": (9, D)})
+    save_file(base, tmp_path / "base.safetensors")
+    lora = draw_lora(0, {"transformer.h.0.mlp.c_fc": (D, D), "score": (3, D)})
+    model = f"{tmp_path}/base.safetensors+{write_peft(tmp_path / 'p', lora)}"
+    config = {"merge_method": "passthrough", "models": [{"model": model}]}
+    with pytest.raises(mf.CheckpointError, match="module 'score'"):
+        mf.merge_checkpoints(config, tmp_path / "out.safetensors")
+
+
 def test_a_name_of_two_parts_goes_by_its_width_or_is_refused(tmp_path: Path) -> None:
     """Of one text encoder or the other: the adapter has no prefix."""
     for width, ok in ((2 * D, True), (D, False)):
