@@ -24,7 +24,7 @@ from magic_fast.engine.plan.units import element_size
 from magic_fast.engine.sources.adapted_rows import Change, RowMaker, right_factor
 from magic_fast.engine.sources.tied import TiedCheckpoint
 from magic_fast.errors import CheckpointError
-from magic_fast.models import Source, roles_of
+from magic_fast.models import Kind, Source, roles_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -251,15 +251,10 @@ class _Places:
     def _untie(self, touched: set[str | None]) -> None:
         """Gives the tied weights of which one is touched tensors of their own."""
         sources = {self.own.resolve(name).name for name in touched if name is not None}
-        shown = {alias: name for alias, name in self.own.aliases.items() if name in sources}
-        shown = {a: n for a, n in shown.items() if self._stands(a)}
+        words = {n for n in sources if self.own.roles[n].kind is Kind.EMBEDDING}
+        shown = {alias: name for alias, name in self.own.aliases.items() if name in words}
         if shown:
             self.own = TiedCheckpoint(self.own, {}, shown)
-
-    def _stands(self, alias: str) -> bool:
-        """Whether another name of a tensor is one of the module tree."""
-        ties = self.own.roles.ties
-        return not ties or alias in ties
 
 
 def _change_of(
