@@ -50,9 +50,11 @@ class Checkpoint:
         overhead: bytes that reading takes beside the caller's buffers.
         metadata: the headers' ``__metadata__``, merged.
         resized: the vocabulary of an adapter that was trained with another one, or None.
+        notes: what the user should know of how it is read.
     """
 
     resized: Resized | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
