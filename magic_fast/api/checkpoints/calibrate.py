@@ -17,8 +17,7 @@ from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
 from magic_fast.planning.options import ProgressCall, RunOptions
-from magic_fast.planning.outputs import check_disk, check_out, is_whole
-from magic_fast.planning.run import run_and_close
+from magic_fast.planning.outputs import check_disk, check_out, closing, run_and_close
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.spectrum import lines_steps, svc_steps
 from magic_fast.planning.weights import calibration_text, plan_calibration, weight_steps
@@ -103,7 +102,7 @@ def calibrate_checkpoints(
     )
     refuse_backend(backend, options.device)
     models = open_named(names)
-    try:
+    with closing(models):
         if space not in _WITH_DATA:
             chosen: dict[str, Any] = {"calibrate": settings}
             if space == "weight":
@@ -118,8 +117,7 @@ def calibrate_checkpoints(
             plan = plan_calibration(
                 steps, models, target, options, donor=names[0], settings=chosen, text=text
             )
-            if not is_whole(Path(target)):
-                check_disk(plan)
+            check_disk(plan)
             return run_and_close(plan, options)
         from magic_fast.api.checkpoints.feature_model import FeatureSpace
 
@@ -130,9 +128,6 @@ def calibrate_checkpoints(
         weights = settings if space == "dual" else None
         job = FeatureJob(names, target, weights, found, sampling, data, options)
         return job.run(work, models)
-    finally:
-        for model in models.values():
-            model.close()
 
 
 def _refuse_numbers(space: str, **numbers: float | None) -> None:

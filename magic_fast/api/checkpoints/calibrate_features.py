@@ -19,8 +19,7 @@ from magic_fast.engine.output.finished import finished
 from magic_fast.engine.output.record import write_small_files
 from magic_fast.errors import InputError
 from magic_fast.planning.options import RunOptions
-from magic_fast.planning.outputs import check_disk, is_whole
-from magic_fast.planning.run import run_and_close
+from magic_fast.planning.outputs import check_disk, is_whole, run_and_close
 from magic_fast.planning.weights import calibration_text, plan_calibration, weight_steps
 
 if TYPE_CHECKING:
@@ -91,8 +90,7 @@ class FeatureJob:
             settings=settings,
             text=calibration_text(self._names, **settings),
         )
-        if not is_whole(Path(middle)):
-            check_disk(plan)
+        check_disk(plan)
         return run_and_close(plan, self._options)
 
     def _second(
