@@ -42,8 +42,9 @@ class Group(ABC):
         self.device = self.first.integers.device
         self.blocks = len(starts)
         host = torch.tensor(words + job_of + starts, dtype=torch.int64)
-        sizes = (len(words), self.blocks, self.blocks)
-        self.table, self.job_of, self.starts = host.to(self.device, non_blocking=True).split(sizes)
+        found = host.to(self.device, non_blocking=True)
+        self.table, blocks_of = found[: len(words)], found[len(words) :]
+        self.job_of, self.starts = blocks_of[: self.blocks], blocks_of[self.blocks :]
         self.integers = torch.cat([d.integers for d in devices])
         self.floats = torch.cat([d.floats for d in devices])
         self.report = torch.full(
