@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import xxhash
@@ -29,21 +29,17 @@ _Read = tuple[Input, memoryview, int]  # what, where to, from which of its bytes
 class BadRecord(Exception):
     """A piece that the journal calls done does not have its checksum; it must be done again."""
 
-    def __init__(self, record: Record) -> None:
-        super().__init__(record.name)
-        self.record = record
 
-
+@dataclass(eq=False)
 class Loaded:
     """One piece in memory: views of its inputs and its output."""
 
-    def __init__(self, piece: Piece) -> None:
-        self.piece = piece
-        self.inputs: list[tuple[Input, View, memoryview]] = []
-        self.out: View | None = None
-        self.out_bytes: Any = b""
-        self.cast: list[View | None] = []
-        self.record: Record | None = None  # already on disk, verified
+    piece: Piece
+    inputs: list[tuple[Input, View, memoryview]] = field(default_factory=list)
+    out: View | None = None
+    out_bytes: Any = b""
+    cast: list[View | None] = field(default_factory=list)
+    record: Record | None = None  # already on disk, verified
 
 
 def slab_shape(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -145,7 +141,7 @@ class Loader:
         assert self._output is not None
         self._output.read_into(piece.step.name, view, start)
         if xxhash.xxh3_64_hexdigest(view) != record.checksum:
-            raise BadRecord(record)
+            raise BadRecord(record.name)
         loaded.record, loaded.out_bytes = record, view
 
 
