@@ -8,6 +8,7 @@ from typing import Any
 
 from magic_fast.api.checkpoints.calibrate_features import FeatureJob
 from magic_fast.calibration import WeightCalibration, as_calibration
+from magic_fast.calibration.builtin import SPACES
 from magic_fast.calibration.feature import FeatureCalibration, as_features
 from magic_fast.calibration.samples import Sampling
 from magic_fast.engine import MergeReport
@@ -22,7 +23,6 @@ from magic_fast.planning.sources import open_named
 from magic_fast.planning.spectrum import lines_steps, svc_steps
 from magic_fast.planning.weights import calibration_text, plan_calibration, weight_steps
 
-SPACES = ("weight", "feature", "dual", "svc", "lines")
 _WITH_DATA = ("feature", "dual")
 
 
