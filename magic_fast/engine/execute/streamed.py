@@ -223,9 +223,7 @@ class Streamed:
     def _job(self, one: Loaded) -> tuple[Job, View | None]:
         """What is to be done, and the model merged elsewhere that is to be calibrated, if any."""
         step, piece = one.piece.step, one.piece
-        arrays = self._arrays(one)
-        merged = arrays.pop() if step.merged is not None else None
-        base = arrays.pop(0) if step.base is not None else None
+        base, arrays, merged = step.split(self._arrays(one))
         calibration = step.calibration
         if calibration is not None and not piece.whole:
             _, axes = slab_shape(piece)

@@ -125,7 +125,7 @@ class StagedWorker(Worker):
             arena = arena_of([Piece(step, 0, step.numel)])
             memory, mark = self._loader.upload(arena, 0)
             self._lanes[0].wait(mark)
-            base, experts, _ = self._split(step, self._inputs_in(memory, arena.inputs[0], step))
+            base, experts, _ = step.split(self._inputs_in(memory, arena.inputs[0], step))
             yield base, experts
 
     def __call__(self, unit: Unit) -> None:

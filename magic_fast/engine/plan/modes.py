@@ -170,10 +170,8 @@ def _unsupported(step: Step, backend: Backend) -> str | None:
         return f"backend {backend.name} looks for thresholds in single tensors"
     if step.merged is not None and not offers(backend, "calibrate"):
         return f"backend {backend.name} does not calibrate what is merged elsewhere"
-    views = [View(0, step.cast or i.info.dtype, step.shape) for i in step.inputs]
-    if step.merged is not None:
-        views.pop()  # checked with the others by dtype
-    base = views.pop(0) if step.base is not None else None
+    every = [View(0, step.cast or i.info.dtype, step.shape) for i in step.inputs]
+    base, views, _ = step.split(every)  # what is merged is checked with the others by dtype
     job = Job(
         base,
         views,
