@@ -21,7 +21,7 @@ from magic_fast.planning.options import ProgressCall, RunOptions
 from magic_fast.planning.outputs import check_disk, check_out, closing, run_and_close
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.spectrum import lines_steps, svc_steps
-from magic_fast.planning.weights import calibration_text, plan_calibration, weight_steps
+from magic_fast.planning.weights import plan_calibration, weight_steps
 
 _WITH_DATA = ("feature", "dual")
 
@@ -113,10 +113,7 @@ def calibrate_checkpoints(
             else:
                 steps, numbers = lines_steps(models, names, alpha, beta, num_blocks)
                 chosen = {"space": space, **numbers}
-            text = calibration_text(names, **chosen)
-            plan = plan_calibration(
-                steps, models, target, options, donor=names[0], settings=chosen, text=text
-            )
+            plan = plan_calibration(steps, models, names, target, options, chosen)
             check_disk(plan)
             return run_and_close(plan, options)
         from magic_fast.api.checkpoints.feature_model import FeatureSpace

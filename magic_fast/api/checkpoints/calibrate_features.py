@@ -81,15 +81,7 @@ class FeatureJob:
             shutil.rmtree(middle, ignore_errors=True)
         steps = weight_steps(models, self._names, self._weights, wide=True)
         settings = {"calibrate": self._weights}
-        plan = plan_calibration(
-            steps,
-            models,
-            middle,
-            self._options,
-            donor=self._names[0],
-            settings=settings,
-            text=calibration_text(self._names, **settings),
-        )
+        plan = plan_calibration(steps, models, self._names, middle, self._options, settings)
         check_disk(plan)
         return run_and_close(plan, self._options)
 
@@ -102,15 +94,9 @@ class FeatureJob:
     ) -> MergeReport:
         steps, layers = work.steps(models, whole)
         plan = plan_calibration(
-            steps,
-            work.models,
-            self._out,
-            self._options,
-            donor=self._names[0],
-            settings=self._settings,
-            text=self._text,
-            warnings=work.warnings,
-        )
+            steps, work.models, self._names, self._out, self._options, self._settings,
+            text=self._text, warnings=work.warnings,
+        )  # fmt: skip
         check_disk(plan)
         finish = partial(_finish, layers, first)
         report = run_and_close(plan, self._options, finish)
