@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench architectures suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-instructions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean FORCE
+.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench peers-diffusers architectures diffusion-names suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-instructions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -94,6 +94,7 @@ $(PEERS)/.installed: benchmarks/peers.txt .ci/constraints.txt
 # What they pin would not go beside the other tests' packages.
 peers-0.1.4: $(PEERS)-0.1.4/.installed ## mergekit 0.1.4, in which the tests try the replacement
 peers-fusion-bench: $(PEERS)-fusion-bench/.installed ## FusionBench, in which they try the algorithm
+peers-diffusers: $(PEERS)-diffusers/.installed ## diffusers, whose adapters and names they compare with
 
 $(PEERS)-%/.installed: benchmarks/peers-%.txt .ci/constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -106,7 +107,11 @@ architectures: venv ## magic_fast/models/architectures.jsonl, what the tensors o
 	$(BIN)/python tools/architectures/generate.py
 	$(BIN)/python tools/architectures/layer_rules.py
 
-suites: venv ## other libraries' own tests, which ours run with our functions in place
+# diffusers' own converters on tensors of tagged rows: a few seconds, no weights, no network.
+diffusion-names: peers-diffusers ## magic_fast/models/diffusion/names.json, what files of diffusion models call a tensor
+	$(PEERS)-diffusers/bin/python tools/diffusion_names/generate.py
+
+suites: venv peers-diffusers ## other libraries' own tests, which ours run with our functions in place
 	$(BIN)/python tests/integrations/fetch_suites.py
 
 bench-peft: venv ## PEFT's merges of adapters with our functions in their place, against its own

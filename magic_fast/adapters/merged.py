@@ -3,11 +3,12 @@ diffusers."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from magic_fast.adapters.opening import Adapter
+from magic_fast.adapters.opening import METADATA_KEY, Adapter
 
 _LISTS = ("target_modules", "feedforward_modules")  # names, or one regular expression
 # settings beside them that say which modules are adapted
@@ -21,6 +22,8 @@ _OF_TRAINING: Mapping[str, Any] = {
     "lora_ga_config": None,
 }
 
+#: The parts of a pipeline that diffusers has settings of in a header.
+_PIPELINE = ("unet", "transformer", "text_encoder", "text_encoder_2")
 #: Of kohya's header; the scaling is in the factors, so that α is the rank.
 _RANK_KEYS = ("ss_network_dim", "ss_network_alpha")
 
@@ -84,7 +87,39 @@ def merged_header(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict
     for key in _RANK_KEYS:
         if any(key in a.checkpoint.metadata for a in adapters):
             header[key] = rank
+    if adapters[0].style == "diffusers" and rank == "Dynamic" and not has_alphas(adapters):
+        settings = _of_parts(ranks)
+        if settings:
+            header[METADATA_KEY] = json.dumps(settings, indent=2, sort_keys=True)
     return header
+
+
+def has_alphas(adapters: Sequence[Adapter]) -> bool:
+    """Whether files say the scaling of a module beside its factors."""
+    return any(f"{name}.alpha" in a.checkpoint.tensors for a in adapters for name in a.modules)
+
+
+def _of_parts(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Diffusers' settings of each part of a pipeline. Where ranks differ and nothing says α,
+    diffusers before 0.43 takes the first module's rank for it."""
+    parts: dict[str, dict[str, int]] = {}
+    for name, rank in ranks.items():
+        part, _, module = name.partition(".")
+        if part in _PIPELINE:
+            parts.setdefault(part, {})[module] = rank
+    found: dict[str, Any] = {}
+    for part, own in parts.items():
+        rank = max(own.values())
+        pattern = rank_pattern(own, rank)
+        settings = {
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "target_modules": sorted(own),
+        }
+        found |= {f"{part}.{name}": value for name, value in settings.items()}
+    return found
 
 
 def is_forward(adapter: Adapter, module: str) -> bool:

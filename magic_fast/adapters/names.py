@@ -52,7 +52,7 @@ _LORA = {
     ".lora.up.weight": Role.UP,
     ".lora_linear_layer.down.weight": Role.DOWN,  # diffusers' text encoders
     ".lora_linear_layer.up.weight": Role.UP,
-    "_lora.down.weight": Role.DOWN,  # diffusers' attention processors
+    "_lora.down.weight": Role.DOWN,  # diffusers' attention processors, until 0.22
     "_lora.up.weight": Role.UP,
     ".alpha": Role.ALPHA,
     ".ia3_l": Role.VECTOR,
@@ -82,7 +82,8 @@ def parse_key(key: str) -> Key:
             return Key(name.removesuffix(suffix), role, embedding=True)
     for suffix, role in _LORA.items():
         if name.endswith(suffix):
-            return Key(name.removesuffix(suffix), role)
+            module = name.removesuffix(suffix)
+            return Key(_processed(module) if suffix[0] == "_" else module, role)
     if _FOREIGN.search(name):
         return Key(name, Role.FOREIGN)
     if ".original_module." in name:
@@ -90,10 +91,30 @@ def parse_key(key: str) -> Key:
     return Key(_SAVED.sub(".", name), Role.WHOLE)
 
 
+def _processed(name: str) -> str:
+    """The module that an attention processor had the factors of.
+
+    >>> _processed("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
+    'unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0'
+    """
+    owner, _, leaf = name.replace(".processor.", ".").rpartition(".")
+    if owner.endswith(".self_attn"):  # of a text encoder
+        return f"{owner}.{leaf.removeprefix('to_')}_proj"
+    return f"{owner}.to_out.0" if leaf == "to_out" else f"{owner}.{leaf}"
+
+
 def style_of(keys: Iterable[str]) -> str:
     """The convention of a file without a configuration: ``kohya`` or ``diffusers``."""
-    kohya = any(k.startswith("lora_") and ".lora_down." in k for k in keys)
+    kohya = any(k.startswith(("lora_", "lycoris_")) and ".lora_down." in k for k in keys)
     return "kohya" if kohya else "diffusers"
+
+
+#: What a file says of the part of a pipeline that a module is of; a second text encoder is not to
+#: be found by how a name ends.
+_PARTS = {
+    "kohya": re.compile(r"^(lora_(unet|transformer|te1?)|lycoris)_"),
+    "diffusers": re.compile(r"^(unet|transformer|diffusion_model|text_encoder)\."),
+}
 
 
 def weight_names(module: str, style: str, names: Iterable[str]) -> list[str]:
@@ -107,8 +128,8 @@ def weight_names(module: str, style: str, names: Iterable[str]) -> list[str]:
     names = [n for n in names if n.endswith(".weight")]
     wanted = _flat(module) if style == "kohya" else module
     stems = {n: _flat(n[:-7]) if style == "kohya" else n[:-7] for n in names}
-    if style != "peft":  # lora_unet_, unet.: the part of the pipeline that the file is for
-        wanted = re.sub(r"^(lora_)?(unet|te\d?|text_encoder(_\d)?|transformer)[._]", "", wanted)
+    if style != "peft":
+        wanted = _PARTS[style].sub("", wanted)
     separator = "_" if style == "kohya" else "."
     exact = [n for n, stem in stems.items() if stem in (module, wanted)]
     longer = [n for n, stem in stems.items() if stem.endswith(separator + wanted)]

@@ -40,6 +40,7 @@ class AdapterModule:
         up: B [out, r] (convolutions [out, r, 1, 1], embeddings [width, r]); None for IA3.
         scaling: s; the weight changes by s·B·A.
         embedding: the weight changes by s·(B·A)ᵀ.
+        weight: the tensor of the model that it changes, where its name is of another convention.
     """
 
     name: str
@@ -47,6 +48,7 @@ class AdapterModule:
     up: TensorInfo | None
     scaling: float = 1.0
     embedding: bool = False
+    weight: str | None = None
 
     @property
     def rank(self) -> int:

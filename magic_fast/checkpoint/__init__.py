@@ -23,7 +23,6 @@ from .sidecar import (
     updated_config,
 )
 from .tensors import DTYPE_BITS, TensorInfo, TensorSpec, tensor_nbytes
-from .tied import find_aliases
 from .writer import OutputFolder
 
 __all__ = [
@@ -47,7 +46,6 @@ __all__ = [
     "TensorSpec",
     "changed_inputs",
     "copy_sidecars",
-    "find_aliases",
     "open_checkpoint",
     "open_folder",
     "parse_header",

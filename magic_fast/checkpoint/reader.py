@@ -20,7 +20,6 @@ from .locate import Located, locate, refuse_foreign
 from .messages import problem, shown
 from .strict_json import load_json_object
 from .tensors import TensorInfo
-from .tied import find_aliases
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -51,9 +50,11 @@ class Checkpoint:
         overhead: bytes that reading takes beside the caller's buffers.
         metadata: the headers' ``__metadata__``, merged.
         resized: the vocabulary of an adapter that was trained with another one, or None.
+        notes: what the user should know of how it is read.
     """
 
     resized: Resized | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -75,7 +76,6 @@ class Checkpoint:
             self.metadata.update(header.metadata)
         self._stored = tensors
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
-        self.aliases: Mapping[str, str] = MappingProxyType(find_aliases(tensors, config))
         self.files: tuple[InputFile, ...] = tuple(file for _, file in headers)
         self.overhead = 0
         self._dtypes: Mapping[str, str] = {}
@@ -93,6 +93,10 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path!r}, {len(self.tensors)} tensors, {len(self.files)} files)"
+
+    @cached_property
+    def aliases(self) -> Mapping[str, str]:
+        return MappingProxyType(self.roles.aliases)
 
     @cached_property
     def roles(self) -> ModelRoles:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from magic_fast.models.lookup import LAYER_COUNTS, TEXT_PARTS, text_parts
+
 from .io_errors import reading
 from .locate import PICKLE_SUFFIXES
 from .reader import Checkpoint, ModelFolder
@@ -83,11 +85,9 @@ _AUTO_MAP_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _TOKEN_ID = re.compile(r"_token_(id|ids|index)$")
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _VOCABULARY_KEYS = ("vocab_size", "vocab_size_per_layer_input")
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 #: safetensors' dtype names as configurations spell them.
 CONFIG_DTYPES: Mapping[str, str] = {
     "BF16": "bfloat16",
@@ -180,10 +180,10 @@ def updated_config(
         for part in (result, *parts):
             _replace(part, _DTYPE_KEYS, CONFIG_DTYPES.get(dtype, dtype.lower()), str)
     if num_layers is not None:
-        for part in (result, *(result.get(key) for key in _TEXT_CONFIGS)):
-            _replace(part, _LAYER_KEYS, num_layers, int)
+        for part in text_parts(result):
+            _replace(part, LAYER_COUNTS, num_layers, int)
     if vocab_size is not None:
-        for part in (result, *(result.get(key) for key in _TEXT_CONFIGS)):
+        for part in text_parts(result):
             _replace(part, _VOCABULARY_KEYS, vocab_size, int)
     if untied:
         for part in parts:
@@ -241,7 +241,7 @@ def _with_token_ids(config: dict[str, Any], other: Mapping[str, Any]) -> dict[st
     part: they are rows of the tokenizer that comes along."""
     ids = {key: value for key, value in other.items() if _TOKEN_ID.search(key)}
     result = {**config, **ids}
-    for name in _TEXT_CONFIGS:
+    for name in TEXT_PARTS:
         part = result.get(name)
         if isinstance(part, dict):
             theirs = other.get(name)

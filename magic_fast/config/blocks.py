@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from magic_fast.errors import CheckpointError
+from magic_fast.models.lookup import LAYER_COUNTS, TEXT_PARTS, part_of
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))(0|[1-9][0-9]*)\.")
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 #: Names outside blocks that come before them; all others (final norm, head) come after.
 _AFTER = re.compile(r"embed_out|unembed|lm_head|project_out")
@@ -94,10 +93,9 @@ def comes_before(name: str) -> bool:
 def declared_layers(config: Mapping[str, Any]) -> tuple[str, int | None]:
     """The part of a ``config.json`` that states the number of layers ("" for its top), and the
     number."""
-    for name, part in (("", config), *((key, config.get(key)) for key in _TEXT_PARTS)):
-        if not isinstance(part, Mapping):
-            continue
-        for key in _LAYER_KEYS:
+    for name in ("", *TEXT_PARTS):
+        part = part_of(config, name)
+        for key in LAYER_COUNTS:
             value = part.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return name, value

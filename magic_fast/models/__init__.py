@@ -2,19 +2,9 @@
 
 from magic_fast.models.assign import roles_of
 from magic_fast.models.choice import TensorChoice
+from magic_fast.models.model_roles import ModelRoles, Source, StackFields
 from magic_fast.models.quantised import Quantisation, quantisation_of
-from magic_fast.models.roles import (
-    MAPS,
-    Block,
-    Experts,
-    Kind,
-    ModelRoles,
-    Role,
-    Source,
-    StackFields,
-    Step,
-    Tensors,
-)
+from magic_fast.models.roles import MAPS, Block, Experts, Kind, Role, Step, Tensors
 
 __all__ = [
     "MAPS",

@@ -10,19 +10,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.models.conversions import Conversions, Converted, axes_in_file, dimensions_in_file
-from magic_fast.models.lookup import Found, Tree, part_of
+from magic_fast.models.lookup import Found, Tree, part_of, said_tied, text_parts
+from magic_fast.models.model_roles import ModelRoles, Source, StackFields
 from magic_fast.models.quantised import with_quantised
-from magic_fast.models.roles import (
-    Block,
-    Experts,
-    Kind,
-    ModelRoles,
-    Role,
-    Source,
-    StackFields,
-    Step,
-    Tensors,
-)
+from magic_fast.models.roles import Block, Experts, Kind, Role, Step, Tensors
 from magic_fast.models.table import Entry, entry_of, heading
 
 if TYPE_CHECKING:
@@ -30,7 +21,6 @@ if TYPE_CHECKING:
 
 _WRAPPERS = re.compile(r"^((_forward_)?module\.)+|(^|(?<=\.))_orig_mod\.")
 _NUMBER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def roles_of(config: Mapping[str, Any], tensors: Tensors) -> ModelRoles:
@@ -67,6 +57,8 @@ def roles_of(config: Mapping[str, Any], tensors: Tensors) -> ModelRoles:
             model_type=model_type,
             architecture="",
             source=Source.HEADERS,
+            ties=(ties := headers.ties(config)),
+            tied=bool(ties),
             lacking=lambda: (_unknown_type(model_type),),
         )
     return _Assignment(entry, config, tensors).result(model_type, source)
@@ -222,7 +214,7 @@ class _Assignment:
         key, axis = converted.checked
         step = next(s for s in converted.steps if s.operation == "transpose")
         other = step.other if axis == step.axis else step.axis
-        sizes = {part_of(self.config, path).get(key) for path in ("", *_TEXT_PARTS)} - {None}
+        sizes = {part.get(key) for part in text_parts(self.config)} - {None}
         if len(sizes) != 1 or not sizes & {shape[axis], shape[other]}:
             return converted.steps, (
                 f"a stack {list(shape)} whose layout only {key} of the configuration tells"
@@ -272,11 +264,8 @@ class _Assignment:
 
     def _is_tied(self) -> bool:
         """Whether the configuration ties: by its top, by its text part, or by default."""
-        for path in ("", *_TEXT_PARTS):
-            said = part_of(self.config, path).get("tie_word_embeddings")
-            if isinstance(said, bool):
-                return said
-        return bool(self.entry.get("tied", False))
+        said = said_tied(self.config)
+        return bool(self.entry.get("tied", False)) if said is None else said
 
 
 def _renumbered(role: Role, number: int) -> Role:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from magic_fast.errors import InputError
-from magic_fast.models.roles import Kind, ModelRoles, Role
+from magic_fast.models.model_roles import ModelRoles
+from magic_fast.models.roles import Kind, Role
 
 
 @dataclass(frozen=True)

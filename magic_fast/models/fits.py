@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from magic_fast.models.assign import roles_of
-from magic_fast.models.lookup import part_of
-from magic_fast.models.roles import Kind, ModelRoles, Source, Tensors
+from magic_fast.models.lookup import part_of, text_parts
+from magic_fast.models.model_roles import ModelRoles, Source
+from magic_fast.models.roles import Kind, Tensors
 
 
 def misfits(
@@ -43,7 +44,7 @@ def _by_table(config: Mapping[str, Any], tensors: Tensors, roles: ModelRoles) ->
     for name, role in stored.items():
         if role.vocabulary is None or role.kind not in (Kind.EMBEDDING, Kind.HEAD):
             continue
-        sizes = {config.get("vocab_size"), part_of(config, "text_config").get("vocab_size")}
+        sizes = {part.get("vocab_size") for part in text_parts(config)}
         rows = tensors[name][0][role.vocabulary]
         if len(sizes - {None}) == 1 and rows not in sizes:
             yield f"config.json: vocab_size is {(sizes - {None}).pop()}, '{name}' has {rows}"

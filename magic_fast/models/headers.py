@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from magic_fast.models.lookup import said_tied
 from magic_fast.models.quantised import QUANTISED_NAME
 from magic_fast.models.roles import Block, Kind, Role, Tensors
 
@@ -79,6 +80,20 @@ class Headers:
         }  # fmt: skip
         shown = {rows < columns for rows, columns in shapes}
         return cls(tensors, sizes, shown.pop() if len(shown) == 1 else None)
+
+    def ties(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """The head that has the values of the one embedding of words, where none is stored and the
+        configuration asks for it, or says nothing and names a class with a head: transformers
+        leaves out what is the default."""
+        said = said_tied(config)
+        names = config.get("architectures") or ["LMHead"]
+        headless = all(str(n).endswith("Model") and "LMHead" not in str(n) for n in names)
+        if not config or said is False or (said is None and headless):
+            return {}
+        roles = {name: self.role(name) for name in self.tensors if not _NUMBER.search(name)}
+        words = [n for n, r in roles.items() if r.vocabulary == 0 and r.kind is Kind.EMBEDDING]
+        has_head = any(role.kind is Kind.HEAD for role in roles.values())
+        return {"lm_head.weight": words[0]} if len(words) == 1 and not has_head else {}
 
     def role(self, name: str) -> Role:
         """What tensor ``name`` is by its header."""

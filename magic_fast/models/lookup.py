@@ -6,8 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from magic_fast.models.roles import MAPS, Kind, StackFields
+from magic_fast.models.model_roles import StackFields
+from magic_fast.models.roles import MAPS, Kind
 from magic_fast.models.table import Entry, entry_of
+
+#: Where configurations of multimodal models keep that of their text model, and how configurations
+#: call the number of layers.
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 class Found(NamedTuple):
@@ -205,6 +211,18 @@ def _unlisted(records: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any] 
             return str(Kind.BIAS), [0], None if vocabulary is None else 0, 1
         return (str(Kind.BIAS), [], None, 1) if Kind(kind) is Kind.NORM else None
     return records.get("0") if name.isdigit() else None
+
+
+def text_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A configuration, and those of its parts that are of a text model."""
+    return [config, *filter(None, (part_of(config, path) for path in TEXT_PARTS))]
+
+
+def said_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether a configuration ties head and embedding, by its top or its text part; None where it
+    does not say."""
+    found = (part.get("tie_word_embeddings") for part in text_parts(config))
+    return next((said for said in found if isinstance(said, bool)), None)
 
 
 def part_of(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from magic_fast.models.roles import ModelRoles, Role, Step, Tensors
+from magic_fast.models.model_roles import ModelRoles
+from magic_fast.models.roles import Role, Step, Tensors
 
 
 class Piece(NamedTuple):

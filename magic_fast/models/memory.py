@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from magic_fast.models.assign import roles_of
-from magic_fast.models.roles import Kind, ModelRoles, Role, Source
+from magic_fast.models.model_roles import ModelRoles, Source
+from magic_fast.models.roles import Kind, Role
 
 
 def roles_in_memory(

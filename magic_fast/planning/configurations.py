@@ -8,8 +8,8 @@ from typing import Any
 
 from magic_fast.checkpoint import Checkpoint, ModelFolder
 from magic_fast.errors import CheckpointError
+from magic_fast.models.lookup import text_parts
 
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 #: Fields that weights are trained under, by what their names have in common. Rotary embeddings and
 #: heads are compared by what they come to.
 _MEANING = re.compile(
@@ -56,8 +56,7 @@ def compare_configurations(
 
 def _part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text part of a configuration, else all of it."""
-    parts = (config.get(key) for key in _TEXT_PARTS)
-    return next((part for part in parts if isinstance(part, Mapping)), config)
+    return next(iter(text_parts(config)[1:]), config)
 
 
 def _check_heads(

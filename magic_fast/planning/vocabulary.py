@@ -68,6 +68,7 @@ def align(config: MergeConfig, models: dict[str, Checkpoint]) -> Aligned:
     if config.config_from is not None:
         files = small_files(config, config.config_from, models)
     warnings = compare_configurations(models, config.config_from, files)
+    warnings += [note for model in models.values() for note in model.notes]
     ties = settle_ties(settle_names(models, config.donor), config.donor)
     aligned = _aligned(config, ties.models)
     warnings += [*ties.warnings, *aligned.warnings]

@@ -279,13 +279,22 @@ def test_unaligned_data_is_read(tmp_path):
         ("model.embed_tokens.weight", {"architectures": ["LlamaModel"]}, None),
         ("transformer.wte.weight", {"architectures": ["GPT2LMHeadModel"]}, "lm_head.weight"),
         ("model.embed_tokens.weight", {}, None),
+        ("model.embed_tokens.weight", {"model_type": "llama"}, None),  # by its class
         (
             "language_model.model.embed_tokens.weight",
-            {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}},
-            "language_model.lm_head.weight",
+            {"model_type": "llava", "text_config": {"tie_word_embeddings": True}},
+            "lm_head.weight",
         ),
-        ("shared.weight", {"tie_word_embeddings": False}, "encoder.embed_tokens.weight"),
-        ("gpt_neox.embed_in.weight", {"tie_word_embeddings": True}, "embed_out.weight"),
+        (
+            "shared.weight",
+            {"model_type": "t5", "tie_word_embeddings": False},
+            "encoder.embed_tokens.weight",
+        ),
+        (
+            "gpt_neox.embed_in.weight",
+            {"model_type": "gpt_neox", "tie_word_embeddings": True},
+            "lm_head.weight",  # embed_out before transformers 5
+        ),
     ],
 )
 def test_tied_weights_are_aliases(tmp_path, stored, config, alias):

@@ -18,7 +18,11 @@ ROOT = HERE.parents[1]
 
 @pytest.mark.parametrize(
     ("environment", "checks"),
-    [("0.1.4", "mergekit_0_1_4_checks.py"), ("fusion-bench", "fusion_bench_checks.py")],
+    [
+        ("0.1.4", "mergekit_0_1_4_checks.py"),
+        ("fusion-bench", "fusion_bench_checks.py"),
+        ("diffusers", "diffusers_checks.py"),
+    ],
 )
 def test_runs_there(environment: str, checks: str) -> None:
     python = ROOT / f".peers-{environment}" / "bin" / "python"

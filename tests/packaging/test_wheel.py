@@ -52,6 +52,7 @@ def test_every_source_file_is_in(pure_wheel: Path, root: Path) -> None:
     wanted = {str(path.relative_to(root)) for path in (root / "magic_fast").rglob("*.py")}
     wanted |= {"magic_fast/py.typed", "magic_fast/examples/ties_wsc.yml"}
     wanted |= {"magic_fast/models/architectures.jsonl"}
+    wanted |= {f"magic_fast/models/diffusion/{name}.json" for name in ("families", "names")}
     wanted |= {
         f"magic_fast/{path.relative_to(root)}"
         for room in ("kernels", "examples")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from magic_fast.adapters import Adapter, open_adapter
-from magic_fast.adapters.merged import merged_config, merged_header
+from magic_fast.adapters.joined import in_one_convention
+from magic_fast.adapters.merged import has_alphas, merged_config, merged_header
 from magic_fast.adapters.opening import CONFIG_NAME, DIFFUSERS_NAME, KOHYA_BASE_KEY, WEIGHTS_NAME
 from magic_fast.api.adapters.inputs import Asked, base_copies, coefficients_of, refuse_unlike
 from magic_fast.api.adapters.modules import merge_module, refuse_calibration_of_vectors
@@ -59,8 +60,9 @@ def merge_adapters(
     its result is brought to ``rank``. IA3 multiplies activations by vectors l: methods see l − 1.
 
     Args:
-        adapters: K folders of PEFT or files of kohya or diffusers, all of one kind and naming.
-            Their ranks may differ, and the modules too: where one has no module, its τ is 0.
+        adapters: K folders of PEFT or files of kohya or diffusers, all of one kind and naming, or
+            of one diffusion model that is known: those meet in the names of the first. Their ranks
+            may differ, and the modules too: where one has no module, its τ is 0.
         out: new folder, or, of kohya and diffusers, a ``.safetensors`` file.
         method: of :func:`merge`, with its parameters; the result has the scaling in its factors.
         weights, scale: as of :func:`merge`.
@@ -119,10 +121,11 @@ def merge_adapters(
     try:
         for path in paths:
             opened.append(open_adapter(path))
-        base = refuse_unlike(opened, base_model)
-        target = _check_out(out, opened[0])
-        _refuse_misuse(opened, call, rank, on)
-        copies = base_copies(opened)
+        joined, notes = in_one_convention(opened)
+        base = refuse_unlike(joined, base_model)
+        target = _check_out(out, joined[0])
+        _refuse_misuse(joined, call, rank, on)
+        copies = base_copies(joined)
         options = {
             "method": method, "scale": scale, "preset": preset, "backend": backend, "seed": seed,
             **method_params,
@@ -130,19 +133,19 @@ def merge_adapters(
         own = call.arguments.get("weights")
         given = options | ({} if own is None else {"weights": list(own)})
         asked = Asked(
-            opened,
+            joined,
             None if own is None else tuple(own),
             options,
             masks,
             call.calibration,
-            coefficients_of(call.recipe, len(opened), given | {"backend": "torch"}),
+            coefficients_of(call.recipe, len(joined), given | {"backend": "torch"}),
             rank,
             on,
             None if dtype is None else OUT_DTYPES[dtype],
         )
-        report = AdapterReport(target, opened[0].kind, opened[0].style, method)
+        report = AdapterReport(target, opened[0].kind, opened[0].style, method, warnings=notes)
         tensors = _run(asked, report, progress) | copies
-        _write(target, opened, report, tensors, base)
+        _write(target, joined, report, tensors, base)
         return report
     finally:
         for adapter in opened:
@@ -236,10 +239,8 @@ def _write(
 ) -> None:
     """The files, which appear once, whole."""
     ranks = {m.name: m.rank for m in report.modules} if report.kind == "lora" else {}
-    for name, rank in ranks.items():  # the scaling is in the factors: α = r
-        key = f"{name}.alpha"
-        if any(key in a.checkpoint.tensors for a in opened):
-            tensors[key] = torch.tensor(float(rank))
+    if has_alphas(opened):  # the scaling is in the factors: α = r
+        tensors |= {f"{name}.alpha": torch.tensor(float(rank)) for name, rank in ranks.items()}
     with OutputFolder(target) as output:
         name = WEIGHTS_NAME if report.style == "peft" else DIFFUSERS_NAME
         if output.is_file:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from magic_fast.adapters import Adapter, AdapterModule, open_adapter
+from magic_fast.adapters.fitted import fitted, no_weight
 from magic_fast.adapters.names import weight_names
 from magic_fast.checkpoint import Checkpoint, TensorInfo
 from magic_fast.checkpoint.reader import Resized
@@ -23,7 +24,7 @@ from magic_fast.engine.plan.units import element_size
 from magic_fast.engine.sources.adapted_rows import Change, RowMaker, right_factor
 from magic_fast.engine.sources.tied import TiedCheckpoint
 from magic_fast.errors import CheckpointError
-from magic_fast.models import Source, roles_of
+from magic_fast.models import Kind, Source, roles_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -56,7 +57,9 @@ class AdaptedCheckpoint(Checkpoint):
                 f"{adapter.kind.upper()}. Merge it into its model first (PEFT's merge_and_unload), "
                 "or merge the adapters by themselves."
             )
+        adapter, notes = fitted(adapter, own)
         places = _Places(own, adapter)
+        self.notes = (*own.notes, *notes)
         self._own = own = places.own
         vars(self).update(tensors=own.tensors, aliases=own.aliases)
         vars(self).pop("roles", None)  # of other names, where ties are opened
@@ -69,7 +72,7 @@ class AdaptedCheckpoint(Checkpoint):
             self._stored[name] = replace(adapter.checkpoint.tensors[key], name=name)
         self._changes: dict[str, Change] = {}
         for module in adapter.modules.values():
-            name = places.of(f"{module.name}.weight")
+            name = module.weight or places.of(f"{module.name}.weight")
             if name in self._changes:
                 raise CheckpointError(
                     f"modules '{self._changes[name].module.name}' and '{module.name}' in "
@@ -85,6 +88,7 @@ class AdaptedCheckpoint(Checkpoint):
         self.tensors = MappingProxyType(self._stored)
         self.resized = self._resized()
         self.overhead += max((c.memory for c in self._changes.values()), default=0)
+        self.overhead += adapter.checkpoint.overhead
         self._kept: tuple[Any, Any] = (None, None)
 
     def _resized(self) -> Resized | None:
@@ -203,11 +207,13 @@ class _Places:
     def __init__(self, own: Checkpoint, adapter: Adapter) -> None:
         self.own = own
         self._adapter = adapter
-        names = [*adapter.whole, *(f"{module}.weight" for module in adapter.modules)]
+        known = [m.weight for m in adapter.modules.values() if m.weight]
+        modules = [name for name, m in adapter.modules.items() if not m.weight]
+        names = [*adapter.whole, *(f"{module}.weight" for module in modules)]
         self._canonical = {role.canonical: name for name, role in own.roles.items()}
         asked = roles_of(own.config, {name: ((1, 1), "F32") for name in names})
         self._asked = {name: role.canonical for name, role in asked.items()}
-        self._untie({self._found(name) for name in names} - {None})
+        self._untie({*known, *map(self._found, names)} - {None})
 
     def of(self, name: str) -> str:
         """The stored name.
@@ -216,18 +222,9 @@ class _Places:
             CheckpointError: there is none, or no single one.
         """
         found = self._found(name)
-        if found is not None:
-            return found
-        stem, _, leaf = name.rpartition(".")
-        near = weight_names(stem, self._adapter.style, self.own.tensors)
-        got = f"{near[0]} and {near[1]}" if len(near) > 1 else "none of that name"
-        if not near and self.own.quantisation is not None:
-            got = f"{self.own.quantisation.scheme} codes"
-        what = f"module '{stem}'" if leaf == "weight" else f"tensor '{name}'"
-        raise CheckpointError(
-            f"{what} in {self._adapter.path}: expected its weight in {self.own.path}, got {got}. "
-            "Name the model that the adapter was trained on."
-        )
+        if found is None:
+            raise no_weight(self._adapter, self.own, name)
+        return found
 
     def _found(self, name: str) -> str | None:
         """The name in the model, by itself, by the module tree, else by how it ends."""
@@ -254,15 +251,10 @@ class _Places:
     def _untie(self, touched: set[str | None]) -> None:
         """Gives the tied weights of which one is touched tensors of their own."""
         sources = {self.own.resolve(name).name for name in touched if name is not None}
-        shown = {alias: name for alias, name in self.own.aliases.items() if name in sources}
-        shown = {a: n for a, n in shown.items() if self._stands(a)}
+        words = {n for n in sources if self.own.roles[n].kind is Kind.EMBEDDING}
+        shown = {alias: name for alias, name in self.own.aliases.items() if name in words}
         if shown:
             self.own = TiedCheckpoint(self.own, {}, shown)
-
-    def _stands(self, alias: str) -> bool:
-        """Whether another name of a tensor is one of the module tree."""
-        ties = self.own.roles.ties
-        return not ties or alias in ties
 
 
 def _change_of(

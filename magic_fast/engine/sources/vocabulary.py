@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from magic_fast.checkpoint import Checkpoint, TensorInfo
+from magic_fast.models.lookup import text_parts
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 Row = tuple[tuple[str, int], ...]
 
 _BLOCK = 256  # rows held while a mean is taken
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
 
 def vocabulary_axes(model: Checkpoint) -> dict[str, int]:
@@ -29,11 +29,9 @@ def vocabulary_axes(model: Checkpoint) -> dict[str, int]:
     Raises:
         InputError: a tensor that may have such an axis, and no role tells.
     """
-    parts = (model.config, *(model.config.get(key) for key in _TEXT_PARTS))
     sizes = {
         size
-        for part in parts
-        if isinstance(part, Mapping)
+        for part in text_parts(model.config)
         for key, size in part.items()
         if key.startswith("vocab_size") and isinstance(size, int)
     }
