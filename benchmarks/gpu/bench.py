@@ -222,9 +222,8 @@ def many_small(backend: str, clock: Clock, device: str, count: int = 2000) -> Ro
     recipe = Recipe((0.3,) * 4)
     jobs = [make_job((4096,), 4, recipe, n, device, wsc=False) for n in range(count)]
     check(jobs[:8], backend)
-    module = __import__(f"magic_fast.ops.{backend}.small", fromlist=["groups_of"])
     runs: Any = implementation(backend)
-    (group,) = module.groups_of(runs.prepare(jobs))
+    (group,) = runs.groups_of(runs.prepare(jobs))
     seconds = clock.median([clock.captured(group.launch)])
     return Row(
         SMALL, backend, seconds, bytes_of(jobs), None, SMALL_AIMS[backend],

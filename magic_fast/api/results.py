@@ -82,14 +82,11 @@ class LayerCalibration:
         """Plain values for JSON: of channels the mean, None where ξ is undefined."""
         c = self.coefficient
         return {
-            "name": self.name,
+            **vars(self),
             "tensors": list(self.tensors),
             "coefficient": None if c is None else _mean(c),
             "applied": float(self.applied.mean()),
             "by_task": {task: _mean(x) for task, x in self.by_task.items()},
-            "calls": self.calls,
-            "positions": self.positions,
-            "note": self.note,
         }
 
 
@@ -176,18 +173,9 @@ class AdapterReport:
         modules = []
         for m in self.modules:
             row = None if m.calibration is None else rows[m.calibration.name]
-            modules.append(
-                {
-                    "name": m.name,
-                    "adapters": list(m.adapters),
-                    "ranks": list(m.ranks),
-                    "rank": m.rank,
-                    "lost": m.lost,
-                    "calibration": row,
-                }
-            )
-        own = {"out": self.out, "kind": self.kind, "style": self.style, "method": self.method}
-        return {**own, "modules": modules, "warnings": list(self.warnings)}
+            listed = {"adapters": list(m.adapters), "ranks": list(m.ranks), "calibration": row}
+            modules.append({**vars(m), **listed})
+        return {**vars(self), "modules": modules, "warnings": list(self.warnings)}
 
 
 def _mean(x: Tensor) -> float | None:

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from magic_fast.calibration.sensitivity.lists import unknown_names
+from magic_fast.calibration.sensitivity.lists import refuse_unknown
 from magic_fast.calibration.values import check_settings, known_settings, setting
-from magic_fast.errors import InputError
 from magic_fast.recipe import RowCalibration
 from magic_fast.recipe.words import Word
 
@@ -77,13 +76,7 @@ class FeatureCalibration:
 
     def check_names(self, names: Iterable[str]) -> None:
         """Refuses sensitive names that are neither a module nor a tensor of the model."""
-        unknown = unknown_names(self.sensitive or (), names)
-        if unknown:
-            raise InputError(
-                f"sensitive layer {unknown[0]!r}: expected a module or a tensor of the model, got "
-                f"an unknown name{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
-                "Check the list against the model's names."
-            )
+        refuse_unknown(self.sensitive, names, "layer", "a module or a tensor", "names")
 
 
 def as_features(value: FeatureCalibration | Mapping[str, Any] | None) -> FeatureCalibration:

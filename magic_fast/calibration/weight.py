@@ -16,7 +16,7 @@ from magic_fast.calibration.registry import (
     variant_of,
     variants,
 )
-from magic_fast.calibration.sensitivity.lists import is_sensitive, unknown_names
+from magic_fast.calibration.sensitivity.lists import is_sensitive, refuse_unknown
 from magic_fast.calibration.tensors import (
     TensorFilter,
     is_calibratable_general,
@@ -133,14 +133,7 @@ class WeightCalibration:
 
     def check_names(self, names: Iterable[str]) -> None:
         """Refuses sensitive names that the model does not have."""
-        unknown = unknown_names(self.sensitive or (), names)
-        if unknown:
-            raise InputError(
-                f"sensitive tensor {unknown[0]!r}: expected a tensor of the model, got an "
-                "unknown name"
-                f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. "
-                "Check the list against the model's tensor names."
-            )
+        refuse_unknown(self.sensitive, names, "tensor", "a tensor", "tensor names")
 
     def resolve(
         self,

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
@@ -148,14 +149,12 @@ def as_bytes(buffer: Buffer) -> memoryview:
     return memoryview(b"") if view.nbytes == 0 else view.cast("B")
 
 
+@dataclass(slots=True)
 class Handle:
     """An open file in a `HandleCache`."""
 
-    __slots__ = ("fd", "users")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.users = 0
+    fd: int
+    users: int = 0
 
 
 class HandleCache:

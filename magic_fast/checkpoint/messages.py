@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from magic_fast.errors import CheckpointError
 
+FETCH_AGAIN = "Download or copy the file again"
+
 
 def shown(name: object) -> str:
     """A name as messages show it: quoted, and cut where a damaged file made it absurdly long."""
@@ -16,7 +18,7 @@ def problem(
     where: object,
     expected: object,
     got: object,
-    advice: str = "Download or copy the file again",
+    advice: str = FETCH_AGAIN,
 ) -> CheckpointError:
     """A `CheckpointError` in the one form that all messages have."""
     text = f"{what} for {where}: expected {expected}, got {got}. {advice}."

@@ -16,7 +16,7 @@ from magic_fast.models.lookup import LAYER_COUNTS, TEXT_PARTS, text_parts
 from .io_errors import reading
 from .locate import PICKLE_SUFFIXES
 from .reader import Checkpoint, ModelFolder
-from .strict_json import load_json_object
+from .strict_json import json_file
 from .tokenizer import OutputTokenizer
 from .writer import OutputFolder
 
@@ -117,7 +117,8 @@ def sidecar_files(folder: str) -> list[str]:
     Raises:
         CheckpointError: the folder or one of its configurations cannot be read.
     """
-    code = any("auto_map" in _json(os.path.join(folder, name)) for name in _AUTO_MAP_FILES)
+    configs = (os.path.join(folder, name) for name in _AUTO_MAP_FILES)
+    code = any("auto_map" in json_file(path, "Corrupt configuration") for path in configs)
     names = []
     with reading(folder):
         for place, folders, files in os.walk(folder):
@@ -260,11 +261,3 @@ def _replace(part: object, keys: Sequence[str], value: object, kind: type) -> No
         for key in keys:
             if isinstance(part.get(key), kind):
                 part[key] = value
-
-
-def _json(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        return {}
-    with reading(path), open(path, "rb") as file:
-        raw = file.read()
-    return load_json_object(raw, "Corrupt configuration", path, strict=False)

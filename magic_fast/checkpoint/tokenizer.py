@@ -12,7 +12,7 @@ from typing import Any
 from .io_errors import reading
 from .messages import problem, shown
 from .reader import Checkpoint, ModelFolder
-from .strict_json import load_json_object
+from .strict_json import json_file
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -74,7 +74,7 @@ def read_tokenizer(model: Checkpoint | ModelFolder) -> Tokenizer:
     path = os.path.join(model.folder or model.path, TOKENIZER_NAME)
     if model.folder is None or not os.path.isfile(path):
         raise problem("Missing tokenizer", model.path, TOKENIZER_NAME, "no such file", _ADVICE)
-    data = _object(path)
+    data = json_file(path, "Corrupt tokenizer")
     found: dict[str, int] = {}
     part = data.get("model")
     vocab = part.get("vocab") if isinstance(part, dict) else None
@@ -171,11 +171,4 @@ def _text(data: Mapping[str, Any]) -> str:
 
 
 def _config(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, CONFIG_NAME)
-    return _object(path) if os.path.isfile(path) else {}
-
-
-def _object(path: str) -> dict[str, Any]:
-    with reading(path), open(path, "rb") as file:
-        raw = file.read()
-    return load_json_object(raw, "Corrupt tokenizer", path, strict=False)
+    return json_file(os.path.join(folder, CONFIG_NAME), "Corrupt tokenizer")

@@ -67,6 +67,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import magic_fast as mf
+    from magic_fast.config.document import read_text
     from magic_fast.config.series import is_series
     from magic_fast.errors import InputError
 
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = options.run_options(arguments) | options.given(
         arguments, "seed", "compat", "calibrate", "allow_embedding_truncation"
     )
-    if is_series(read_text(arguments.config), arguments.config):
+    if is_series(read_text(Path(arguments.config)), arguments.config):
         return run_series(arguments, instead, settings)
     if arguments.intermediate is not None:
         raise InputError(
@@ -164,24 +165,11 @@ def show_series(
 def read_config(path: str, **instead: Any) -> MergeConfig:
     """The configuration in a file, with what the command line says ``instead`` of it."""
     from magic_fast.config import MergeConfig
-    from magic_fast.config.document import read_document
+    from magic_fast.config.document import read_document, read_text
 
     given = {key: value for key, value in instead.items() if value is not None}
     if not given:
         return MergeConfig.from_file(path)
     folder = Path(path).absolute().parent
-    document = read_document(read_text(path), path)
+    document = read_document(read_text(Path(path)), path)
     return MergeConfig.from_dict(dict(document.data) | given, source=path, folder=folder)
-
-
-def read_text(path: str) -> str:
-    """The text of a file that the user named. Raises InputError."""
-    from magic_fast.errors import InputError
-
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(
-            f"unreadable file for {path}: expected UTF-8 text, got: {reason}. Correct the path."
-        ) from None

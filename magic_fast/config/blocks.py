@@ -90,17 +90,9 @@ def comes_before(name: str) -> bool:
     return _AFTER.search(name) is None and _BEFORE.search(name) is not None
 
 
-def declared_layers(config: Mapping[str, Any]) -> int | None:
-    """The number of layers that a ``config.json`` states, at its top or in its text part."""
-    return _declared(config)[1]
-
-
-def declared_part(config: Mapping[str, Any]) -> str:
-    """The part of a ``config.json`` that states the number of layers; "" for its top."""
-    return _declared(config)[0]
-
-
-def _declared(config: Mapping[str, Any]) -> tuple[str, int | None]:
+def declared_layers(config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The part of a ``config.json`` that states the number of layers ("" for its top), and the
+    number."""
     for name in ("", *TEXT_PARTS):
         part = part_of(config, name)
         for key in LAYER_COUNTS:
@@ -124,7 +116,7 @@ def find_blocks(names: Iterable[str], config: Mapping[str, Any], model: str) -> 
     Raises:
         CheckpointError: a block is missing between others of the stack as long as ``config`` says.
     """
-    declared = declared_layers(config)
+    declared = declared_layers(config)[1]
     found: dict[str, dict[int, list[str]]] = {}
     for name in names:
         parts = split_name(name)

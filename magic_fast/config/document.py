@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
@@ -33,6 +34,21 @@ class Document:
 
     data: Mapping[str, Any]
     origin: Origin
+
+
+def read_text(path: FilePath) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(
+            f"unreadable file for {path}: expected a YAML file, got: {reason}. Correct the path."
+        ) from None
 
 
 def read_document(text: str, source: str | None = None) -> Document:
@@ -91,13 +107,13 @@ def read_documents(text: str, source: str | None = None) -> list[Document]:
     return documents
 
 
+@dataclass
 class _Walk:
     """Notes the line of every path; refuses duplicate and non-text keys and endless aliases."""
 
-    def __init__(self, lines: dict[Path, int], name: str) -> None:
-        self.lines = lines
-        self.name = name
-        self.count = 0
+    lines: dict[Path, int]
+    name: str
+    count: int = 0
 
     def visit(self, node: yaml.Node, path: Path, parents: tuple[int, ...]) -> None:
         self.count += 1

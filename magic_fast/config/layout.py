@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from magic_fast.config.blocks import (
@@ -91,11 +91,7 @@ def _whole_models(donor: str, part: Part, presence: Presence) -> Iterator[Output
             donor, main.count, main.prefix, declared,
         )  # fmt: skip
     others = dict.fromkeys(one.model for one in group.members if one.model != donor)
-    kept: set[str] = set()
-    if any(one.is_base and one.model == donor for one in group.members) and others:
-        kept = {name for name in names if presence.is_of_base_alone(name, donor, others)}
-    _say(f"stay as in {donor}, as no other model has them", [n for n in names if n in kept])
-    kept |= presence.left_out(donor)
+    kept = _kept(group, donor, presence, names, others)
     dropped, left = set(), set()
     for other in others:
         stored = presence.stored(other)
@@ -113,6 +109,18 @@ def _whole_models(donor: str, part: Part, presence: Presence) -> Iterator[Output
             yield group.alone(name, structure.position(name), donor, name)
         elif name not in dropped:
             yield group.output(name, structure.position(name))
+
+
+def _kept(
+    group: Group, donor: str, presence: Presence, names: Iterable[str], others: Collection[str]
+) -> set[str]:
+    """The donor's tensors that stay: those that it has alone as the base, and those that the merge
+    leaves out."""
+    alone: list[str] = []
+    if others and any(one.is_base and one.model == donor for one in group.members):
+        alone = [name for name in names if presence.is_of_base_alone(name, donor, others)]
+    _say(f"stay as in {donor}, as no other model has them", alone)
+    return {*alone, *presence.left_out(donor)}
 
 
 def _say(what: str, names: Sequence[str]) -> None:
@@ -212,11 +220,7 @@ class _Slices:
             for name in self.presence.stored(model):
                 if not self._in_stack(name) and comes_before(name) == before:
                     self.presence.check(name, self.donor, name, model)
-        kept: list[str] = []
-        if models and any(one.is_base and one.model == self.donor for one in group.members):
-            kept = [n for n in names if self.presence.is_of_base_alone(n, self.donor, models)]
-        _say(f"stay as in {self.donor}, as no other model has them", kept)
-        kept += self.presence.left_out(self.donor)
+        kept = _kept(group, self.donor, self.presence, names, models)
         for name in names:
             if name in kept:
                 yield group.alone(name, 0.0, self.donor, name)

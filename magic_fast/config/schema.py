@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from magic_fast.config.calibrate import CalibrateConfig, Regex, SensitiveScores, TensorPatterns
-from magic_fast.config.document import Document, read_document
+from magic_fast.config.document import Document, read_document, read_text
 from magic_fast.config.entries import (
     Dtype,
     ModelEntry,
@@ -129,19 +129,7 @@ class MergeConfig(Node):
     def from_file(cls, path: str | Path) -> MergeConfig:
         """A configuration from a YAML file. Raises ConfigError, for an unreadable file too."""
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"not a text file for {path}: expected UTF-8, got byte "
-                f"{error.object[error.start]:#x} at {error.start}. Name the YAML file."
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"unreadable file for {path}: expected a YAML file, got: {error.strerror}. "
-                "Correct the path."
-            ) from None
-        return cls.from_document(read_document(text, str(path)), path.absolute().parent)
+        return cls.from_document(read_document(read_text(path), str(path)), path.absolute().parent)
 
     @classmethod
     def from_document(cls, document: Document, folder: Path | None) -> MergeConfig:

@@ -3,6 +3,7 @@ imported here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,3 +116,11 @@ def count_repaired(stats: Stats) -> int:
     """Rows that the guards of a calibration left alone."""
     flags = stats.extra.get("repaired", ())
     return int(flags.sum()) if hasattr(flags, "sum") else sum(flags)
+
+
+def magnitudes_of(norms2: Sequence[float]) -> tuple[float | None, float | None]:
+    """‖Δ‖_F ÷ mean_k ‖τ_k‖_F before and after calibration, from ``norms2`` of ``Stats.extra``; None
+    where all task vectors are zero."""
+    *own, before, after = norms2
+    mean = sum(math.sqrt(x) for x in own) / len(own)
+    return (math.sqrt(before) / mean, math.sqrt(after) / mean) if mean > 0 else (None, None)

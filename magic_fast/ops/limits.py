@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import math
 
-from magic_fast.ops.job import Array, Job
+from magic_fast.ops.job import Array, Job, View
 from magic_fast.recipe import Granularity, RowCalibration, TrimRule
+from magic_fast.recipe.codes import DTYPES
 
 
 def default_rows(x: Array) -> RowCalibration:
     """Rows along the first axis; a 1-D tensor is [n, 1]."""
     rows = int(x.shape[0]) if len(x.shape) else 1
     return RowCalibration(rows, math.prod(x.shape) // rows if rows else 0)
+
+
+def unfit_arrays(job: Job) -> str | None:
+    """The reason no fused kernel takes the arrays of a job, or gives what is asked for; or None."""
+    for array in (job.base, job.out, *job.experts):
+        if array is None:
+            continue
+        if DTYPES[array.dtype] is None:
+            return f"it takes float32, float16 and bfloat16, not {array.dtype}"
+        if not is_contiguous(array):
+            return "it takes contiguous tensors only"
+    for masks in (job.masks, job.task_masks):
+        if masks is not None and not all(m is None or is_contiguous(m) for m in masks):
+            return "it takes contiguous masks only"
+    return "it does not keep masks and votes" if job.details else None
+
+
+def is_contiguous(array: Array) -> bool:
+    return isinstance(array, View) or array.is_contiguous()
 
 
 def unsupported(job: Job) -> str | None:

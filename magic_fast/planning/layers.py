@@ -7,7 +7,7 @@ from typing import Any
 
 from magic_fast.checkpoint import Checkpoint, ModelFolder, sidecar_source
 from magic_fast.config import MergeConfig
-from magic_fast.config.blocks import declared_part
+from magic_fast.config.blocks import declared_layers
 from magic_fast.config.groups import build_parts
 from magic_fast.config.per_layer import Layer, follow
 from magic_fast.models.lookup import part_of
@@ -55,7 +55,7 @@ class _Counted:
         stored = main.count if main is not None else 0
         self.count = min(stored, structure.declared or stored)
         self.stores_mtp = stored > self.count
-        self.path = declared_part(model.config)
+        self.path = declared_layers(model.config)[0]
         self.reads: tuple[str, ...] = ()
         self.counted_by: str | None = None
         if main is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from magic_fast.checkpoint import Checkpoint
-from magic_fast.config.blocks import Structure, declared_part, find_blocks, split_name
+from magic_fast.config.blocks import Structure, declared_layers, find_blocks, split_name
 
 
 def counted_stack(model: Checkpoint) -> str | None:
     """What stands before the number of a layer in the names of the stack that config.json counts;
     None where its architecture is not known."""
-    part = declared_part(model.config)
+    part = declared_layers(model.config)[0]
     counted = [stack for stack, fields in model.roles.stacks.items() if fields.part == part
                and isinstance(fields.count, str) and "decoder" not in fields.count]  # fmt: skip
     first = ((name, parts[0]) for name in model.tensors

@@ -79,12 +79,12 @@ def weight_steps(
 def plan_calibration(
     steps: Sequence[Step],
     models: Mapping[str, Checkpoint],
+    names: Sequence[str],
     out: str,
     options: RunOptions,
-    *,
-    donor: str,
     settings: Mapping[str, Any],
-    text: str,
+    *,
+    text: str | None = None,
     warnings: Sequence[str] = (),
 ) -> MergePlan:
     """The plan of a calibration that writes to ``out``.
@@ -92,9 +92,11 @@ def plan_calibration(
     Args:
         steps: of each tensor of the merged model.
         models: reference → checkpoint, opened.
-        donor: the merged model, whose small files come along.
-        settings, text: of the calibration, by the names users know and for the model card.
+        names: merged, whose small files come along, base, experts.
+        settings: of the calibration, by the names users know.
+        text: for the model card; None: what the settings say.
     """
+    donor = names[0]
     return MergePlan(
         "calibrate",
         steps,
@@ -102,7 +104,7 @@ def plan_calibration(
         models,
         donor,
         out,
-        recipe_text=text,
+        recipe_text=calibration_text(names, **settings) if text is None else text,
         settings=settings,
         warnings=list(warnings),
         backend=options.backend,

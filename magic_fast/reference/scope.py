@@ -120,7 +120,6 @@ def select_model(source: Source, recipe: Recipe) -> list[Selection]:
         if reference.decision_dtype(base, experts) == torch.float64:
             dtype = torch.float64
     bounds = _thresholds(source, recipe, sum(sizes), dtype)
-    experts_range = range(recipe.num_experts)
     selections, start = [], 0
     for n in sizes:
 
@@ -128,16 +127,9 @@ def select_model(source: Source, recipe: Recipe) -> list[Selection]:
             threshold, cut = bounds.get((k, which), _NOTHING)
             return threshold, min(max(cut - start, 0), n)
 
-        low, high = [local(k, 0) for k in experts_range], [local(k, 1) for k in experts_range]
-        selections.append(
-            Selection(
-                tuple(b[0] for b in low),
-                tuple(b[1] for b in low),
-                tuple(b[0] for b in high),
-                tuple(b[1] for b in high),
-                (1.0,) * recipe.num_experts,
-            )
-        )
+        own = [(*local(k, 0), *local(k, 1)) for k in range(recipe.num_experts)]
+        lows, cuts, tops, top_cuts = zip(*own, strict=True)
+        selections.append(Selection(lows, cuts, tops, top_cuts, (1.0,) * recipe.num_experts))
         start += n
     return _second_look(source, recipe, selections, sum(sizes), dtype)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from magic_fast.api.checkpoints.calibrate_features import FeatureJob
 from magic_fast.calibration import WeightCalibration, as_calibration
+from magic_fast.calibration.builtin import SPACES
 from magic_fast.calibration.feature import FeatureCalibration, as_features
 from magic_fast.calibration.samples import Sampling
 from magic_fast.engine import MergeReport
@@ -17,13 +18,11 @@ from magic_fast.engine.plan.devices import device_of
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
 from magic_fast.planning.options import ProgressCall, RunOptions
-from magic_fast.planning.outputs import check_disk, check_out, is_whole
-from magic_fast.planning.run import run_and_close
+from magic_fast.planning.outputs import check_disk, check_out, closing, run_and_close
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.spectrum import lines_steps, svc_steps
-from magic_fast.planning.weights import calibration_text, plan_calibration, weight_steps
+from magic_fast.planning.weights import plan_calibration, weight_steps
 
-SPACES = ("weight", "feature", "dual", "svc", "lines")
 _WITH_DATA = ("feature", "dual")
 
 
@@ -103,7 +102,7 @@ def calibrate_checkpoints(
     )
     refuse_backend(backend, options.device)
     models = open_named(names)
-    try:
+    with closing(models):
         if space not in _WITH_DATA:
             chosen: dict[str, Any] = {"calibrate": settings}
             if space == "weight":
@@ -114,12 +113,8 @@ def calibrate_checkpoints(
             else:
                 steps, numbers = lines_steps(models, names, alpha, beta, num_blocks)
                 chosen = {"space": space, **numbers}
-            text = calibration_text(names, **chosen)
-            plan = plan_calibration(
-                steps, models, target, options, donor=names[0], settings=chosen, text=text
-            )
-            if not is_whole(Path(target)):
-                check_disk(plan)
+            plan = plan_calibration(steps, models, names, target, options, chosen)
+            check_disk(plan)
             return run_and_close(plan, options)
         from magic_fast.api.checkpoints.feature_model import FeatureSpace
 
@@ -130,9 +125,6 @@ def calibrate_checkpoints(
         weights = settings if space == "dual" else None
         job = FeatureJob(names, target, weights, found, sampling, data, options)
         return job.run(work, models)
-    finally:
-        for model in models.values():
-            model.close()
 
 
 def _refuse_numbers(space: str, **numbers: float | None) -> None:

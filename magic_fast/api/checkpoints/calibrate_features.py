@@ -19,8 +19,7 @@ from magic_fast.engine.output.finished import finished
 from magic_fast.engine.output.record import write_small_files
 from magic_fast.errors import InputError
 from magic_fast.planning.options import RunOptions
-from magic_fast.planning.outputs import check_disk, is_whole
-from magic_fast.planning.run import run_and_close
+from magic_fast.planning.outputs import check_disk, is_whole, run_and_close
 from magic_fast.planning.weights import calibration_text, plan_calibration, weight_steps
 
 if TYPE_CHECKING:
@@ -82,17 +81,8 @@ class FeatureJob:
             shutil.rmtree(middle, ignore_errors=True)
         steps = weight_steps(models, self._names, self._weights, wide=True)
         settings = {"calibrate": self._weights}
-        plan = plan_calibration(
-            steps,
-            models,
-            middle,
-            self._options,
-            donor=self._names[0],
-            settings=settings,
-            text=calibration_text(self._names, **settings),
-        )
-        if not is_whole(Path(middle)):
-            check_disk(plan)
+        plan = plan_calibration(steps, models, self._names, middle, self._options, settings)
+        check_disk(plan)
         return run_and_close(plan, self._options)
 
     def _second(
@@ -104,15 +94,9 @@ class FeatureJob:
     ) -> MergeReport:
         steps, layers = work.steps(models, whole)
         plan = plan_calibration(
-            steps,
-            work.models,
-            self._out,
-            self._options,
-            donor=self._names[0],
-            settings=self._settings,
-            text=self._text,
-            warnings=work.warnings,
-        )
+            steps, work.models, self._names, self._out, self._options, self._settings,
+            text=self._text, warnings=work.warnings,
+        )  # fmt: skip
         check_disk(plan)
         finish = partial(_finish, layers, first)
         report = run_and_close(plan, self._options, finish)

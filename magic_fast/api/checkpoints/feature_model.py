@@ -161,8 +161,8 @@ class FeatureSpace:
     def _attempt(self, model: nn.Module, *, resident: bool) -> FeatureRun:
         device = self._device
         hf_models.move_buffers(model, device)
-        weights = StreamedWeights(model, self._read, device, resident=resident)
-        run = FeatureRun(model, weights, self._experts, self._settings, self._told(model), device)
+        weights = StreamedWeights(self._read, device, resident=resident)
+        run = FeatureRun(model, weights, self._experts, self._settings, self._told(), device)
         if not resident:
             inside = {p.name for station in run.stations for s in station.sites for p in s.parts}
             rest = {n: self._read(0, n).to(device) for n in self._stored if n not in inside}
@@ -170,7 +170,7 @@ class FeatureSpace:
         run.run(self.data)
         return run
 
-    def _told(self, model: nn.Module) -> Callable[[int, int, str], None] | None:
+    def _told(self) -> Callable[[int, int, str], None] | None:
         """Progress in bytes of the models, which is what takes the time to read."""
         report = self._progress
         if report is None:

@@ -12,6 +12,7 @@ from magic_fast.engine.output.verify import read_record
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.errors import InputError
 from magic_fast.planning.options import ProgressCall
+from magic_fast.planning.outputs import closing
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.steps import input_of, read_tensor
 
@@ -49,7 +50,7 @@ def inspect_checkpoints(
     others = [str(model) for model in (merged, before) if model is not None]
     names = [str(base), *map(str, experts), *others]
     models = open_named(names)
-    try:
+    with closing(models):
         found, done = [], 0
         rows = {
             name: [input_of(models, m, name) for m in names]
@@ -71,9 +72,6 @@ def inspect_checkpoints(
             done += sum(i.nbytes for i in row)
             if progress is not None:
                 progress(Progress(done, total, name))
-    finally:
-        for model in models.values():
-            model.close()
     return found
 
 

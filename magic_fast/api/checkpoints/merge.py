@@ -16,9 +16,8 @@ from magic_fast.engine.plan.devices import device_of
 from magic_fast.ops import refuse_backend
 from magic_fast.planning.merge import ONE_EXPERT, merges_one_expert, plan_merge
 from magic_fast.planning.options import ProgressCall, RunOptions
-from magic_fast.planning.outputs import check_disk, check_out, is_whole
+from magic_fast.planning.outputs import check_disk, check_out, run_and_close
 from magic_fast.planning.pause_gc import no_collection
-from magic_fast.planning.run import run_and_close
 from magic_fast.planning.sources import open_models, read_config
 from magic_fast.planning.steps import calibration_of
 from magic_fast.planning.vocabulary import align
@@ -79,8 +78,7 @@ def _plan(
         )
         if calibration is not None and merges_one_expert(plan.steps):
             plan.warnings.append(ONE_EXPERT)
-        if not is_whole(Path(target)):
-            check_disk(plan)
+        check_disk(plan)
     except BaseException:
         for model in models.values():
             model.close()

@@ -22,6 +22,7 @@ from magic_fast.errors import InputError
 from magic_fast.huggingface import models as hf_models
 from magic_fast.huggingface.data import batches_by_task
 from magic_fast.planning.options import RunOptions
+from magic_fast.planning.outputs import closing
 from magic_fast.planning.sources import open_named
 from magic_fast.planning.steps import input_of, read_tensor
 from magic_fast.reference.sensitivity import enlarged
@@ -80,14 +81,11 @@ def sensitive_layers_of_checkpoints(
     others = [merged] if merged is not None else list(experts or ())
     names = [str(m) for m in (base, *others)]
     models = open_named(names)
-    try:
+    with closing(models):
         work = _Checkpoints(models, names, average=merged is None)
         sampling = Sampling(samples, batch_size, max_length)
         batches = batches_by_task(data, work.model, work.folder, sampling)
         return work.run(probe, batches, device, progress)
-    finally:
-        for model in models.values():
-            model.close()
 
 
 class _Checkpoints:

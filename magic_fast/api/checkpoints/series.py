@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from magic_fast.api.checkpoints.merge import merge_checkpoints
+from magic_fast.config.document import read_text
 from magic_fast.config.series import Merge, read_series
 from magic_fast.engine import MergeReport
 from magic_fast.engine.execute.registry import refuse_executor
-from magic_fast.errors import ConfigError, InputError
+from magic_fast.errors import InputError
 from magic_fast.planning.outputs import check_out, is_whole
 
 
@@ -80,11 +81,4 @@ def read_file(config: str | Path, instead: Mapping[str, Any] | None = None) -> l
     if isinstance(config, str) and "\n" in config:
         return read_series(config, instead=instead)
     path = Path(config)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(
-            f"unreadable file for {path}: expected a YAML file, got: {reason}. Correct the path."
-        ) from None
-    return read_series(text, str(path), folder=path.absolute().parent, instead=instead)
+    return read_series(read_text(path), str(path), folder=path.absolute().parent, instead=instead)

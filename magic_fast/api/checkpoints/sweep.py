@@ -28,8 +28,6 @@ from magic_fast.planning.sources import open_models, read_config
 from magic_fast.planning.steps import calibration_of
 from magic_fast.planning.vocabulary import align
 
-INDEX = "sweep.json"
-
 
 @dataclass
 class SweepReport:

@@ -67,11 +67,7 @@ def task_masks(
         rows.append(("merged", state_dict_of(merged, "merged")))
     table = Named(rows)
     found: list[dict[str, Tensor]] = [{} for _ in models]
-    for name in table.names:
-        row = table.row(name)
-        if not row[0].is_floating_point():
-            continue
-        start = None if base is None else row.pop(0)
+    for name, start, row in table.floating(base is not None):
         taus = _row(start, row, name)
         delta = sum(taus[1:], taus[0]) if merged is None else taus.pop()
         for k, mask in enumerate(vote.task_masks(taus, delta, lambdas)):
@@ -181,11 +177,7 @@ def emr(base: Any, experts: Any) -> EmrModels:
     unified: dict[str, Tensor] = {}
     masks: list[dict[str, Tensor]] = [{} for _ in models]
     own, kept = [0.0] * len(models), [0.0] * len(models)
-    for name in table.names:
-        row = table.row(name)
-        if not row[0].is_floating_point():
-            continue
-        start = None if base is None else row.pop(0)
+    for name, start, row in table.floating(base is not None):
         taus = _row(start, row, name)
         decisions = reference.decide(None, taus, recipe)
         merged = reference.combine(None, taus, recipe, decisions, dtype=taus[0].dtype)

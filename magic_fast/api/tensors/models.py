@@ -136,6 +136,13 @@ class Named:
         """The tensor of that name in every model, in order."""
         return [tensors[name] for _, tensors in self._dicts]
 
+    def floating(self, has_base: bool) -> Iterator[tuple[str, Tensor | None, list[Tensor]]]:
+        """(name, the first model's tensor where that is a base, the others') of what is merged."""
+        for name in self.names:
+            row = self.row(name)
+            if row[0].is_floating_point():
+                yield name, row.pop(0) if has_base else None, row
+
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(model, name, tensor) of everything."""
         for what, tensors in self._dicts:

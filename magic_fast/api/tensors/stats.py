@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from magic_fast import ops
-from magic_fast.api.tensors.models import Named, models_of, state_dict_of
+from magic_fast.api.tensors.models import Named, labelled, models_of, state_dict_of
 from magic_fast.calibration import WeightCalibration
 from magic_fast.engine import quantiles_of
 from magic_fast.errors import InputError
@@ -143,21 +143,14 @@ def task_vector_stats(base: Any, experts: Any, merged: Any = None) -> Any:
     ((5.0, 5.0), 0.5)
     """
     models = models_of(experts, "experts")
-    labelled = [(f"experts[{k}]", e) for k, e in enumerate(models)]
-    if base is not None:
-        labelled.append(("base", state_dict_of(base, "base")))
+    rows = labelled(base, models)
     if merged is not None:
-        labelled.append(("merged", state_dict_of(merged, "merged")))
-    table = Named(labelled)
+        rows.append(("merged", state_dict_of(merged, "merged")))
+    table = Named(rows)
     found = {}
     roles = roles_in_memory(base, table.first)
-    for name in table.names:
-        row = table.row(name)
-        if not row[0].is_floating_point():
-            continue
-        own, rest = row[: len(models)], row[len(models) :]
-        start = rest.pop(0) if base is not None else None
-        end = rest[0] if rest else None
+    for name, start, own in table.floating(base is not None):
+        end = own.pop() if merged is not None else None
         found[name] = statistics_of(start, own, end, name, role=roles.get(name))
     return found[""] if table.bare else found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from magic_fast.errors import InputError, MagicFastError
-
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 def batches_of(data: Mapping[str, Any], task: str) -> Iterator[Any]:

@@ -84,7 +84,6 @@ class StreamedWeights:
     other models those that were asked for are held; then all of them go.
 
     Args:
-        model: its parameters on the meta device.
         read: (0 merged, 1 base, 2 … experts; name in the model; where to get a buffer) → the stored
             tensor.
         device: where it runs.
@@ -93,9 +92,7 @@ class StreamedWeights:
 
     streamed = True
 
-    def __init__(
-        self, model: nn.Module, read: Read, device: str = "cpu", *, resident: bool = False
-    ) -> None:
+    def __init__(self, read: Read, device: str = "cpu", *, resident: bool = False) -> None:
         self._read, self._device, self._resident = read, torch.device(device), resident
         self._held: dict[tuple[int, str], Tensor] = {}
         self._space = Workspace()

@@ -77,7 +77,7 @@ def _leaf(name: str, module: nn.Module, own: Mapping[str, Tensor]) -> Site:
     parts = tuple(Part(local, _full(name, local)) for local in own)
     kind, shape = type(module), next(iter(own.values())).shape
     if kind is nn.Linear or kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return Site(name, parts, _only_input, _linear, flat=True, known=True, width=shape[0])
+        return Site(name, parts, _only_input, _projection, flat=True, known=True, width=shape[0])
     if kind.__name__ == "Conv1D" and set(own) <= {"weight", "bias"} and len(shape) == 2:
         # transformers' linear layer with its weight [in, out]
         return Site(name, parts, _only_input, _conv1d, flat=True, known=True, width=shape[1])
@@ -104,10 +104,6 @@ def _only_input(call: Call) -> Tensor:
 
 def _all_inputs(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return wide(call.args), {k: wide(v) for k, v in call.kwargs.items()}
-
-
-def _linear(z: Tensor, parameters: Parameters) -> Tensor:
-    return F.linear(z, parameters["weight"], parameters.get("bias"))
 
 
 def _conv1d(z: Tensor, parameters: Parameters) -> Tensor:

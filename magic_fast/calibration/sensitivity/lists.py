@@ -59,6 +59,19 @@ def unknown_names(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
     return [name for name in chosen if name not in every]
 
 
+def refuse_unknown(
+    chosen: Iterable[str] | None, known: Iterable[str], kind: str, wanted: str, of: str
+) -> None:
+    """Refuses sensitive names that are not ``wanted`` of the model, whose names are ``of``."""
+    unknown = unknown_names(chosen or (), known)
+    if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise InputError(
+            f"sensitive {kind} {unknown[0]!r}: expected {wanted} of the model, got an unknown "
+            f"name{more}. Check the list against the model's {of}."
+        )
+
+
 def _prefixes(name: str) -> Iterator[str]:
     """The name and the modules it lies in, from the inside."""
     while name:

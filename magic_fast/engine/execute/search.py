@@ -1,4 +1,5 @@
-"""Thresholds of tensors that do not fit into memory: fed piece by piece, in one pass as a rule."""
+"""Thresholds of tensors that do not fit into memory, and coefficients of means of directions: fed
+piece by piece, in one pass as a rule."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from magic_fast import ops
-from magic_fast.engine.execute.gram import GramSearch
+from magic_fast.engine.plan.directions import directions_of
 from magic_fast.engine.plan.step import Step
 from magic_fast.engine.plan.units import SUM_BLOCK, Piece, Unit, group, piece_bytes, search_grain
+from magic_fast.ops.backend import Capable
+from magic_fast.ops.directions import RowWeights, weights_of
 from magic_fast.ops.job import Array, View
 from magic_fast.ops.search import cut_for
 
@@ -32,6 +35,44 @@ class Wanting(Protocol):
 
     def result(self) -> Any:
         """Once nothing more is wanted."""
+
+
+class GramSearch:
+    """The weights of a tensor that is one vector a model, fed piece by piece in order.
+
+    Args:
+        step: a mean of directions.
+        backend: one that offers ``gram``.
+    """
+
+    def __init__(self, step: Step, backend: Capable) -> None:
+        directions = directions_of(step)
+        assert directions is not None
+        self._step, self._directions = step, directions
+        member = directions.member and step.base is not None
+        self._split = member and step.calibration is not None
+        self._gram = backend.gram(len(step.experts) + member, 1)
+        self._left = step.numel
+
+    def sample(self, base: Array | None, experts: Sequence[Array]) -> None:
+        """Nothing is to be learnt from a part."""
+
+    def wants(self) -> list[tuple[int, int]]:
+        return [(0, self._step.numel)] if self._left else []
+
+    def feed(self, base: Array | None, experts: Sequence[Array], *, offset: int) -> None:
+        """The next piece; all but the last in whole blocks of 65536 elements."""
+        base, vectors = self._directions.vectors(base, experts)
+        count: int = vectors[0].numel
+        self._gram.feed(base, vectors, count, offset=offset)
+        self._left -= count
+        if self._left == 0 and self._gram.again():
+            self._left = self._step.numel
+
+    def result(self) -> RowWeights:
+        """Once nothing more is wanted."""
+        cols = self._step.numel
+        return weights_of(self._directions, self._gram.values, cols, split=self._split)
 
 
 class StreamedSearch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import xxhash
@@ -29,21 +29,17 @@ _Read = tuple[Input, memoryview, int]  # what, where to, from which of its bytes
 class BadRecord(Exception):
     """A piece that the journal calls done does not have its checksum; it must be done again."""
 
-    def __init__(self, record: Record) -> None:
-        super().__init__(record.name)
-        self.record = record
 
-
+@dataclass(eq=False)
 class Loaded:
     """One piece in memory: views of its inputs and its output."""
 
-    def __init__(self, piece: Piece) -> None:
-        self.piece = piece
-        self.inputs: list[tuple[Input, View, memoryview]] = []
-        self.out: View | None = None
-        self.out_bytes: Any = b""
-        self.cast: list[View | None] = []
-        self.record: Record | None = None  # already on disk, verified
+    piece: Piece
+    inputs: list[tuple[Input, View, memoryview]] = field(default_factory=list)
+    out: View | None = None
+    out_bytes: Any = b""
+    cast: list[View | None] = field(default_factory=list)
+    record: Record | None = None  # already on disk, verified
 
 
 def slab_shape(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -145,7 +141,7 @@ class Loader:
         assert self._output is not None
         self._output.read_into(piece.step.name, view, start)
         if xxhash.xxh3_64_hexdigest(view) != record.checksum:
-            raise BadRecord(record)
+            raise BadRecord(record.name)
         loaded.record, loaded.out_bytes = record, view
 
 
@@ -227,9 +223,7 @@ class Streamed:
     def _job(self, one: Loaded) -> tuple[Job, View | None]:
         """What is to be done, and the model merged elsewhere that is to be calibrated, if any."""
         step, piece = one.piece.step, one.piece
-        arrays = self._arrays(one)
-        merged = arrays.pop() if step.merged is not None else None
-        base = arrays.pop(0) if step.base is not None else None
+        base, arrays, merged = step.split(self._arrays(one))
         calibration = step.calibration
         if calibration is not None and not piece.whole:
             _, axes = slab_shape(piece)

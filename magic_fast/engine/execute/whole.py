@@ -77,7 +77,7 @@ class Worker:
                 data = bytearray(i.nbytes)
                 self._plan.models[i.model].read_into(i.info.name, data, 0, i.nbytes)
                 buffers.append(data)
-            base, experts, _ = self._split(step, self._tensors(step, buffers))
+            base, experts, _ = step.split(self._tensors(step, buffers))
             yield base, experts
 
     def __call__(self, unit: Unit) -> None:
@@ -100,7 +100,7 @@ class Worker:
     def job(self, step: Step, tensors: Sequence[Tensor], out: Tensor) -> tuple[Job, Tensor | None]:
         """What is to be done with the inputs of a step, and the model merged elsewhere that is to
         be calibrated, if any."""
-        base, experts, merged = self._split(step, tensors)
+        base, experts, merged = step.split(tensors)
         return Job(
             base,
             experts,
@@ -136,16 +136,6 @@ class Worker:
             tensor_of(i, b, step.cast, self._device)
             for i, b in zip(step.inputs, buffers, strict=True)
         ]
-
-    @staticmethod
-    def _split(
-        step: Step, tensors: Sequence[Tensor]
-    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-        """Base, experts, and a model merged elsewhere."""
-        rows = list(tensors)
-        merged = rows.pop() if step.merged is not None else None
-        base = rows.pop(0) if step.base is not None else None
-        return base, rows, merged
 
     def _function(self, step: Step, job: Job) -> Stats:
         def run(job: Job) -> Tensor:

@@ -15,7 +15,7 @@ from magic_fast.engine.execute.streamed import Loaded
 from magic_fast.engine.output.finite import nonfinite
 from magic_fast.engine.output.journal import Journal, Record
 from magic_fast.engine.plan.units import Piece, Unit
-from magic_fast.ops.job import Stats, count_repaired
+from magic_fast.ops.job import Stats, count_repaired, magnitudes_of
 
 
 class Writer:
@@ -102,10 +102,8 @@ def magnitudes(records: Sequence[Record]) -> tuple[float | None, float | None]:
     parts = [r.norms2 for r in records if r.norms2]
     if not parts:
         return None, None
-    total = [math.fsum(column) for column in zip(*parts, strict=True)]
-    *own, before, after = total
-    mean = sum(math.sqrt(x) for x in own) / len(own)
-    if not mean > 0:
+    before, after = magnitudes_of([math.fsum(column) for column in zip(*parts, strict=True)])
+    if before is None or after is None:
         return None, None
     # six digits: in what pieces the sums were taken must not show
-    return float(f"{math.sqrt(before) / mean:.6g}"), float(f"{math.sqrt(after) / mean:.6g}")
+    return float(f"{before:.6g}"), float(f"{after:.6g}")

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from magic_fast import ops
 from magic_fast.checkpoint import ShardFiles
-from magic_fast.engine.execute.streamed import (
-    BadRecord,
-    Loaded,
-    Loader,
-    refuse_unequal,
-)
+from magic_fast.engine.execute.streamed import BadRecord, Loaded, Loader, refuse_unequal
 from magic_fast.engine.execute.whole import DTYPES, Worker
 from magic_fast.engine.execute.writer import Writer
 from magic_fast.engine.gpu.arena import Area, Arena, arena_of
@@ -61,7 +56,7 @@ class StagedLoader(Loader):
             record = self._journal.records.get((piece.step.name, piece.start, piece.stop))
             if record is not None:
                 if self._checksum(piece) != record.checksum:
-                    raise BadRecord(record)
+                    raise BadRecord(record.name)
                 loaded.record = record
             pieces.append(loaded)
         todo = [one.piece for one in pieces if one.record is None]
@@ -130,7 +125,7 @@ class StagedWorker(Worker):
             arena = arena_of([Piece(step, 0, step.numel)])
             memory, mark = self._loader.upload(arena, 0)
             self._lanes[0].wait(mark)
-            base, experts, _ = self._split(step, self._inputs_in(memory, arena.inputs[0], step))
+            base, experts, _ = step.split(self._inputs_in(memory, arena.inputs[0], step))
             yield base, experts
 
     def __call__(self, unit: Unit) -> None:

@@ -76,16 +76,8 @@ class Identity:
         """From what ``as_dict`` gave, by way of JSON."""
         if not isinstance(value["settings"], dict):
             raise TypeError("settings")
-        return cls(
-            str(value["recipe"]),
-            value["settings"],
-            str(value["steps"]),
-            str(value["layout"]),
-            tuple(InputFile.from_dict(f) for f in value["inputs"]),
-            str(value["backend"]),
-            str(value["device"]),
-            str(value["version"]),
-        )
+        own = {f.name: value[f.name] for f in fields(cls)}
+        return cls(**own | {"inputs": tuple(InputFile.from_dict(f) for f in value["inputs"])})
 
     def timeless(self) -> Identity:
         """The same without the inputs' times: no file of an output has a time in it."""

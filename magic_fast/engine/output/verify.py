@@ -3,7 +3,6 @@ values."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,11 +11,11 @@ from typing import Any
 import xxhash
 
 from magic_fast.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, open_checkpoint
+from magic_fast.checkpoint.strict_json import json_file
 from magic_fast.engine.output.finite import nonfinite
 from magic_fast.engine.output.identity import label_of
 from magic_fast.engine.output.record import RECORD_NAME
 from magic_fast.engine.output.report import Progress
-from magic_fast.errors import CheckpointError
 from magic_fast.models.fits import misfits
 
 _BLOCK_BYTES = 8 << 20
@@ -61,22 +60,11 @@ def read_record(folder: str | None) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged.
     """
-    path = None if folder is None else os.path.join(folder, RECORD_NAME)
-    if path is None or not os.path.isfile(path):
+    if folder is None:
         return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"record of the merge for {path}: expected JSON, got {error}. Merge again."
-        ) from None
-    if not isinstance(record, dict):
-        raise CheckpointError(
-            f"record of the merge for {path}: expected a JSON object, got "
-            f"{type(record).__name__}. Merge again."
-        )
-    return record
+    return json_file(
+        os.path.join(folder, RECORD_NAME), "Corrupt record of the merge", "Merge again"
+    )
 
 
 def verify_checkpoint(

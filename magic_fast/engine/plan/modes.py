@@ -63,8 +63,9 @@ def modes(
 ) -> dict[str, Way]:
     """Step name → how it runs. ``searches``: a tensor may be read once more than it is merged, for
     its inner products."""
-    known = _Known()
-    ways = {s.name: way_of(s, slot_bytes, device, backend, known) for s in steps}
+    usable = streaming(backend, device) if device == "cpu" else ([], f"it runs on {device}")
+    known = _Known(*usable)
+    ways = {s.name: _way_of(s, slot_bytes, known) for s in steps}
     for s in steps if not searches else ():
         if ways[s.name].mode is Mode.STREAM and needs_whole(s) and not fits(s, slot_bytes):
             ways[s.name] = Way(Mode.HOLD, _OF_ALL, ways[s.name].backend)
@@ -83,17 +84,19 @@ class _Known:
     """What holds for many steps of one plan.
 
     Attributes:
-        able: backends that stream there, and the reason there are none.
+        able: backends that stream there.
+        none: the reason there are none.
         kinds: what decides whether they take a step → the first that does, or the reason.
     """
 
-    able: tuple[list[Backend], str | None] | None = None
+    able: list[Backend]
+    none: str | None
     kinds: dict[object, tuple[Backend | None, str]] = field(default_factory=dict)
 
 
-def way_of(step: Step, slot_bytes: int, device: str, backend: str | None, known: _Known) -> Way:
+def _way_of(step: Step, slot_bytes: int, known: _Known) -> Way:
     """How one step runs, looked at alone."""
-    by, reason = _taken_by(step, device, backend, known)
+    by, reason = _taken_by(step, known)
     if by is None:
         return Way(Mode.TORCH, reason)
     why = "" if step.copy or fits(step, slot_bytes) else _why_whole(step, slot_bytes, by)
@@ -114,17 +117,11 @@ def _why_whole(step: Step, slot_bytes: int, backend: Backend) -> str:
     return ""
 
 
-def _taken_by(
-    step: Step, device: str, backend: str | None, known: _Known
-) -> tuple[Backend | None, str]:
+def _taken_by(step: Step, known: _Known) -> tuple[Backend | None, str]:
     """The first backend that takes the arrays of a step as they are; or None, and the reason."""
-    if device != "cpu":
-        return None, f"it runs on {device}"
-    if known.able is None:
-        known.able = streaming(backend, device)
-    able, reason = known.able
-    if reason is not None:
-        return None, reason
+    able = known.able
+    if known.none is not None:
+        return None, known.none
     dtypes = [i.info.dtype for i in step.inputs]
     if step.exact or (step.copy and dtypes[0] not in FLOATS):
         return able[0], ""
@@ -173,10 +170,8 @@ def _unsupported(step: Step, backend: Backend) -> str | None:
         return f"backend {backend.name} looks for thresholds in single tensors"
     if step.merged is not None and not offers(backend, "calibrate"):
         return f"backend {backend.name} does not calibrate what is merged elsewhere"
-    views = [View(0, step.cast or i.info.dtype, step.shape) for i in step.inputs]
-    if step.merged is not None:
-        views.pop()  # checked with the others by dtype
-    base = views.pop(0) if step.base is not None else None
+    every = [View(0, step.cast or i.info.dtype, step.shape) for i in step.inputs]
+    base, views, _ = step.split(every)  # what is merged is checked with the others by dtype
     job = Job(
         base,
         views,

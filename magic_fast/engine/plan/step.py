@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from magic_fast.checkpoint import TensorInfo, TensorSpec
 from magic_fast.errors import InputError
 from magic_fast.recipe import Recipe, RowCalibration
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+_T = TypeVar("_T")
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MERGED = frozenset(FLOATS + _INTEGERS)
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -81,6 +82,13 @@ class Step:
         last = () if self.merged is None else (self.merged,)
         object.__setattr__(self, "inputs", (*first, *self.experts, *last))
         object.__setattr__(self, "numel", prod(self.shape))
+
+    def split(self, values: Sequence[_T]) -> tuple[_T | None, list[_T], _T | None]:
+        """(Base, experts, a model merged elsewhere) of what ``inputs`` have in their order."""
+        rows = list(values)
+        merged = rows.pop() if self.merged is not None else None
+        base = rows.pop(0) if self.base is not None else None
+        return base, rows, merged
 
     @property
     def spec(self) -> TensorSpec:

@@ -17,10 +17,11 @@ from magic_fast.ops.cuda import rows as cuda_rows
 from magic_fast.ops.cuda.calls import emulated, extension
 from magic_fast.ops.cuda.rows import Call
 from magic_fast.ops.cuda.scans import CudaScans
-from magic_fast.ops.cuda.small import groups_of
+from magic_fast.ops.cuda.small import Group as CudaGroup
 from magic_fast.ops.gpu.backend import GpuBackend
 from magic_fast.ops.gpu.jobs import Device, multiprocessors
 from magic_fast.ops.gpu.results import Pending
+from magic_fast.ops.gpu.small import Group
 from magic_fast.ops.job import Array
 from magic_fast.recipe import Granularity, RowCalibration
 from magic_fast.reference.calibration import RowStats
@@ -67,13 +68,8 @@ class CudaBackend(GpuBackend):
         else:
             pending.rows = cuda_rows.calibrated(call)
 
-    def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
-        pending = {}
-        for group in groups_of(devices):
-            group.launch()
-            for i, d in enumerate(group.devices):
-                pending[id(d)] = Pending(group.report[i], group.kept[i])
-        return pending
+    def groups_of(self, devices: Sequence[Device]) -> list[Group]:
+        return CudaGroup.of(devices)
 
     def scale_one(self, d: Device, merged: Array, factors: Tensor) -> None:
         cuda_rows.scaled(Call(d, Pending.empty(d), merged, d.job.out), factors)

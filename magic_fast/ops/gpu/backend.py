@@ -17,6 +17,7 @@ from magic_fast.ops.gpu.numbers import MERGED_RULE
 from magic_fast.ops.gpu.results import Pending, collect, selection_of
 from magic_fast.ops.gpu.rows import no_rows
 from magic_fast.ops.gpu.select import Scans, prepare, workspace_bytes
+from magic_fast.ops.gpu.small import Group
 from magic_fast.ops.job import Array, Job, Stats, View
 from magic_fast.ops.limits import default_rows, unsupported
 from magic_fast.ops.order import SMALL_ELEMENTS
@@ -69,7 +70,10 @@ class GpuBackend(ABC):
         """Everything onto the current stream."""
         with on_device_of(devices[0].job):
             many = [d for d in devices if small(d)]
-            found = self.launch_small(many) if len(many) > 1 else {}
+            found: dict[int, Pending] = {}
+            for group in self.groups_of(many) if len(many) > 1 else ():
+                group.launch()
+                found |= group.pending()
             return [found.get(id(d)) or self.launch_one(d) for d in devices]
 
     def launch_one(self, d: Device, merged: Array | None = None) -> Pending:
@@ -141,8 +145,8 @@ class GpuBackend(ABC):
         """out = base + factors[row]·(merged − base), whatever the factor."""
 
     @abstractmethod
-    def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
-        """Small jobs by the ``id`` of their device, one launch for those of one kind."""
+    def groups_of(self, devices: Sequence[Device]) -> list[Group]:
+        """Small jobs, one launch for those of one kind."""
 
     @abstractmethod
     def sums_of(self, d: Device, merged: Array, rows: int, cols: int) -> RowStats:

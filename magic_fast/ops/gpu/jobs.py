@@ -12,8 +12,9 @@ from torch import Tensor
 
 from magic_fast.ops.gpu.numbers import Numbers, Target, numbers_of
 from magic_fast.ops.job import Job, View
+from magic_fast.ops.limits import unfit_arrays
 from magic_fast.recipe import Selection
-from magic_fast.recipe.codes import DTYPES, Floats, Integers, place_of
+from magic_fast.recipe.codes import Floats, Integers, place_of
 
 SAMPLE = 32768  # magnitudes per expert at most, for the bracket of a threshold
 RUN = 16  # of them side by side
@@ -170,15 +171,6 @@ def everything(job: Job) -> Selection:
 
 def unfit(job: Job) -> str | None:
     """The reason the kernels of a GPU cannot take the arrays of a job, or None."""
-    arrays = [a for a in (job.base, job.out, *job.experts) if a is not None]
-    if any(isinstance(a, View) for a in arrays):
+    if any(isinstance(a, View) for a in (job.base, job.out, *job.experts)):
         return "it takes torch tensors only"
-    for a in arrays:
-        if DTYPES[a.dtype] is None:
-            return f"it takes float32, float16 and bfloat16, not {a.dtype}"
-        if not a.is_contiguous():
-            return "it takes contiguous tensors only"
-    for masks in (job.masks, job.task_masks):
-        if masks is not None and not all(m is None or m.is_contiguous() for m in masks):
-            return "it takes contiguous masks only"
-    return "it does not keep masks and votes" if job.details else None
+    return unfit_arrays(job)

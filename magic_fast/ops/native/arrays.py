@@ -38,10 +38,6 @@ def pointers_of(arrays: Sequence[Array]) -> tuple[tuple[int, ...], tuple[int | N
     return tuple([a.data_ptr() for a in arrays]), codes
 
 
-def is_contiguous(array: Array) -> bool:
-    return isinstance(array, View) or array.is_contiguous()
-
-
 def doubles(like: Array, *shape: int) -> tuple[Any, int]:
     """A float64 array of ``shape`` and its address: a torch tensor for torch callers, else a
     memoryview."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from magic_fast.errors import BackendError, InputError
 from magic_fast.ops.job import Array, Job, Stats
-from magic_fast.ops.limits import default_rows, unsupported
+from magic_fast.ops.limits import default_rows, is_contiguous, unfit_arrays, unsupported
 from magic_fast.ops.native import directions as native_directions
-from magic_fast.ops.native.arrays import code_of, doubles, is_contiguous, numel_of
+from magic_fast.ops.native.arrays import code_of, doubles, numel_of
 from magic_fast.ops.native.jobs import Call
 from magic_fast.ops.native.phases import Phases, of_nothing, thresholds_only
 from magic_fast.ops.native.plan import missing
@@ -70,18 +70,8 @@ class NativeBackend:
         )
 
     def supports(self, job: Job) -> str | None:
-        for a in (job.base, job.out, *job.experts):
-            if a is None:
-                continue
-            if code_of(a) is None:
-                return f"it takes float32, float16 and bfloat16, not {a.dtype}"
-            if not is_contiguous(a):
-                return "it takes contiguous tensors only"
-        for masks in (job.masks, job.task_masks):
-            if masks is not None and not all(m is None or is_contiguous(m) for m in masks):
-                return "it takes contiguous masks only"
-        if job.details:
-            return "it does not keep masks and votes"
+        if reason := unfit_arrays(job):
+            return reason
         if len(job.experts) > _MOST_EXPERTS:
             return f"it takes up to {_MOST_EXPERTS} experts, not {len(job.experts)}"
         if job.recipe.weigh is Weigh.SCORE and len(job.experts) > _MOST_COMPETING:

@@ -8,7 +8,7 @@ import struct
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from magic_fast.ops.job import Job
 from magic_fast.ops.native.arrays import numel_of
@@ -109,6 +109,18 @@ def _float_of(ordered: int) -> float:
     return found
 
 
+class _Piece(NamedTuple):
+    """Data of a pass, as the native core takes it, and what was known before the pass."""
+
+    fields: _native.JobFields
+    offset: int
+    numel: int
+    selection: Selection
+
+
+_Known = Callable[[], Selection]  # what a pass found, once all the data was fed
+
+
 class Phases:
     """The passes of one recipe, in order; each is fed all of the data, in any order and cut, whole
     blocks of 65536 elements but for the last of a tensor (by variance: a whole tensor at once).
@@ -135,9 +147,8 @@ class Phases:
     def feed(self, job: Job, selection: Selection) -> Selection:
         """One piece. Returns what is known then."""
         job = replace(job, selection=selection, calibration=None)
-        piece = Call().job(job, total=self._total)
-        numel = numel_of(job.experts[0])
-        found = getattr(self, "_" + self._left[0])(job, piece, numel, selection)
+        fields, numel = Call().job(job, total=self._total), numel_of(job.experts[0])
+        found = getattr(self, "_" + self._left[0])(_Piece(fields, job.offset, numel, selection))
         self._fed += numel
         if self._fed < self._total:
             return selection
@@ -148,50 +159,42 @@ class Phases:
         return known
 
     # Each takes a piece in and returns what to call after the last.
-    def _variance(
-        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
-    ) -> Callable[[], Selection]:
+    def _variance(self, one: _Piece) -> _Known:
         k = self._recipe.num_experts
         threshold, cut = _native.select_variance(
-            piece, self._recipe.trim.density[0], *self._options
+            one.fields, self._recipe.trim.density[0], *self._options
         )
-        return lambda: replace(selection, threshold=(threshold,) * k, tie_cut=(cut,) * k)
+        return lambda: replace(one.selection, threshold=(threshold,) * k, tie_cut=(cut,) * k)
 
-    def _factors(
-        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
-    ) -> Callable[[], Selection]:
-        before, after, squares = (self._room(numel) for _ in range(3))
+    def _factors(self, one: _Piece) -> _Known:
+        before, after, squares = (self._room(one.numel) for _ in range(3))
         aligns = self._recipe.align is not Align.NONE
         _native.norm_sums(
-            piece,
+            one.fields,
             before.buffer_info()[0],
             after.buffer_info()[0],
             squares.buffer_info()[0] if aligns else 0,
             *self._options,
         )
-        self._sums.append((job.offset, (before, after, squares)))
-        return lambda: replace(selection, factor=self._all_factors(selection))
+        self._sums.append((one.offset, (before, after, squares)))
+        return lambda: replace(one.selection, factor=self._all_factors(one.selection))
 
-    def _weights(
-        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
-    ) -> Callable[[], Selection]:
-        squares = self._room(numel)
-        _native.energies(piece, squares.buffer_info()[0], *self._options)
-        self._sums.append((job.offset, (squares,)))
+    def _weights(self, one: _Piece) -> _Known:
+        squares = self._room(one.numel)
+        _native.energies(one.fields, squares.buffer_info()[0], *self._options)
+        self._sums.append((one.offset, (squares,)))
 
         def weights() -> Selection:
             means = [x / self._total for x in self._added(0)]
             found = shares.energy_weights(means, self._recipe.least)
-            return replace(selection, weights=tuple(shares.single(w) for w in found))
+            return replace(one.selection, weights=tuple(shares.single(w) for w in found))
 
         return weights
 
-    def _alone(
-        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
-    ) -> Callable[[], Selection]:
+    def _alone(self, one: _Piece) -> _Known:
         k = self._recipe.num_experts
         alone, shared = array("q", bytes(8 * k)), array("q", bytes(8 * k))
-        _native.holders(piece, alone.buffer_info()[0], shared.buffer_info()[0], *self._options)
+        _native.holders(one.fields, alone.buffer_info()[0], shared.buffer_info()[0], *self._options)
         here = [*alone, *shared]
         self._counts = [x + y for x, y in zip(self._counts or [0] * 2 * k, here, strict=True)]
 
@@ -200,50 +203,37 @@ class Phases:
             assert rule is not None
             pairs = zip(self._counts[:k], self._counts[k:], strict=True)
             found = tuple(shares.single(shares.alone_factor(rule, a, s)) for a, s in pairs)
-            return replace(selection, alone=found)
+            return replace(one.selection, alone=found)
 
         return factors
 
-    def _scores(
-        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
-    ) -> Callable[[], Selection]:
+    def _scores(self, one: _Piece) -> _Known:
         if self._scores_found is None:
             self._scores_found = ScoreCounts(self._recipe, self._total)
         counts = self._scores_found
-        counts.feed(piece, *self._options)
-
-        def upper() -> Selection:
-            counts.end()
-            return selection
-
-        return upper
-
-    def _scores_rest(
-        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
-    ) -> Callable[[], Selection]:
-        counts = self._scores_found
-        assert counts is not None
-        counts.feed(piece, *self._options)
+        counts.feed(one.fields, *self._options)
 
         def bounds() -> Selection:
             cut, top = counts.end()
+            if not cut:  # the upper halves of the bits are known
+                return one.selection
             k = self._recipe.num_experts  # nothing drops out, so nothing is cut among equals
             return replace(
-                selection, tie_cut=(self._total,) * k, top_tie_cut=(0,) * k,
+                one.selection, tie_cut=(self._total,) * k, top_tie_cut=(0,) * k,
                 score_cut=cut, score_top=top,
             )  # fmt: skip
 
         return bounds
 
-    def _majority(
-        self, job: Job, piece: _native.JobFields, numel: int, selection: Selection
-    ) -> Callable[[], Selection]:
-        votes = _native.vote_sum(piece, *self._options)
+    _scores_rest = _scores  # the same again, for the lower halves
+
+    def _majority(self, one: _Piece) -> _Known:
+        votes = _native.vote_sum(one.fields, *self._options)
         self._counts = [sum(self._counts) + votes]
 
         def majority() -> Selection:
             (sum_,) = self._counts
-            return replace(selection, majority=(sum_ > 0) - (sum_ < 0))
+            return replace(one.selection, majority=(sum_ > 0) - (sum_ < 0))
 
         return majority
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from typing import Any
+
+from magic_fast.ops.job import magnitudes_of
 
 
 class RowResults:
@@ -31,12 +32,6 @@ class RowResults:
 
     def extra(self) -> dict[str, Any]:
         """``Stats.extra``."""
-        *own, before, after = self.norms2
-        mean = sum(math.sqrt(x) for x in own) / len(own)
-        known = mean > 0
-        return {
-            "repaired": self.repaired,
-            "norms2": self.norms2,
-            "magnitude_before": math.sqrt(before) / mean if known else None,
-            "magnitude_after": math.sqrt(after) / mean if known else None,
-        }
+        before, after = magnitudes_of(self.norms2)
+        found = {"repaired": self.repaired, "norms2": self.norms2}
+        return {**found, "magnitude_before": before, "magnitude_after": after}

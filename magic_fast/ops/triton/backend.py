@@ -20,6 +20,7 @@ from magic_fast.ops.gpu.backend import GpuBackend
 from magic_fast.ops.gpu.jobs import Device
 from magic_fast.ops.gpu.results import Pending
 from magic_fast.ops.gpu.select import Scans
+from magic_fast.ops.gpu.small import Group
 from magic_fast.ops.job import Array
 from magic_fast.reference.calibration import RowStats
 
@@ -29,7 +30,7 @@ try:
     from magic_fast.kernels import launch
     from magic_fast.ops.triton import rows as triton_rows
     from magic_fast.ops.triton import scans as triton_scans
-    from magic_fast.ops.triton.small import groups_of
+    from magic_fast.ops.triton import small as triton_small
 except ImportError as error:  # remembered: the backend tells it
     missing: str | None = str(error)
 else:
@@ -80,14 +81,8 @@ class TritonBackend(GpuBackend):
             assert counts is not None
             pending.kept = counts.sum(0, dtype=torch.int64)
 
-    def launch_small(self, devices: Sequence[Device]) -> dict[int, Pending]:
-        pending = {}
-        for group in groups_of(devices):
-            group.launch()
-            kept = group.kept() if any(group.devices[0].numbers.kinds) else group.report
-            for i, d in enumerate(group.devices):
-                pending[id(d)] = Pending(group.report[i], kept[i][: group.k])
-        return pending
+    def groups_of(self, devices: Sequence[Device]) -> list[Group]:
+        return triton_small.Group.of(devices)
 
     def scale_one(self, d: Device, merged: Array, factors: Tensor) -> None:
         assert d.job.out is not None
