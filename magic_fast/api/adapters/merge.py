@@ -14,14 +14,27 @@ from torch import Tensor
 from magic_fast.adapters import Adapter, open_adapter
 from magic_fast.adapters.merged import merged_config, merged_header
 from magic_fast.adapters.opening import CONFIG_NAME, DIFFUSERS_NAME, KOHYA_BASE_KEY, WEIGHTS_NAME
+from magic_fast.api.adapters.formed import (
+    flat_modules,
+    is_formed,
+    merge_formed,
+    refuse_other_sizes,
+)
 from magic_fast.api.adapters.inputs import Asked, base_copies, coefficients_of, refuse_unlike
 from magic_fast.api.adapters.modules import merge_module, refuse_calibration_of_vectors
 from magic_fast.api.options import Calibrate, MergeOptions, Weights
 from magic_fast.api.results import AdapterReport
 from magic_fast.api.tensors.resolve import Call, numbers_of, resolve
-from magic_fast.checkpoint import FORMAT_METADATA, OutputFolder, TensorSpec, plan_shards
+from magic_fast.checkpoint import (
+    FORMAT_METADATA,
+    OutputFolder,
+    TensorSpec,
+    open_checkpoint,
+    plan_shards,
+)
 from magic_fast.engine import Progress
 from magic_fast.engine.execute.whole import DTYPES, as_bytes
+from magic_fast.engine.sources.adapted import AdaptedCheckpoint
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
 from magic_fast.planning.outputs import check_out
@@ -42,6 +55,7 @@ def merge_adapters(
     rank: int | None = None,
     on: str = "weights",
     dtype: str | None = None,
+    base: str | Path | None = None,
     base_model: str | None = None,
     preset: str | None = None,
     backend: str | None = None,
@@ -56,7 +70,8 @@ def merge_adapters(
     ``task_arithmetic``) are exact: the factors are stacked to rank Σ r_k, or brought to the nearest
     of ``rank`` by QR and the SVD of a small core; ξ of WSC comes from products of the factors and
     scales rows of B. No τ_k is formed. Every other method sees the τ_k of one module at a time, and
-    its result is brought to ``rank``. IA3 multiplies activations by vectors l: methods see l − 1.
+    its result is brought to ``rank``, and so are changes of other forms: DoRA, LoHa, LoKr and
+    differences of matrices (vectors stay differences). IA3 multiplies activations by vectors l: methods see l − 1.
 
     Args:
         adapters: K folders of PEFT or files of kohya or diffusers, all of one kind and naming.
@@ -74,6 +89,8 @@ def merge_adapters(
             come in.
         dtype: of the result, ``float32``, ``float16`` or ``bfloat16``; None: what those of the
             factors promote to.
+        base: the model that all were trained on, a checkpoint: DoRA's change is of its weights, and
+            it says what is a convolution in the files of LoHa and LoKr.
         base_model: what all were trained on, where PEFT's configurations or kohya's headers differ
             in its spelling.
         preset, backend, seed: as of :func:`merge`. IA3 under preset ``peft``: Σ w·l.
@@ -86,7 +103,7 @@ def merge_adapters(
 
     Raises:
         CheckpointError: no adapter, of another kind than the first, or of a form that is not s·B·A
-            or l (DoRA, LoHa, …); tensors that were trained whole.
+            or another that adds up (OFT, VeRA, …); tensors that were trained whole.
         InputError: other base models or shapes; parameters that do not fit.
         NonFiniteError: NaN or infinity in an adapter, or an overflow of ``dtype``.
         OutputError: ``out`` is in the way, or cannot be written.
@@ -116,13 +133,15 @@ def merge_adapters(
     if backend is not None:
         refuse_backend(backend, "cpu")
     opened: list[Adapter] = []
+    model = None
     try:
         for path in paths:
             opened.append(open_adapter(path))
-        base = refuse_unlike(opened, base_model)
+        named = refuse_unlike(opened, base_model)
         target = _check_out(out, opened[0])
         _refuse_misuse(opened, call, rank, on)
         copies = base_copies(opened)
+        model = None if base is None else open_checkpoint(base)
         options = {
             "method": method, "scale": scale, "preset": preset, "backend": backend, "seed": seed,
             **method_params,
@@ -139,12 +158,15 @@ def merge_adapters(
             rank,
             on,
             None if dtype is None else OUT_DTYPES[dtype],
+            None if model is None else [AdaptedCheckpoint(model, a) for a in opened],
         )
         report = AdapterReport(target, opened[0].kind, opened[0].style, method)
         tensors = _run(asked, report, progress) | copies
-        _write(target, opened, report, tensors, base)
+        _write(target, opened, report, tensors, named)
         return report
     finally:
+        if model is not None:
+            model.close()
         for adapter in opened:
             adapter.close()
 
@@ -186,6 +208,12 @@ def _refuse_misuse(opened: Sequence[Adapter], call: Call, rank: int | None, on: 
             "on='factors': expected preset 'peft', whose rule it is, got "
             f"{call.preset!r}. Pass preset='peft', or leave out on."
         )
+    formed = [m for a in opened for m in a.modules.values() if m.form is not None]
+    if on == "factors" and formed and formed[0].form is not None:
+        raise InputError(
+            f"on='factors' for '{formed[0].name}': expected A and B only, got "
+            f"{formed[0].form.words}. Leave out on, and pass a rank."
+        )
     if on == "factors" and (rank is not None or call.calibration is not None):
         raise InputError(
             "rank and calibrate with on='factors': expected neither, got one. They are about the "
@@ -212,12 +240,23 @@ def _run(
     found: dict[str, Tensor] = {}
     done = 0
     for name in names:
-        tensors, module = merge_module(asked, name)
+        own = {k: a.modules[name] for k, a in enumerate(asked.adapters) if name in a.modules}
+        if is_formed(own):
+            refuse_other_sizes(asked, name, own)
+            tensors, module = merge_formed(asked, name, own)
+        else:
+            tensors, module = merge_module(asked, name)
         found |= tensors
         report.modules.append(module)
         done += sizes[name]
         if progress is not None:
             progress(Progress(done, sum(sizes.values()), name))
+    flat = flat_modules(asked)
+    if flat:
+        report.warnings.append(
+            f"{len(flat)} modules are written as matrices, first {flat[0]}: their files do not say "
+            "whether they are convolutions; pass base where they are"
+        )
     some = [m.name for m in report.modules if len(m.adapters) < len(asked.adapters)]
     if some:
         report.warnings.append(
@@ -235,7 +274,8 @@ def _write(
     base_model: str | None,
 ) -> None:
     """The files, which appear once, whole."""
-    ranks = {m.name: m.rank for m in report.modules} if report.kind == "lora" else {}
+    lora = report.kind == "lora"
+    ranks = {m.name: m.rank for m in report.modules if m.rank} if lora else {}
     for name, rank in ranks.items():  # the scaling is in the factors: α = r
         key = f"{name}.alpha"
         if any(key in a.checkpoint.tensors for a in opened):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -20,6 +20,7 @@ from magic_fast.checkpoint.tokenizer import TOKENIZER_NAME
 from magic_fast.engine.output.recheck import refuse_changed_files
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.engine.plan.units import element_size
+from magic_fast.engine.sources.adapted_forms import formed_change, formed_values
 from magic_fast.engine.sources.adapted_rows import Change, RowMaker, right_factor
 from magic_fast.engine.sources.tied import TiedCheckpoint
 from magic_fast.errors import CheckpointError
@@ -69,14 +70,15 @@ class AdaptedCheckpoint(Checkpoint):
             self._stored[name] = replace(adapter.checkpoint.tensors[key], name=name)
         self._changes: dict[str, Change] = {}
         for module in adapter.modules.values():
-            name = places.of(f"{module.name}.weight")
+            name = places.of_module(module)
             if name in self._changes:
                 raise CheckpointError(
                     f"modules '{self._changes[name].module.name}' and '{module.name}' in "
                     f"{adapter.path}: expected one for each tensor of {own.path}, got both for "
                     f"'{name}'. Merge the adapter into its model first (PEFT's merge_and_unload)."
                 )
-            change = _change_of(module, self._stored[name], own, adapter)
+            made = _change_of if module.form is None else formed_change
+            change = made(module, self._stored[name], own, adapter)
             self._changes[name] = change
             self._dtypes[name] = own.stored_dtype(name)
             wide = "F64" if change.stored.dtype == "F64" else "F32"
@@ -84,6 +86,7 @@ class AdaptedCheckpoint(Checkpoint):
             self._stored[name] = replace(change.stored, dtype=wide, nbytes=nbytes)
         self.tensors = MappingProxyType(self._stored)
         self.resized = self._resized()
+        self.changed: Mapping[str, Change] = self._changes  #: tensor → how it changes
         self.overhead += max((c.memory for c in self._changes.values()), default=0)
         self._kept: tuple[Any, Any] = (None, None)
 
@@ -135,6 +138,11 @@ class AdaptedCheckpoint(Checkpoint):
     def _read_changed(self, change: Change, info: TensorInfo, view: memoryview, start: int) -> None:
         """Bytes of a changed tensor, in blocks of whole rows, straight into the view where a block
         is within it."""
+        if change.module.form is not None:
+            if self._kept[0] is not change:
+                self._kept = (change, formed_values(change, info.dtype, self))
+            view[:] = memoryview(self._kept[1]).cast("B")[start : start + len(view)]
+            return
         row_bytes = change.cols * element_size(info.dtype)
         first = start // row_bytes
         last = min(change.rows, -(-(start + len(view)) // row_bytes))
@@ -158,11 +166,9 @@ class AdaptedCheckpoint(Checkpoint):
         return kept[1]
 
     def read_base(self, change: Change, start: int, data: memoryview) -> None:
-        """Bytes of a tensor without the adapter."""
         self._read_plain(change.stored.name, data, start, len(data))
 
     def read_factor(self, info: TensorInfo, start: int, data: memoryview) -> None:
-        """Bytes of a factor."""
         self._adapter.checkpoint.read_into(info.name, data, start, len(data))
 
     def close(self) -> None:
@@ -203,7 +209,8 @@ class _Places:
     def __init__(self, own: Checkpoint, adapter: Adapter) -> None:
         self.own = own
         self._adapter = adapter
-        names = [*adapter.whole, *(f"{module}.weight" for module in adapter.modules)]
+        names = [*adapter.whole, *(f"{m.name}.weight" for m in adapter.modules.values())]
+        names += [f"{m.name}.{m.leaf}" for m in adapter.modules.values() if m.leaf != "weight"]
         self._canonical = {role.canonical: name for name, role in own.roles.items()}
         asked = roles_of(own.config, {name: ((1, 1), "F32") for name in names})
         self._asked = {name: role.canonical for name, role in asked.items()}
@@ -228,6 +235,13 @@ class _Places:
             f"{what} in {self._adapter.path}: expected its weight in {self.own.path}, got {got}. "
             "Name the model that the adapter was trained on."
         )
+
+    def of_module(self, module: AdapterModule) -> str:
+        """The stored name of what a module changes: beside its weight, or itself."""
+        name = f"{module.name}.{module.leaf}"
+        weight = self._found(f"{module.name}.weight") or ""
+        beside = f"{weight.removesuffix('weight')}{module.leaf}"
+        return beside if weight and beside in self.own else self.of(name)
 
     def _found(self, name: str) -> str | None:
         """The name in the model, by itself, by the module tree, else by how it ends."""
