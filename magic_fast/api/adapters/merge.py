@@ -34,6 +34,8 @@ from magic_fast.checkpoint import (
 )
 from magic_fast.engine import Progress
 from magic_fast.engine.execute.whole import DTYPES, as_bytes
+from magic_fast.engine.output.card import adapter_card
+from magic_fast.engine.output.record import versions_used
 from magic_fast.engine.sources.adapted import AdaptedCheckpoint
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
@@ -41,6 +43,7 @@ from magic_fast.planning.outputs import check_out
 
 ON = ("weights", "factors")
 OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_PLAIN = (str, int, float, bool, list)  # what a recipe says in YAML
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -162,7 +165,13 @@ def merge_adapters(
         )
         report = AdapterReport(target, opened[0].kind, opened[0].style, method)
         tensors = _run(asked, report, progress) | copies
-        _write(target, opened, report, tensors, named)
+        settings = {
+            **given, "calibrate": None if calibrate is None else str(calibrate), "rank": rank,
+            "on": on, "dtype": dtype, "base": base and os.fspath(base),
+        }  # fmt: skip
+        said = {n: x for n, x in settings.items() if x is not None and isinstance(x, _PLAIN)}
+        recipe = {"merge_adapters": {"adapters": [a.path for a in opened], **said}}
+        _write(target, opened, report, tensors, named, recipe)
         return report
     finally:
         if model is not None:
@@ -272,6 +281,7 @@ def _write(
     report: AdapterReport,
     tensors: dict[str, Tensor],
     base_model: str | None,
+    recipe: Mapping[str, Any],
 ) -> None:
     """The files, which appear once, whole."""
     lora = report.kind == "lora"
@@ -294,4 +304,9 @@ def _write(
         if report.style == "peft":
             config = merged_config(opened, ranks, base_model)
             output.write_text(CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+            output.write_text("README.md", adapter_card(
+                os.path.basename(output.path), f"Merged by `{report.method}` with magic_fast.",
+                base_model=base_model, adapters=[a.path for a in opened], recipe=recipe,
+                versions=versions_used(), warnings=report.warnings,
+            ))  # fmt: skip
         report.out = output.finalise()
