@@ -103,7 +103,7 @@ class Form:
             else _product(parts[f"lokr_w{n}_a"], parts[f"lokr_w{n}_b"], parts.get(f"lokr_t{n}"))
             for n in (1, 2)
         )
-        if not (self.peft and two.ndim == 3):  # PEFT's Conv1d multiplies the last axes, and reshapes
+        if not (self.peft and two.ndim == 3):  # PEFT's Conv1d has the last axes
             one = one.reshape(*one.shape, *[1] * (two.ndim - 2))
         return (np.kron(one, two) * self._s(one)).reshape(self.shape)
 
@@ -116,7 +116,7 @@ class Form:
         new = weight + delta
         axis = 1 if self.embedding else 0
         if not self.peft and magnitude.ndim > 1 and magnitude.shape[0] == 1 < new.shape[0]:
-            axis = 1 if magnitude.shape[1] == new.shape[1] else 0  # wd_on_out=False; PEFT's [1, out]
+            axis = 1 if magnitude.shape[1] == new.shape[1] else 0  # wd_on_out
         others = tuple(i for i in range(new.ndim) if i != axis)
         norm = np.sqrt(np.square(new).sum(axis=others, keepdims=True, dtype=np.float64))
         if not self.peft:

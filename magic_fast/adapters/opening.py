@@ -240,8 +240,10 @@ def _modules(
             "Merge the adapter into its model by the library that made it."
         )
     forms = forms_of(name, infos, scaling, path, scalings.is_peft, embedding)
-    made += [AdapterModule(name, next(iter(f.parts.values())), None, embedding=f.embedding, form=f)
-             for f in forms]
+    made += [
+        AdapterModule(name, next(iter(f.parts.values())), None, embedding=f.embedding, form=f)
+        for f in forms
+    ]
     if not made:
         raise CheckpointError(
             f"module '{name}' in {path}: expected factors or a difference, got only "

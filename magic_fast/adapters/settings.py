@@ -38,8 +38,8 @@ def refuse_other_forms(config: Config, path: str) -> None:
     kind = str(config.get("peft_type", "LORA")).upper()
     if kind not in ("LORA", "IA3", "LOHA", "LOKR"):
         raise CheckpointError(
-            f"adapter type for {path}: expected LORA, LOHA, LOKR or IA3, got {kind}. Other adapters "
-            "are not merged here."
+            f"adapter type for {path}: expected LORA, LOHA, LOKR or IA3, got {kind}. "
+            "Other adapters are not merged here."
         )
     for name, words in _OTHER_FORMS.items():
         if config.get(name):

@@ -25,7 +25,10 @@ def add_parser(commands: Any) -> None:
         "--rank", type=options.positive, metavar="R", required=True, help="of each module, at most"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the factors (float32)"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the factors (default: float32)",
     )
     parser.add_argument(
         "--save-vectors",
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             rank=arguments.rank,
             save_vectors=arguments.save_vectors,
             progress=report,
-            **options.given(arguments, "dtype"),
+            dtype=arguments.dtype,
         )
     if arguments.json:
         options.print_json([adapter.as_dict() for adapter in found])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ CONFIGS = {
         r=40, alpha=5, target_modules=LINEAR + CONVS, rank_pattern={"sq": 2}
     ),
     "lokr_both": lambda: peft.LoKrConfig(
-        r=1, alpha=5, target_modules=LINEAR + ["conv"], decompose_both=True,
+        r=1, alpha=5, target_modules=[*LINEAR, "conv"], decompose_both=True,
         use_effective_conv2d=True,
     ),
     "dora": lambda: peft.LoraConfig(
@@ -90,7 +89,7 @@ def test_on_a_model_it_is_pefts_merge(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_into_one_adapter_it_is_the_change_at_the_rank(name: str, tmp_path: Path) -> None:
-    base, expected = trained(name, tmp_path)
+    _, expected = trained(name, tmp_path)
     source, out = tmp_path / "adapter", tmp_path / "one"
     report = mf.merge_adapters(
         [source, source], out, "linear", weights=[0.25, 0.75], rank=60, base=tmp_path / "base"
@@ -179,7 +178,7 @@ def test_forms_of_lycoris_into_one_adapter(tmp_path: Path) -> None:
 def test_dora_without_its_base_and_forms_without_a_rank_are_refused(tmp_path: Path) -> None:
     lycoris(tmp_path)
     source = tmp_path / "lyco.safetensors"
-    with pytest.raises(mf.InputError, match="(?s)rank for 'lycoris_.*expected one, as it is"):
+    with pytest.raises(mf.InputError, match=r"(?s)rank for 'lycoris_.*expected one, as it is"):
         mf.merge_adapters([source], tmp_path / "o.safetensors", base=tmp_path / "base")
     with pytest.raises(mf.InputError, match=r"base for 'lycoris_e'.*DoRA \(lycoris_e.dora_scale\)"):
         mf.merge_adapters([source], tmp_path / "o.safetensors", rank=4)

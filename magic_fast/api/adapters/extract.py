@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from magic_fast.adapters.factors import balanced
 from magic_fast.adapters.merged import lora_config, pattern_of
 from magic_fast.adapters.names import PEFT_PREFIX
 from magic_fast.adapters.opening import CONFIG_NAME, WEIGHTS_NAME
+from magic_fast.api.adapters.extracted import ExtractedAdapter, ExtractedModule
 from magic_fast.api.adapters.merge import OUT_DTYPES
+from magic_fast.api.adapters.written import WORDS
 from magic_fast.checkpoint import (
     FORMAT_METADATA,
     Checkpoint,
@@ -37,64 +38,6 @@ from magic_fast.planning.outputs import check_out
 from magic_fast.spectral import leading
 
 REPORT_NAME = "magic_fast.json"
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class ExtractedModule:
-    """What became of the change Δ of one module's weight.
-
-    Attributes:
-        name: of the module.
-        rank: of B·A.
-        change: ‖Δ‖_F.
-        error: ‖Δ − B·A‖_F ÷ ‖Δ‖_F, of the factors as they are written.
-    """
-
-    name: str
-    rank: int
-    change: float
-    error: float
-
-
-@dataclass
-class ExtractedAdapter:
-    """One adapter.
-
-    Attributes:
-        out: its folder.
-        expert: the fine-tune.
-        modules: those that changed, in the order of the base.
-        saved: tensors that changed and stand in it whole.
-        left: tensor that changed and is not in it → ‖Δ‖_F.
-    """
-
-    out: str
-    expert: str
-    modules: list[ExtractedModule] = field(default_factory=list)
-    saved: list[str] = field(default_factory=list)
-    left: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def error(self) -> float:
-        """‖expert − merged‖_F ÷ ‖expert − base‖_F, over all tensors that are not saved whole."""
-        off = sum((m.error * m.change) ** 2 for m in self.modules)
-        total = sum(m.change**2 for m in self.modules)
-        rest = sum(norm**2 for norm in self.left.values())
-        return sqrt((off + rest) / (total + rest)) if total + rest else 0.0
-
-    @property
-    def worst(self) -> list[ExtractedModule]:
-        """The five modules of the largest errors."""
-        return sorted(self.modules, key=lambda m: -m.error)[:5]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "out": self.out, "expert": self.expert, "error": self.error,
-            "worst": [m.name for m in self.worst], "modules": [vars(m) for m in self.modules],
-            "saved": self.saved, "left": self.left,
-        }  # fmt: skip
 
 
 @dataclass
@@ -141,7 +84,7 @@ def extract_adapter(
         InputError: experts of one name, values that do not fit.
         NonFiniteError: NaN or infinity.
 
-    >>> found = extract_adapter("models/base", "models/math", "lora/math", rank=32)  # doctest: +SKIP
+    >>> found = extract_adapter("base", "math", "lora/math", rank=32)  # doctest: +SKIP
     >>> found[0].error  # doctest: +SKIP
     0.18
     """
@@ -169,12 +112,10 @@ def extract_adapter(
     try:
         for path in (base, *paths):
             opened.append(open_checkpoint(path))
-        drafts = [
-            _Draft(o, os.fspath(p)) for o, p in zip(outs, paths, strict=True)
-        ]
+        drafts = [_Draft(o, os.fspath(p)) for o, p in zip(outs, paths, strict=True)]
         _read(opened[0], opened[1:], drafts, rank, OUT_DTYPES[dtype], progress)
         for draft in drafts:
-            _save_whole(draft, save_vectors)
+            _save_whole(draft, opened[0], save_vectors)
             if not draft.ranks:
                 raise CheckpointError(
                     f"expert {draft.expert}: expected matrices that differ from those of "
@@ -183,9 +124,7 @@ def extract_adapter(
         settings = {"rank": rank, "dtype": dtype, "save_vectors": save_vectors}
         for draft in drafts:
             _write(draft, opened[0], os.fspath(base), settings)
-        return [
-            ExtractedAdapter(d.out, d.expert, d.modules, d.saved, d.left) for d in drafts
-        ]
+        return [ExtractedAdapter(d.out, d.expert, d.modules, d.saved, d.left) for d in drafts]
     finally:
         for checkpoint in opened:
             checkpoint.close()
@@ -244,8 +183,7 @@ def _extract(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     role = base.roles[name]
-    own = base.roles.source is not Source.HEADERS and not role.layout and role.canonical
-    module, _, leaf = (own or name).rpartition(".")
+    module, _, leaf = _place(base, name).rpartition(".")
     norm = float(delta.double().norm())
     if leaf != "weight" or delta.dim() < 2 or not module:
         draft.left[f"{module}.{leaf}" if module else name] = norm
@@ -270,13 +208,24 @@ def _extract(
         draft.tensors[f"{PEFT_PREFIX}{module}.lora_{kind}"] = x.contiguous()
 
 
-def _save_whole(draft: _Draft, save_vectors: bool) -> None:
-    """Modules without factors that PEFT saves whole, where that was asked for."""
+def _place(base: Checkpoint, name: str) -> str:
+    """The name in the module tree, where it is known."""
+    role = base.roles[name]
+    known = base.roles.source is not Source.HEADERS and not role.layout
+    return role.canonical if known and role.canonical else name
+
+
+def _save_whole(draft: _Draft, base: Checkpoint, save_vectors: bool) -> None:
+    """Modules without factors that PEFT saves whole, with the tensors that did not change."""
     for module, tensors in list(draft.whole.items()):
         known = all(key.endswith((".weight", ".bias")) for key in tensors)
         if not save_vectors or not module or module in draft.ranks or not known:
             del draft.whole[module]
             continue
+        for name, info in base.tensors.items():
+            place = _place(base, name)
+            if place.rpartition(".")[0] == module and place not in tensors:
+                tensors[place] = _tensor(base, name, info)
         draft.saved += tensors
         for key, x in tensors.items():
             draft.left.pop(key, None)
@@ -296,7 +245,7 @@ def _write(draft: _Draft, base: Checkpoint, name: str, settings: Mapping[str, An
     config = lora_config(draft.ranks, name, targets, fan_in_fan_out=draft.turned)
     config["modules_to_save"] = sorted(draft.whole) or None
     with OutputFolder(draft.out) as output:
-        specs = [TensorSpec(k, _WORDS[t.dtype], tuple(t.shape)) for k, t in draft.tensors.items()]
+        specs = [TensorSpec(k, WORDS[t.dtype], tuple(t.shape)) for k, t in draft.tensors.items()]
         output.create_shards(plan_shards(specs, file_name=WEIGHTS_NAME, metadata=FORMAT_METADATA))
         for key, tensor in draft.tensors.items():
             output.write(key, as_bytes(tensor))

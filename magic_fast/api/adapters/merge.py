@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.adapters import Adapter, open_adapter
-from magic_fast.adapters.merged import merged_config, merged_header
-from magic_fast.adapters.opening import CONFIG_NAME, DIFFUSERS_NAME, KOHYA_BASE_KEY, WEIGHTS_NAME
+from magic_fast.adapters.opening import CONFIG_NAME, WEIGHTS_NAME
 from magic_fast.api.adapters.formed import (
     flat_modules,
     is_formed,
@@ -22,20 +20,14 @@ from magic_fast.api.adapters.formed import (
 )
 from magic_fast.api.adapters.inputs import Asked, base_copies, coefficients_of, refuse_unlike
 from magic_fast.api.adapters.modules import merge_module, refuse_calibration_of_vectors
+from magic_fast.api.adapters.written import write
 from magic_fast.api.options import Calibrate, MergeOptions, Weights
 from magic_fast.api.results import AdapterReport
 from magic_fast.api.tensors.resolve import Call, numbers_of, resolve
 from magic_fast.checkpoint import (
-    FORMAT_METADATA,
-    OutputFolder,
-    TensorSpec,
     open_checkpoint,
-    plan_shards,
 )
 from magic_fast.engine import Progress
-from magic_fast.engine.execute.whole import DTYPES, as_bytes
-from magic_fast.engine.output.card import adapter_card
-from magic_fast.engine.output.record import versions_used
 from magic_fast.engine.sources.adapted import AdaptedCheckpoint
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
@@ -44,7 +36,6 @@ from magic_fast.planning.outputs import check_out
 ON = ("weights", "factors")
 OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PLAIN = (str, int, float, bool, list)  # what a recipe says in YAML
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def merge_adapters(
@@ -74,7 +65,8 @@ def merge_adapters(
     of ``rank`` by QR and the SVD of a small core; ξ of WSC comes from products of the factors and
     scales rows of B. No τ_k is formed. Every other method sees the τ_k of one module at a time, and
     its result is brought to ``rank``, and so are changes of other forms: DoRA, LoHa, LoKr and
-    differences of matrices (vectors stay differences). IA3 multiplies activations by vectors l: methods see l − 1.
+    differences of matrices (vectors stay differences). IA3 multiplies activations by vectors l:
+    methods see l − 1.
 
     Args:
         adapters: K folders of PEFT or files of kohya or diffusers, all of one kind and naming.
@@ -171,7 +163,7 @@ def merge_adapters(
         }  # fmt: skip
         said = {n: x for n, x in settings.items() if x is not None and isinstance(x, _PLAIN)}
         recipe = {"merge_adapters": {"adapters": [a.path for a in opened], **said}}
-        _write(target, opened, report, tensors, named, recipe)
+        write(target, opened, report, tensors, named, recipe)
         return report
     finally:
         if model is not None:
@@ -273,40 +265,3 @@ def _run(
             "those without one change nothing there"
         )
     return found
-
-
-def _write(
-    target: str,
-    opened: Sequence[Adapter],
-    report: AdapterReport,
-    tensors: dict[str, Tensor],
-    base_model: str | None,
-    recipe: Mapping[str, Any],
-) -> None:
-    """The files, which appear once, whole."""
-    lora = report.kind == "lora"
-    ranks = {m.name: m.rank for m in report.modules if m.rank} if lora else {}
-    for name, rank in ranks.items():  # the scaling is in the factors: α = r
-        key = f"{name}.alpha"
-        if any(key in a.checkpoint.tensors for a in opened):
-            tensors[key] = torch.tensor(float(rank))
-    with OutputFolder(target) as output:
-        name = WEIGHTS_NAME if report.style == "peft" else DIFFUSERS_NAME
-        if output.is_file:
-            name = os.path.basename(output.path)
-        specs = [TensorSpec(key, _WORDS[t.dtype], tuple(t.shape)) for key, t in tensors.items()]
-        metadata = {**FORMAT_METADATA, **merged_header(opened, ranks)}
-        if report.style == "kohya" and base_model is not None:
-            metadata[KOHYA_BASE_KEY] = base_model
-        output.create_shards(plan_shards(specs, file_name=name, metadata=metadata))
-        for key, tensor in tensors.items():
-            output.write(key, as_bytes(tensor))
-        if report.style == "peft":
-            config = merged_config(opened, ranks, base_model)
-            output.write_text(CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-            output.write_text("README.md", adapter_card(
-                os.path.basename(output.path), f"Merged by `{report.method}` with magic_fast.",
-                base_model=base_model, adapters=[a.path for a in opened], recipe=recipe,
-                versions=versions_used(), warnings=report.warnings,
-            ))  # fmt: skip
-        report.out = output.finalise()

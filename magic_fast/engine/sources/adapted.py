@@ -139,9 +139,8 @@ class AdaptedCheckpoint(Checkpoint):
         """Bytes of a changed tensor, in blocks of whole rows, straight into the view where a block
         is within it."""
         if change.module.form is not None:
-            if self._kept[0] is not change:
-                self._kept = (change, formed_values(change, info.dtype, self))
-            view[:] = memoryview(self._kept[1]).cast("B")[start : start + len(view)]
+            whole = memoryview(self._right(change, info.dtype)).cast("B")
+            view[:] = whole[start : start + len(view)]
             return
         row_bytes = change.cols * element_size(info.dtype)
         first = start // row_bytes
@@ -159,10 +158,11 @@ class AdaptedCheckpoint(Checkpoint):
             view[max(0, lead) : max(0, lead) + len(here)] = here
 
     def _right(self, change: Change, dtype: str) -> Any:
-        """The right factor of a tensor; that of the last one is kept, as it comes in pieces."""
+        """The right factor, or the whole, of a tensor; the last one is kept for its next piece."""
         kept = self._kept
         if kept[0] is not change:
-            kept = self._kept = (change, right_factor(change, dtype, self))
+            make = right_factor if change.module.form is None else formed_values
+            kept = self._kept = (change, make(change, dtype, self))
         return kept[1]
 
     def read_base(self, change: Change, start: int, data: memoryview) -> None:
@@ -244,7 +244,7 @@ class _Places:
         return beside if weight and beside in self.own else self.of(name)
 
     def _found(self, name: str) -> str | None:
-        """The name in the model, by itself, by the module tree, else by how it ends."""
+        """The name in the model: its own, the module tree's, else by how it ends."""
         if name in self.own:
             return name
         canonical = self._asked[name]

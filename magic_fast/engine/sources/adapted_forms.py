@@ -9,8 +9,8 @@ from typing import Any
 from magic_fast.adapters import Adapter, AdapterModule
 from magic_fast.checkpoint import Checkpoint, TensorInfo
 from magic_fast.engine.plan.step import FLOATS
-from magic_fast.engine.sources.adapted_rows import Change, Source, numbers, widen
 from magic_fast.engine.plan.units import element_size
+from magic_fast.engine.sources.adapted_rows import Change, Source, numbers, widen
 from magic_fast.errors import CheckpointError
 
 
