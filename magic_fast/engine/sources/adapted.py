@@ -29,7 +29,6 @@ from magic_fast.models import Kind, Source, roles_of
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-
 _LAYER = re.compile(r"[^.]+\.\d+\..*$")
 
 
@@ -77,9 +76,8 @@ class AdaptedCheckpoint(Checkpoint):
                     f"{adapter.path}: expected one for each tensor of {own.path}, got both for "
                     f"'{name}'. Merge the adapter into its model first (PEFT's merge_and_unload)."
                 )
-            made = _change_of if module.form is None else formed_change
-            change = made(module, self._stored[name], own, adapter)
-            self._changes[name] = change
+            made = formed_change if module.form else _change_of
+            change = self._changes[name] = made(module, self._stored[name], own, adapter)
             self._dtypes[name] = own.stored_dtype(name)
             wide = "F64" if change.stored.dtype == "F64" else "F32"
             nbytes = prod(change.stored.shape) * element_size(wide)
@@ -139,8 +137,8 @@ class AdaptedCheckpoint(Checkpoint):
         """Bytes of a changed tensor, in blocks of whole rows, straight into the view where a block
         is within it."""
         if change.module.form is not None:
-            whole = memoryview(self._right(change, info.dtype)).cast("B")
-            view[:] = whole[start : start + len(view)]
+            data = memoryview(self._right(change, info.dtype)).cast("B")
+            view[:] = data[start : start + len(view)]
             return
         row_bytes = change.cols * element_size(info.dtype)
         first = start // row_bytes
@@ -209,8 +207,8 @@ class _Places:
     def __init__(self, own: Checkpoint, adapter: Adapter) -> None:
         self.own = own
         self._adapter = adapter
-        names = [*adapter.whole, *(f"{m.name}.weight" for m in adapter.modules.values())]
-        names += [f"{m.name}.{m.leaf}" for m in adapter.modules.values() if m.leaf != "weight"]
+        leaves = ((m.name, leaf) for m in adapter.modules.values() for leaf in ("weight", m.leaf))
+        names = [*adapter.whole, *dict.fromkeys(f"{name}.{leaf}" for name, leaf in leaves)]
         self._canonical = {role.canonical: name for name, role in own.roles.items()}
         asked = roles_of(own.config, {name: ((1, 1), "F32") for name in names})
         self._asked = {name: role.canonical for name, role in asked.items()}
@@ -240,8 +238,8 @@ class _Places:
         """The stored name of what a module changes: beside its weight, or itself."""
         name = f"{module.name}.{module.leaf}"
         weight = self._found(f"{module.name}.weight") or ""
-        beside = f"{weight.removesuffix('weight')}{module.leaf}"
-        return beside if weight and beside in self.own else self.of(name)
+        beside = weight.removesuffix("weight") + module.leaf if weight else name
+        return beside if beside in self.own else self.of(name)
 
     def _found(self, name: str) -> str | None:
         """The name in the model: its own, the module tree's, else by how it ends."""
