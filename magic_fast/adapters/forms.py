@@ -205,7 +205,8 @@ def _shape(parts: Mapping[str, TensorInfo]) -> tuple[tuple[int, ...], int, str]:
             for a, b, t in ((*_LOHA[:2], "hada_t1"), (*_LOHA[2:], "hada_t2"))
         )
         _require(one == two, set(sizes) <= {*_LOHA, "hada_t1", "hada_t2"})
-        return *one, "LoHa"
+        shape, rank = one
+        return shape, rank, "LoHa"
     rank = 0
     found: list[tuple[int, ...]] = []
     for n in (1, 2):
@@ -216,9 +217,9 @@ def _shape(parts: Mapping[str, TensorInfo]) -> tuple[tuple[int, ...], int, str]:
                 sizes[f"lokr_w{n}_a"], sizes[f"lokr_w{n}_b"], sizes.get(f"lokr_t{n}")
             )
             found.append(made)
-    one, two = found
-    _require(len(one) == 2, len(two) >= 2)
-    return (one[0] * two[0], one[1] * two[1], *two[2:]), rank, "LoKr"
+    w1, w2 = found
+    _require(len(w1) == 2, len(w2) >= 2)
+    return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:]), rank, "LoKr"
 
 
 def _inner(

@@ -197,6 +197,12 @@ def _adapter(
             "'lora_unet_M.lora_down.weight' or 'M.ia3_l', got "
             f"{sorted(checkpoint.tensors)[:2]}. Name a LoRA or IA3 adapter."
         )
+    plain = [n for n, found in parts.items() if "dora" not in found and "down" in found]
+    if config.get("use_dora") and plain:
+        raise CheckpointError(
+            f"module '{plain[0]}' in {path}: expected its magnitude (lora_magnitude_vector), got "
+            "DoRA (use_dora) without one. Download the adapter again."
+        )
     own = Scalings(checkpoint, config, is_peft)
     modules = {
         name if m.leaf == "weight" else f"{name}.{m.leaf}": m

@@ -110,8 +110,8 @@ def extract_adapter(
         check_out(path, False)
     opened: list[Checkpoint] = []
     try:
-        for path in (base, *paths):
-            opened.append(open_checkpoint(path))
+        for given in (base, *paths):
+            opened.append(open_checkpoint(given))
         drafts = [_Draft(o, os.fspath(p)) for o, p in zip(outs, paths, strict=True)]
         _read(opened[0], opened[1:], drafts, rank, OUT_DTYPES[dtype], progress)
         for draft in drafts:

@@ -80,9 +80,9 @@ def _change(asked: Asked, k: int, module: AdapterModule) -> tuple[Tensor, list[T
     form, adapter = module.form, asked.adapters[k]
     if form is None:
         a, b = pair(asked, k, module)
-        change = low_rank(a, b, module)
-        change = change.turned if module.embedding else change
-        return change.dense().reshape(weight_shape(module)), [a, b]
+        product = low_rank(a, b, module)
+        product = product.turned if module.embedding else product
+        return product.dense().reshape(weight_shape(module)), [a, b]
     tensors = {info.name: read(adapter, info) for info in form.parts.values()}
     wide = dtype_of(asked, list(tensors.values())) == torch.float64
     if asked.bases is not None:

@@ -137,8 +137,7 @@ class AdaptedCheckpoint(Checkpoint):
         """Bytes of a changed tensor, in blocks of whole rows, straight into the view where a block
         is within it."""
         if change.module.form is not None:
-            data = memoryview(self._right(change, info.dtype)).cast("B")
-            view[:] = data[start : start + len(view)]
+            view[:] = memoryview(self._right(change, info.dtype)).cast("B")[start:][: len(view)]
             return
         row_bytes = change.cols * element_size(info.dtype)
         first = start // row_bytes
