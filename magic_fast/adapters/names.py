@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 PEFT_PREFIX = "base_model.model."
@@ -44,7 +44,7 @@ class Key:
     module: str
     role: Role
     embedding: bool = False
-    part: str = ""  # of a form
+    part: str = field(default="", repr=False)  # of a form
 
 
 _LORA = {
