@@ -1,6 +1,8 @@
 # The public names: the one list of them, which the type checker and `__init__.py` read.
 from magic_fast import integrations as integrations
 from magic_fast._version import __version__ as __version__
+from magic_fast.api.adapters.extract import extract_adapter as extract_adapter
+from magic_fast.api.adapters.extracted import ExtractedAdapter as ExtractedAdapter
 from magic_fast.api.adapters.merge import merge_adapters as merge_adapters
 from magic_fast.api.checkpoints.calibrate import calibrate_checkpoints as calibrate_checkpoints
 from magic_fast.api.checkpoints.inspect import inspect_checkpoints as inspect_checkpoints

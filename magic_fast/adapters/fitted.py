@@ -48,7 +48,7 @@ def fitted(adapter: Adapter, model: Checkpoint) -> tuple[Adapter, list[str]]:
         CheckpointError: a name with two meanings; an adapter of another family than the model's, or
             for another part of it.
     """
-    names = [*adapter.whole, *(f"{name}.weight" for name in adapter.modules)]
+    names = [*adapter.whole, *(f"{m.name}.{m.leaf}" for m in adapter.modules.values())]
     if all(name in model for name in names):
         return adapter, []
     flat = adapter.style == "kohya"
@@ -89,7 +89,8 @@ def _fit(
     adapter: Adapter, model: Checkpoint, family: str, parts: Mapping[str, Part], flat: bool
 ) -> Fit:
     fit = Fit()
-    for name, module in adapter.modules.items():
+    for module in adapter.modules.values():
+        name = module.name
         found = meanings(family, name if flat else f"{name}.weight", flat=flat)
         here = [m for m in found if m.part in parts]
         there = [m for m in here if _stands(m, parts[m.part])]
@@ -107,7 +108,8 @@ def _fit(
         if there:
             part = parts[there[0].part]
             for target, bit in bits_of(module, there[0], part.naming).items():
-                fit.groups.setdefault(part.prefix + target, []).append(bit)
+                place = part.prefix + target.removesuffix("weight") + module.leaf
+                fit.groups.setdefault(place, []).append(bit)
         elif found and not here:
             fit.left.setdefault(found[0].part, []).append(name)
         else:
@@ -143,6 +145,8 @@ def _shaped(module: AdapterModule, meaning: Meaning, part: Part, model: Checkpoi
     """Whether a module's inputs are as many as those of the tensor."""
     link, name = part.places[meaning.links[0].names[0]]
     shape = model.resolve(name).shape
+    if module.form is not None:
+        return True  # by its own shapes, when it is put on
     into = shape[:1] if link.turned and part.naming is Naming.ORIGINAL else shape[1:]
     return module.down.shape[1:] == into
 
@@ -208,7 +212,7 @@ def no_weight(adapter: Adapter, model: Checkpoint, name: str) -> CheckpointError
 
 def named_for(adapter: Adapter, flat: bool) -> list[str]:
     """The families in which every module of an adapter has a meaning."""
-    names: Sequence[str] = [n if flat else f"{n}.weight" for n in adapter.modules]
+    names = [m.name if flat else f"{m.name}.weight" for m in adapter.modules.values()]
     return [f for f in families() if all(meanings(f, name, flat=flat) for name in names)]
 
 

@@ -81,7 +81,8 @@ def _meanings(adapter: Adapter, family: str, module: str) -> list[Meaning]:
 def _speech(first: Adapter, family: str) -> _Speech | None:
     """How the first adapter names parts; None where it has two names for one."""
     parts: dict[str, tuple[str, Naming]] = {}
-    every = [found for name in first.modules for found in _meanings(first, family, name)]
+    modules = first.modules.values()
+    every = [found for module in modules for found in _meanings(first, family, module.name)]
     for meaning in sorted(every, key=_same_in_both):
         own = (meaning.prefix, meaning.naming)
         prefix, naming = parts.setdefault(meaning.part, own)
@@ -93,14 +94,15 @@ def _speech(first: Adapter, family: str) -> _Speech | None:
 def _meets(adapter: Adapter, first: Adapter, speech: _Speech) -> bool:
     return adapter.style == first.style and all(
         any(speech.has(m) for m in _meanings(adapter, speech.family, name))
-        for name in adapter.modules
+        for name in (module.name for module in adapter.modules.values())
     )
 
 
 def _groups(adapter: Adapter, speech: _Speech) -> dict[str, list[Bit]]:
     """Module in the names of the first → what the adapter has for it."""
     groups: dict[str, list[Bit]] = {}
-    for name, module in adapter.modules.items():
+    for module in adapter.modules.values():
+        name = module.name
         found, *more = _meanings(adapter, speech.family, name)
         if more:
             raise CheckpointError(
@@ -124,8 +126,12 @@ def _plain(groups: Mapping[str, Sequence[Bit]]) -> Mapping[str, object]:
 
 
 def _said(adapter: Adapter, first: Adapter, groups: Mapping[str, Sequence[Bit]]) -> Adapter:
-    like = next(iter(first.modules.values()))
-    assert like.up is not None  # of a LoRA
+    like = next((m for m in first.modules.values() if m.up is not None), None)
+    if like is None or like.up is None:
+        raise CheckpointError(
+            f"names of {adapter.path}: expected those of {first.path}, whose changes are no A and "
+            "B to name others after, got another convention. Name this adapter first."
+        )
     before, _, down = like.down.name.partition(like.name)
     up = like.up.name.partition(like.name)[2]
     modules, weights = regrouped(

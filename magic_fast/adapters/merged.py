@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from magic_fast.adapters.opening import METADATA_KEY, Adapter
+from magic_fast.adapters.opening import Adapter
+from magic_fast.adapters.scalings import METADATA_KEY
 
 _LISTS = ("target_modules", "feedforward_modules")  # names, or one regular expression
 # settings beside them that say which modules are adapted
@@ -38,6 +39,13 @@ def merged_config(
         ranks: of each module; {} for IA3.
     """
     first = adapters[0].config
+    formed = any(m.form is not None for a in adapters for m in a.modules.values())
+    if formed and ranks:
+        return lora_config(
+            ranks, base_model, pattern_of(ranks),
+            fan_in_fan_out=any(a.config.get("fan_in_fan_out") for a in adapters),
+            task_type=first.get("task_type"),
+        )  # fmt: skip
     config = {**first, "base_model_name_or_path": base_model, "inference_mode": True}
     config |= _adapted(adapters)
     if not ranks:
@@ -51,6 +59,37 @@ def merged_config(
         "use_rslora": False,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
+    }
+
+
+def lora_config(
+    ranks: Mapping[str, int],
+    base_model: str | None,
+    targets: str | Sequence[str],
+    *,
+    fan_in_fan_out: bool = False,
+    task_type: str | None = None,
+) -> dict[str, Any]:
+    """``adapter_config.json`` of a LoRA with these ranks by module, its scaling in the factors."""
+    rank = max(ranks.values())
+    pattern = rank_pattern(ranks, rank)
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
     }
 
 

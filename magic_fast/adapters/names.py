@@ -1,4 +1,4 @@
-"""Keys of adapter files, in the three conventions that are in use.
+"""Keys of adapter files, in the conventions that are in use.
 
 ==========  =====================================================  =====================
 style       keys of a module                                       scaling
@@ -6,6 +6,8 @@ style       keys of a module                                       scaling
 peft        ``base_model.model.M.lora_A.weight``, ``….lora_B.…``,  ``adapter_config.json``
             ``….lora_embedding_A``, ``….ia3_l``
 kohya       ``lora_unet_M.lora_down.weight``, ``….lora_up.weight``  ``lora_unet_M.alpha``
+LyCORIS     ``lycoris_M.hada_w1_a``, ``.lokr_w1``, ``.dora_scale``,  ``lycoris_M.alpha``
+            ``.diff``, ``.w_norm``, kohya's else
 diffusers   ``unet.M.lora_A.weight`` or ``….lora.down.weight``     header, or ``….alpha``
 ==========  =====================================================  =====================
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 PEFT_PREFIX = "base_model.model."
@@ -29,6 +31,7 @@ class Role(str, Enum):
     VECTOR = "vector"  # of IA3
     DORA = "dora"
     BIAS = "bias"  # of B
+    PART = "part"  # of a form of forms.py
     FOREIGN = "foreign"  # a factor of another decomposition
     WHOLE = "whole"  # a tensor of the model itself, trained beside the factors
     ORIGINAL = "original"  # the model's own, before it was trained whole
@@ -41,6 +44,7 @@ class Key:
     module: str
     role: Role
     embedding: bool = False
+    part: str = field(default="", repr=False)  # of a form
 
 
 _LORA = {
@@ -62,10 +66,13 @@ _LORA = {
     ".lora_B.bias": Role.BIAS,
 }
 _EMBEDDING = {".lora_embedding_A": Role.DOWN, ".lora_embedding_B": Role.UP}
-# LoHa, LoKr, OFT, the third factor of a Tucker decomposition, AdaLoRA's singular values
-_FOREIGN = re.compile(
-    r"\.(hada_|lokr_|oft_|boft_|lora_mid|glora_|vera_lambda|lora_E\b|lora_ga|diff\b|norm_)"
+_PART = re.compile(
+    r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|lora_mid|diff(?:_[bm])?|[wb]_norm)"
+    r"(?:\.weight)?$"
 )
+_PART_NAMES = {"lora_mid": "mid", "w_norm": "diff", "b_norm": "diff_b"}
+# OFT, AdaLoRA's singular values and others that nobody can add up
+_FOREIGN = re.compile(r"\.(hada_|lokr_|oft_|boft_|glora_|vera_lambda|lora_E\b|lora_ga|norm_)")
 
 _SAVED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
 
@@ -84,6 +91,8 @@ def parse_key(key: str) -> Key:
         if name.endswith(suffix):
             module = name.removesuffix(suffix)
             return Key(_processed(module) if suffix[0] == "_" else module, role)
+    if part := _PART.search(name):
+        return Key(name[: part.start()], Role.PART, part=_PART_NAMES.get(part[1], part[1]))
     if _FOREIGN.search(name):
         return Key(name, Role.FOREIGN)
     if ".original_module." in name:
@@ -105,7 +114,8 @@ def _processed(name: str) -> str:
 
 def style_of(keys: Iterable[str]) -> str:
     """The convention of a file without a configuration: ``kohya`` or ``diffusers``."""
-    kohya = any(k.startswith(("lora_", "lycoris_")) and ".lora_down." in k for k in keys)
+    own = [k for k in keys if k.startswith(("lora_", "lycoris_"))]
+    kohya = any(".lora_down." in k or parse_key(k).role is Role.PART for k in own)
     return "kohya" if kohya else "diffusers"
 
 
@@ -126,7 +136,7 @@ def weight_names(module: str, style: str, names: Iterable[str]) -> list[str]:
     ['h.0.mlp.c_fc.weight']
     """
     names = [n for n in names if n.endswith(".weight")]
-    wanted = _flat(module) if style == "kohya" else module
+    wanted = _flat(module).removeprefix("lycoris_") if style == "kohya" else module
     stems = {n: _flat(n[:-7]) if style == "kohya" else n[:-7] for n in names}
     if style != "peft":
         wanted = _PARTS[style].sub("", wanted)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from magic_fast.adapters.forms import LEAVES, Form, forms_of
 from magic_fast.adapters.names import PEFT_PREFIX, Key, Role, parse_key, style_of
+from magic_fast.adapters.scalings import Scalings
 from magic_fast.adapters.settings import (
     check_settings,
-    header_settings,
     refuse_other_forms,
     refused,
-    scaling_of,
 )
 from magic_fast.checkpoint import Checkpoint, InputFile, TensorInfo, open_checkpoint
 from magic_fast.checkpoint.io_errors import reading
@@ -27,7 +25,6 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_BASE_KEY = "ss_base_model_version"  # in the header
-METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in the header: the configuration as JSON
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class AdapterModule:
         scaling: s; the weight changes by s·B·A.
         embedding: the weight changes by s·(B·A)ᵀ.
         weight: the tensor of the model that it changes, where its name is of another convention.
+        form: how it changes, where that is no plain s·B·A; its own parts are beside it then.
     """
 
     name: str
@@ -49,13 +47,21 @@ class AdapterModule:
     scaling: float = 1.0
     embedding: bool = False
     weight: str | None = None
+    form: Form | None = None
+
+    @property
+    def leaf(self) -> str:
+        """What of the module changes, mostly its weight."""
+        return "weight" if self.form is None else self.form.leaf
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return self.down.shape[0] if self.form is None else self.form.rank
 
     @property
     def nbytes(self) -> int:
+        if self.form is not None:
+            return self.form.nbytes
         return self.down.nbytes + (0 if self.up is None else self.up.nbytes)
 
 
@@ -171,7 +177,7 @@ def _adapter(
     files: tuple[InputFile, ...],
 ) -> Adapter:
     style = "peft" if is_peft else style_of(checkpoint.tensors)
-    parts: dict[str, dict[Role, tuple[Key, TensorInfo]]] = {}
+    parts: dict[str, dict[str, tuple[Key, TensorInfo]]] = {}
     whole: dict[str, str] = {}
     for key, info in checkpoint.tensors.items():
         parsed = parse_key(key)
@@ -182,7 +188,7 @@ def _adapter(
             if parsed.module not in whole or ".modules_to_save." in key:
                 whole[parsed.module] = key
         else:
-            parts.setdefault(parsed.module, {})[parsed.role] = (parsed, info)
+            parts.setdefault(parsed.module, {})[parsed.part or parsed.role.value] = (parsed, info)
     if not is_peft and any(key.startswith(PEFT_PREFIX) for key in checkpoint.tensors):
         raise CheckpointError(
             f"Adapter without its configuration for {path}: expected {CONFIG_NAME} beside weights "
@@ -194,9 +200,19 @@ def _adapter(
             "'lora_unet_M.lora_down.weight' or 'M.ia3_l', got "
             f"{sorted(checkpoint.tensors)[:2]}. Name a LoRA or IA3 adapter."
         )
-    own = _Scalings(checkpoint, config, is_peft)
-    modules = {name: _module(name, found, own, path) for name, found in parts.items()}
-    kinds = {"ia3" if m.up is None else "lora" for m in modules.values()}
+    plain = [n for n, found in parts.items() if "dora" not in found and "down" in found]
+    if config.get("use_dora") and plain:
+        raise CheckpointError(
+            f"module '{plain[0]}' in {path}: expected its magnitude (lora_magnitude_vector), got "
+            "DoRA (use_dora) without one. Download the adapter again."
+        )
+    own = Scalings(checkpoint, config, is_peft)
+    modules = {
+        name if m.leaf == "weight" else f"{name}.{m.leaf}": m
+        for name, found in parts.items()
+        for m in _modules(name, found, own, path)
+    }
+    kinds = {"ia3" if m.up is None and m.form is None else "lora" for m in modules.values()}
     if len(kinds) > 1:
         raise CheckpointError(f"adapter for {path}: expected LoRA or IA3, got both in one file.")
     return Adapter(
@@ -205,69 +221,59 @@ def _adapter(
 
 
 def _refuse(parsed: Key, key: str, path: str) -> None:
-    if parsed.role is Role.DORA:
-        raise refused(path, f"DoRA ({key}), which renormalises the sum with the base weight")
     if parsed.role is Role.BIAS:
         raise refused(path, f"a bias of its own ({key})")
     if parsed.role is Role.FOREIGN:
         raise refused(path, f"factors of another decomposition ({key})")
 
 
-class _Scalings:
-    """The s of each module of an adapter, wherever the file or the configuration has it."""
+def _modules(
+    name: str, found: Mapping[str, tuple[Key, TensorInfo]], scalings: Scalings, path: str
+) -> list[AdapterModule]:
+    """What one module's tensors are: its factors or their form, and differences beside them."""
+    plain = {Role.VECTOR.value, Role.DOWN.value, Role.UP.value, Role.ALPHA.value}
+    factors = {part: pair for part, pair in found.items() if part not in LEAVES}
+    formed = bool(factors.keys() - plain) or factors.keys() <= {Role.ALPHA.value}
+    made = [] if formed else [_module(name, factors, scalings, path)]
+    infos = {part: info for part, (_, info) in found.items()}
+    if made:
+        infos = {part: info for part, info in infos.items() if part in LEAVES}
+    embedding = any(key.embedding for key, _ in found.values())
 
-    def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any], is_peft: bool) -> None:
-        self._checkpoint = checkpoint
-        self._config = config if is_peft else None
-        text = checkpoint.metadata.get(METADATA_KEY)
-        self._parts = header_settings(text, checkpoint.path) if text else {}
+    def scaling(rank: int | None) -> float:
+        return scalings.of(name, rank, infos.get("alpha"))
 
-    def of(self, module: str, rank: int, alpha: TensorInfo | None) -> float:
-        if alpha is not None:
-            value = _scalar(self._checkpoint, alpha)
-            if not math.isfinite(value):
-                raise CheckpointError(
-                    f"scaling '{alpha.name}' in {alpha.path}: expected a finite number, got "
-                    f"{value}. Download the adapter again."
-                )
-            return value / rank
-        if self._config is not None:
-            return scaling_of(self._config, module, rank)
-        part, _, inner = module.partition(".")
-        if "lora_alpha" in self._parts.get(part, {}):
-            return scaling_of(self._parts[part], inner, rank)
-        if "lora_alpha" in self._parts.get("", {}):
-            return scaling_of(self._parts[""], module, rank)
-        return 1.0  # without an α it is r
-
-
-def _scalar(checkpoint: Checkpoint, info: TensorInfo) -> float:
-    """A stored number, without torch."""
-    codes = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
-    raw = bytes(checkpoint.read(info.name))
-    if info.dtype == "BF16" and len(raw) == 2:
-        return float(struct.unpack("<f", b"\0\0" + raw)[0])
-    if info.dtype not in codes or len(raw) != struct.calcsize(codes[info.dtype]):
+    if "diff" in found and len(factors.keys() - {"alpha", "dora"}):
         raise CheckpointError(
-            f"scaling '{info.name}' in {info.path}: expected one number, got shape "
-            f"{list(info.shape)} of {info.dtype}. Download the adapter again."
+            f"module '{name}' in {path}: expected factors or a difference of its weight, got both. "
+            "Merge the adapter into its model by the library that made it."
         )
-    return float(struct.unpack(codes[info.dtype], raw)[0])
+    forms = forms_of(name, infos, scaling, path, scalings.is_peft, embedding)
+    made += [
+        AdapterModule(name, next(iter(f.parts.values())), None, embedding=f.embedding, form=f)
+        for f in forms
+    ]
+    if not made:
+        raise CheckpointError(
+            f"module '{name}' in {path}: expected factors or a difference, got only "
+            f"{sorted(infos)}. Download the adapter again."
+        )
+    return made
 
 
 def _module(
-    name: str, found: Mapping[Role, tuple[Key, TensorInfo]], scalings: _Scalings, path: str
+    name: str, found: Mapping[str, tuple[Key, TensorInfo]], scalings: Scalings, path: str
 ) -> AdapterModule:
-    if Role.VECTOR in found:
-        return AdapterModule(name, found[Role.VECTOR][1], None)
+    if "vector" in found:
+        return AdapterModule(name, found["vector"][1], None)
     for role, letter in ((Role.DOWN, "A"), (Role.UP, "B")):
-        if role not in found:
+        if role.value not in found:
             raise CheckpointError(
                 f"module '{name}' in {path}: expected both factors of its LoRA, got none called "
                 f"{letter} ({role.value}). Download the adapter again."
             )
-    key, down = found[Role.DOWN]
-    up = found[Role.UP][1]
+    key, down = found["down"]
+    up = found["up"][1]
     if 0 in (*down.shape, *up.shape):
         raise CheckpointError(
             f"module '{name}' in {path}: expected factors with values, got empty ones, "
@@ -280,8 +286,8 @@ def _module(
     if not fits or set(up.shape[2:]) - {1}:
         raise CheckpointError(
             f"module '{name}' in {path}: expected A [r, in] and B [out, r], got "
-            f"{list(down.shape)} and {list(up.shape)}. Only plain LoRA is merged here."
+            f"{list(down.shape)} and {list(up.shape)}. Download the adapter again."
         )
-    alpha = found.get(Role.ALPHA)
+    alpha = found.get("alpha")
     scaling = scalings.of(name, rank, alpha[1] if alpha else None)
     return AdapterModule(name, down, up, scaling, key.embedding)

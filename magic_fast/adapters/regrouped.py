@@ -128,13 +128,27 @@ def regrouped(
     modules, made = [], []
     for name, bits in groups.items():
         first = bits[0].module
-        if len(bits) == 1 and only_cut and not bits[0].cuts:
+        kept = len(bits) == 1 and only_cut and not bits[0].cuts
+        if not (kept and not bits[0].turns):
+            _refuse_forms(adapter, name, bits)
+        if kept:
             modules.append(_turned(first, bits[0]))
             continue
         new, blocks = _module(adapter, name, bits, keys(name))
         modules.append(new)
         made += blocks
     return modules, BlockCheckpoint(adapter.checkpoint, made) if made else adapter.checkpoint
+
+
+def _refuse_forms(adapter: Adapter, name: str, bits: Sequence[Bit]) -> None:
+    """Refuses other forms than s·B·A where names of another convention take them apart."""
+    form = next((bit.module.form for bit in bits if bit.module.form is not None), None)
+    if form is not None:
+        raise CheckpointError(
+            f"module '{bits[0].module.name}' in {adapter.path}: expected A and B, which can be cut "
+            f"and joined as the names of '{name}' ask, got {form.words}. Merge it into its model "
+            "by the library that made it, and merge full models."
+        )
 
 
 def _turned(module: AdapterModule, bit: Bit) -> AdapterModule:

@@ -14,7 +14,6 @@ Config = Mapping[str, Any]
 
 # settings under which a product of two factors is not what the adapter adds → what it would be
 _OTHER_FORMS = {
-    "use_dora": "DoRA (use_dora), which renormalises the sum with the base weight",
     "lora_bias": "a bias of its own (lora_bias)",
     "target_parameters": "factors of bare parameters (target_parameters)",
     "layer_replication": "layers that are used several times (layer_replication)",
@@ -37,10 +36,10 @@ def refuse_other_forms(config: Config, path: str) -> None:
     CheckpointError: the adapter is no sum s·B·A beside an unchanged base.
     """
     kind = str(config.get("peft_type", "LORA")).upper()
-    if kind not in ("LORA", "IA3"):
+    if kind not in ("LORA", "IA3", "LOHA", "LOKR"):
         raise CheckpointError(
-            f"adapter type for {path}: expected LORA or IA3, got {kind}. Other adapters are not "
-            "merged here."
+            f"adapter type for {path}: expected LORA, LOHA, LOKR or IA3, got {kind}. "
+            "Other adapters are not merged here."
         )
     for name, words in _OTHER_FORMS.items():
         if config.get(name):
@@ -72,8 +71,9 @@ def check_settings(config: Config, path: str) -> None:
             f"{name} in {path}: expected {expected}, got {value!r:.60}. Download the adapter again."
         )
 
-    if "lora_alpha" in config and not _is_finite(config["lora_alpha"]):
-        raise wrong("lora_alpha", "a finite number", config["lora_alpha"])
+    for name in ("lora_alpha", "alpha"):
+        if name in config and not _is_finite(config[name]):
+            raise wrong(name, "a finite number", config[name])
     for name in ("alpha_pattern", "rank_pattern"):
         pattern = config.get(name) or {}
         if not isinstance(pattern, Mapping) or not all(map(_is_finite, pattern.values())):
@@ -127,22 +127,26 @@ def _compiles(expression: object) -> bool:
 def refused(path: str, words: str) -> CheckpointError:
     """The error for an adapter of a form that is not merged here."""
     return CheckpointError(
-        f"adapter form for {path}: expected plain LoRA (s·B·A beside each weight) or IA3, got "
+        f"adapter form for {path}: expected LoRA, DoRA, LoHa, LoKr, differences or IA3, got "
         f"{words}. Merge it into its base model first, by the library that made it, and merge "
         "the full models."
     )
 
 
-def scaling_of(config: Config, module: str, rank: int) -> float:
+def scaling_of(config: Config, module: str, rank: int | None) -> float:
     """s of a module: α/r, or α/√r under ``use_rslora``; α from ``alpha_pattern`` where one of its
-    patterns matches the end of the module's name.
+    patterns matches the end of the module's name, r where it is None so from ``rank_pattern``.
 
     >>> scaling_of({"lora_alpha": 8, "alpha_pattern": {"fc1": 2}}, "block.fc1", rank=4)
     0.5
     """
-    alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-            break
+    alpha = _by_pattern(config, "alpha", module, config.get("lora_alpha", config.get("alpha", 8)))
+    rank = int(_by_pattern(config, "rank", module, config.get("r", 8))) if rank is None else rank
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(config: Config, what: str, module: str, default: Any) -> float:
+    for pattern, value in (config.get(f"{what}_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return float(default)

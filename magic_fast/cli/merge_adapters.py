@@ -60,6 +60,12 @@ def add_parser(commands: Any) -> None:
         help="of the result (default: that of the adapters)",
     )
     parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the model that all were trained on: DoRA's change is of its weights, and it says "
+        "what is a convolution in files of LoHa and LoKr",
+    )
+    parser.add_argument(
         "--base-model",
         metavar="NAME",
         help="what all were trained on, where configurations or headers spell it differently",
@@ -82,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.method,
             calibrate=_calibration(arguments.calibrate, calibration),
             progress=report,
-            **options.given(arguments, "rank", "on", "dtype", "base_model"),
+            **options.given(arguments, "rank", "on", "dtype", "base", "base_model"),
             **options.given(arguments, "preset", "backend", "seed"),
             **parameters,
         )
@@ -103,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
 _WITHOUT_OPTION = ("adapters", "out", "masks")
 #: What has an option of its own.
 _TAKEN = (
-    "method", "calibrate", "rank", "on", "dtype", "base_model", "preset", "backend", "seed",
+    "method", "calibrate", "rank", "on", "dtype", "base", "base_model", "preset", "backend", "seed",
     "progress",
 )  # fmt: skip
 

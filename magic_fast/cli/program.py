@@ -24,6 +24,7 @@ from magic_fast.errors import MagicFastError
 COMMANDS = (
     "merge",
     "merge-adapters",
+    "extract-adapter",
     "sweep",
     "calibrate",
     "sensitivity",

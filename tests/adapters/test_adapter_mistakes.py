@@ -214,7 +214,7 @@ def test_whole_tensors(folder: Path) -> None:
 
 def test_dora(folder: Path) -> None:
     write_peft(folder / "dora", draw_lora(2), use_dora=True)
-    assert "got DoRA (use_dora)" in refusal(folder, CheckpointError, "0", "dora")
+    assert "got DoRA (use_dora) without one" in refusal(folder, CheckpointError, "0", "dora")
 
 
 def test_values_that_are_not_finite(folder: Path) -> None:

@@ -15,6 +15,7 @@ from magic_fast.api.tensors.merge import merge_task_vectors
 from magic_fast.calibration import WeightCalibration
 from magic_fast.checkpoint import TensorInfo
 from magic_fast.engine.execute.whole import DTYPES
+from magic_fast.engine.sources.adapted import AdaptedCheckpoint
 from magic_fast.errors import CheckpointError, InputError, NonFiniteError
 from magic_fast.recipe import Align, Contributors, Recipe, Reduce, Vote, Weigh
 
@@ -30,6 +31,7 @@ class Asked:
         weights: K numbers; None where the method takes none.
         options: of :func:`merge_task_vectors`, but for weights, masks and calibration.
         masks: K mappings, or None.
+        bases: the base model with each of the adapters on it, where it was named.
         coefficients: c with Δ = Σ c_k·τ_k; None where the method is not linear.
     """
 
@@ -42,6 +44,7 @@ class Asked:
     rank: int | None
     on: str
     dtype: torch.dtype | None
+    bases: Sequence[AdaptedCheckpoint] | None = None
 
     def arguments(self, key: str, own: Sequence[int]) -> dict[str, Any]:
         """Of :func:`merge_task_vectors`, for one tensor of these adapters."""
@@ -84,6 +87,8 @@ def coefficients_of(
 def weight_shape(module: AdapterModule) -> tuple[int, ...]:
     """Of what a module changes, [out, in] of a matrix whichever way its model stores it; an IA3
     vector's own."""
+    if module.form is not None:
+        return module.form.shape
     if module.up is None:
         return module.down.shape
     out, into = module.up.shape[0], module.down.shape[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,23 +12,31 @@ from torch import Tensor
 
 from magic_fast.adapters import Adapter, open_adapter
 from magic_fast.adapters.joined import in_one_convention
-from magic_fast.adapters.merged import has_alphas, merged_config, merged_header
-from magic_fast.adapters.opening import CONFIG_NAME, DIFFUSERS_NAME, KOHYA_BASE_KEY, WEIGHTS_NAME
+from magic_fast.adapters.opening import CONFIG_NAME, WEIGHTS_NAME
+from magic_fast.api.adapters.formed import (
+    flat_modules,
+    is_formed,
+    merge_formed,
+    refuse_other_sizes,
+)
 from magic_fast.api.adapters.inputs import Asked, base_copies, coefficients_of, refuse_unlike
 from magic_fast.api.adapters.modules import merge_module, refuse_calibration_of_vectors
+from magic_fast.api.adapters.written import write
 from magic_fast.api.options import Calibrate, MergeOptions, Weights
 from magic_fast.api.results import AdapterReport
 from magic_fast.api.tensors.resolve import Call, numbers_of, resolve
-from magic_fast.checkpoint import FORMAT_METADATA, OutputFolder, TensorSpec, plan_shards
+from magic_fast.checkpoint import (
+    open_checkpoint,
+)
 from magic_fast.engine import Progress
-from magic_fast.engine.execute.whole import DTYPES, as_bytes
+from magic_fast.engine.sources.adapted import AdaptedCheckpoint
 from magic_fast.errors import InputError
 from magic_fast.ops import refuse_backend
 from magic_fast.planning.outputs import check_out
 
 ON = ("weights", "factors")
 OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_PLAIN = (str, int, float, bool, list)  # what a recipe says in YAML
 
 
 def merge_adapters(
@@ -43,6 +50,7 @@ def merge_adapters(
     rank: int | None = None,
     on: str = "weights",
     dtype: str | None = None,
+    base: str | Path | None = None,
     base_model: str | None = None,
     preset: str | None = None,
     backend: str | None = None,
@@ -57,7 +65,9 @@ def merge_adapters(
     ``task_arithmetic``) are exact: the factors are stacked to rank Σ r_k, or brought to the nearest
     of ``rank`` by QR and the SVD of a small core; ξ of WSC comes from products of the factors and
     scales rows of B. No τ_k is formed. Every other method sees the τ_k of one module at a time, and
-    its result is brought to ``rank``. IA3 multiplies activations by vectors l: methods see l − 1.
+    its result is brought to ``rank``, and so are changes of other forms: DoRA, LoHa, LoKr and
+    differences of matrices (vectors stay differences). IA3 multiplies activations by vectors l:
+    methods see l − 1.
 
     Args:
         adapters: K folders of PEFT or files of kohya or diffusers, all of one kind and naming, or
@@ -76,6 +86,8 @@ def merge_adapters(
             come in.
         dtype: of the result, ``float32``, ``float16`` or ``bfloat16``; None: what those of the
             factors promote to.
+        base: the model that all were trained on, a checkpoint: DoRA's change is of its weights, and
+            it says what is a convolution in the files of LoHa and LoKr.
         base_model: what all were trained on, where PEFT's configurations or kohya's headers differ
             in its spelling.
         preset, backend, seed: as of :func:`merge`. IA3 under preset ``peft``: Σ w·l.
@@ -88,7 +100,7 @@ def merge_adapters(
 
     Raises:
         CheckpointError: no adapter, of another kind than the first, or of a form that is not s·B·A
-            or l (DoRA, LoHa, …); tensors that were trained whole.
+            or another that adds up (OFT, VeRA, …); tensors that were trained whole.
         InputError: other base models or shapes; parameters that do not fit.
         NonFiniteError: NaN or infinity in an adapter, or an overflow of ``dtype``.
         OutputError: ``out`` is in the way, or cannot be written.
@@ -118,14 +130,16 @@ def merge_adapters(
     if backend is not None:
         refuse_backend(backend, "cpu")
     opened: list[Adapter] = []
+    model = None
     try:
         for path in paths:
             opened.append(open_adapter(path))
         joined, notes = in_one_convention(opened)
-        base = refuse_unlike(joined, base_model)
+        named = refuse_unlike(joined, base_model)
         target = _check_out(out, joined[0])
         _refuse_misuse(joined, call, rank, on)
         copies = base_copies(joined)
+        model = None if base is None else open_checkpoint(base)
         options = {
             "method": method, "scale": scale, "preset": preset, "backend": backend, "seed": seed,
             **method_params,
@@ -142,12 +156,21 @@ def merge_adapters(
             rank,
             on,
             None if dtype is None else OUT_DTYPES[dtype],
+            None if model is None else [AdaptedCheckpoint(model, a) for a in opened],
         )
         report = AdapterReport(target, opened[0].kind, opened[0].style, method, warnings=notes)
         tensors = _run(asked, report, progress) | copies
-        _write(target, joined, report, tensors, base)
+        settings = {
+            **given, "calibrate": None if calibrate is None else str(calibrate), "rank": rank,
+            "on": on, "dtype": dtype, "base": base and os.fspath(base),
+        }  # fmt: skip
+        said = {n: x for n, x in settings.items() if x is not None and isinstance(x, _PLAIN)}
+        recipe = {"merge_adapters": {"adapters": [a.path for a in opened], **said}}
+        write(target, joined, report, tensors, named, recipe)
         return report
     finally:
+        if model is not None:
+            model.close()
         for adapter in opened:
             adapter.close()
 
@@ -189,6 +212,12 @@ def _refuse_misuse(opened: Sequence[Adapter], call: Call, rank: int | None, on: 
             "on='factors': expected preset 'peft', whose rule it is, got "
             f"{call.preset!r}. Pass preset='peft', or leave out on."
         )
+    formed = [m for a in opened for m in a.modules.values() if m.form is not None]
+    if on == "factors" and formed and formed[0].form is not None:
+        raise InputError(
+            f"on='factors' for '{formed[0].name}': expected A and B only, got "
+            f"{formed[0].form.words}. Leave out on, and pass a rank."
+        )
     if on == "factors" and (rank is not None or call.calibration is not None):
         raise InputError(
             "rank and calibrate with on='factors': expected neither, got one. They are about the "
@@ -215,12 +244,23 @@ def _run(
     found: dict[str, Tensor] = {}
     done = 0
     for name in names:
-        tensors, module = merge_module(asked, name)
+        own = {k: a.modules[name] for k, a in enumerate(asked.adapters) if name in a.modules}
+        if is_formed(own):
+            refuse_other_sizes(asked, name, own)
+            tensors, module = merge_formed(asked, name, own)
+        else:
+            tensors, module = merge_module(asked, name)
         found |= tensors
         report.modules.append(module)
         done += sizes[name]
         if progress is not None:
             progress(Progress(done, sum(sizes.values()), name))
+    flat = flat_modules(asked)
+    if flat:
+        report.warnings.append(
+            f"{len(flat)} modules are written as matrices, first {flat[0]}: their files do not say "
+            "whether they are convolutions; pass base where they are"
+        )
     some = [m.name for m in report.modules if len(m.adapters) < len(asked.adapters)]
     if some:
         report.warnings.append(
@@ -228,31 +268,3 @@ def _run(
             "those without one change nothing there"
         )
     return found
-
-
-def _write(
-    target: str,
-    opened: Sequence[Adapter],
-    report: AdapterReport,
-    tensors: dict[str, Tensor],
-    base_model: str | None,
-) -> None:
-    """The files, which appear once, whole."""
-    ranks = {m.name: m.rank for m in report.modules} if report.kind == "lora" else {}
-    if has_alphas(opened):  # the scaling is in the factors: α = r
-        tensors |= {f"{name}.alpha": torch.tensor(float(rank)) for name, rank in ranks.items()}
-    with OutputFolder(target) as output:
-        name = WEIGHTS_NAME if report.style == "peft" else DIFFUSERS_NAME
-        if output.is_file:
-            name = os.path.basename(output.path)
-        specs = [TensorSpec(key, _WORDS[t.dtype], tuple(t.shape)) for key, t in tensors.items()]
-        metadata = {**FORMAT_METADATA, **merged_header(opened, ranks)}
-        if report.style == "kohya" and base_model is not None:
-            metadata[KOHYA_BASE_KEY] = base_model
-        output.create_shards(plan_shards(specs, file_name=name, metadata=metadata))
-        for key, tensor in tensors.items():
-            output.write(key, as_bytes(tensor))
-        if report.style == "peft":
-            config = merged_config(opened, ranks, base_model)
-            output.write_text(CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-        report.out = output.finalise()

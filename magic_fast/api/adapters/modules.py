@@ -138,13 +138,13 @@ def _products(asked: Asked, name: str, own: Mapping[int, AdapterModule]) -> Foun
     """The changes s·B·A themselves, and the result as factors again."""
     first = next(iter(own.values()))
     assert first.up is not None
-    given = {k: _pair(asked, k, m) for k, m in own.items()}
-    have = {k: _low_rank(*given[k], m) for k, m in own.items()}
+    given = {k: pair(asked, k, m) for k, m in own.items()}
+    have = {k: low_rank(*given[k], m) for k, m in own.items()}
     none = no_change(next(iter(have.values())))
     changes = [have.get(k, none) for k in range(len(asked.adapters))]
     merged = _sum if asked.coefficients is not None else _by_method
     made, share = merged(asked, first, changes)
-    made, report = _calibrated(asked, first, changes, made)
+    made, report = calibrated_change(asked, first, weight_shape(first), changes, made)
     every = [x for pair in given.values() for x in pair]
     if dtype_of(asked, every) == torch.float16:
         made = evened(made)
@@ -158,13 +158,13 @@ def _products(asked: Asked, name: str, own: Mapping[int, AdapterModule]) -> Foun
     return found, MergedModule(name, tuple(own), ranks, made.rank, share, report)
 
 
-def _pair(asked: Asked, k: int, module: AdapterModule) -> tuple[Tensor, Tensor]:
+def pair(asked: Asked, k: int, module: AdapterModule) -> tuple[Tensor, Tensor]:
     """(A, B) as they are stored."""
     assert module.up is not None
     return read(asked.adapters[k], module.down), read(asked.adapters[k], module.up)
 
 
-def _low_rank(down: Tensor, up: Tensor, module: AdapterModule) -> LowRank:
+def low_rank(down: Tensor, up: Tensor, module: AdapterModule) -> LowRank:
     """s·B·A in at least float32; an embedding changes by its transpose."""
     dtype = _widened(down, up).dtype
     return LowRank(up.to(dtype).flatten(1), down.to(dtype).flatten(1) * module.scaling)
@@ -205,13 +205,17 @@ def _by_method(
     return made.turned if module.embedding else made, share
 
 
-def _calibrated(
-    asked: Asked, module: AdapterModule, changes: Sequence[LowRank], made: LowRank
+def calibrated_change(
+    asked: Asked,
+    module: AdapterModule,
+    shape: tuple[int, ...],
+    changes: Sequence[LowRank],
+    made: LowRank,
 ) -> tuple[LowRank, TensorCalibration | None]:
     """Of what the result holds at its rank, so that its rows have the magnitudes in the end."""
     if asked.calibration is None:
         return made, None
-    weight, shape = f"{module.name}.weight", weight_shape(module)
+    weight = f"{module.name}.weight"
     settings = asked.calibration  # changes are [out, in], whatever their weight is
     axes = 0 if settings.row_axis is None else settings.row_axis
     calibration = settings.resolve(weight, shape, asked.counting, row_axis=axes)

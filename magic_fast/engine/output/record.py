@@ -15,7 +15,8 @@ from magic_fast.engine.plan.step import FLOATS
 RECORD_NAME = "magic_fast.json"
 
 
-def _versions() -> dict[str, str]:
+def versions_used() -> dict[str, str]:
+    """Name → version of what takes part in a merge."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"magic_fast": __version__, "python": platform.python_version()}
@@ -64,7 +65,7 @@ def write_small_files(
             untied=plan.untied,
             config=plan.config,
         )
-    versions = _versions()
+    versions = versions_used()
     output.write_text(
         "README.md",
         model_card(report, models=list(plan.models), recipe=plan.recipe_text, versions=versions),

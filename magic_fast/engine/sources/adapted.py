@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -21,6 +21,7 @@ from magic_fast.checkpoint.tokenizer import TOKENIZER_NAME
 from magic_fast.engine.output.recheck import refuse_changed_files
 from magic_fast.engine.plan.step import FLOATS
 from magic_fast.engine.plan.units import element_size
+from magic_fast.engine.sources.adapted_forms import formed_change, formed_values
 from magic_fast.engine.sources.adapted_rows import Change, RowMaker, right_factor
 from magic_fast.engine.sources.tied import TiedCheckpoint
 from magic_fast.errors import CheckpointError
@@ -28,7 +29,6 @@ from magic_fast.models import Kind, Source, roles_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
 
 _LAYER = re.compile(r"[^.]+\.\d+\..*$")
 
@@ -72,21 +72,22 @@ class AdaptedCheckpoint(Checkpoint):
             self._stored[name] = replace(adapter.checkpoint.tensors[key], name=name)
         self._changes: dict[str, Change] = {}
         for module in adapter.modules.values():
-            name = module.weight or places.of(f"{module.name}.weight")
+            name = module.weight or places.of_module(module)
             if name in self._changes:
                 raise CheckpointError(
                     f"modules '{self._changes[name].module.name}' and '{module.name}' in "
                     f"{adapter.path}: expected one for each tensor of {own.path}, got both for "
                     f"'{name}'. Merge the adapter into its model first (PEFT's merge_and_unload)."
                 )
-            change = _change_of(module, self._stored[name], own, adapter)
-            self._changes[name] = change
+            made = formed_change if module.form else _change_of
+            change = self._changes[name] = made(module, self._stored[name], own, adapter)
             self._dtypes[name] = own.stored_dtype(name)
             wide = "F64" if change.stored.dtype == "F64" else "F32"
             nbytes = prod(change.stored.shape) * element_size(wide)
             self._stored[name] = replace(change.stored, dtype=wide, nbytes=nbytes)
         self.tensors = MappingProxyType(self._stored)
         self.resized = self._resized()
+        self.changed: Mapping[str, Change] = self._changes  #: tensor → how it changes
         self.overhead += max((c.memory for c in self._changes.values()), default=0)
         self.overhead += adapter.checkpoint.overhead
         self._kept: tuple[Any, Any] = (None, None)
@@ -139,6 +140,9 @@ class AdaptedCheckpoint(Checkpoint):
     def _read_changed(self, change: Change, info: TensorInfo, view: memoryview, start: int) -> None:
         """Bytes of a changed tensor, in blocks of whole rows, straight into the view where a block
         is within it."""
+        if change.module.form is not None:
+            view[:] = memoryview(self._right(change, info.dtype)).cast("B")[start:][: len(view)]
+            return
         row_bytes = change.cols * element_size(info.dtype)
         first = start // row_bytes
         last = min(change.rows, -(-(start + len(view)) // row_bytes))
@@ -155,18 +159,17 @@ class AdaptedCheckpoint(Checkpoint):
             view[max(0, lead) : max(0, lead) + len(here)] = here
 
     def _right(self, change: Change, dtype: str) -> Any:
-        """The right factor of a tensor; that of the last one is kept, as it comes in pieces."""
+        """The right factor, or the whole, of a tensor; the last one is kept for its next piece."""
         kept = self._kept
         if kept[0] is not change:
-            kept = self._kept = (change, right_factor(change, dtype, self))
+            make = right_factor if change.module.form is None else formed_values
+            kept = self._kept = (change, make(change, dtype, self))
         return kept[1]
 
     def read_base(self, change: Change, start: int, data: memoryview) -> None:
-        """Bytes of a tensor without the adapter."""
         self._read_plain(change.stored.name, data, start, len(data))
 
     def read_factor(self, info: TensorInfo, start: int, data: memoryview) -> None:
-        """Bytes of a factor."""
         self._adapter.checkpoint.read_into(info.name, data, start, len(data))
 
     def close(self) -> None:
@@ -208,8 +211,9 @@ class _Places:
         self.own = own
         self._adapter = adapter
         known = [m.weight for m in adapter.modules.values() if m.weight]
-        modules = [name for name, m in adapter.modules.items() if not m.weight]
-        names = [*adapter.whole, *(f"{module}.weight" for module in modules)]
+        unsaid = (m for m in adapter.modules.values() if not m.weight)
+        leaves = ((m.name, leaf) for m in unsaid for leaf in ("weight", m.leaf))
+        names = [*adapter.whole, *dict.fromkeys(f"{name}.{leaf}" for name, leaf in leaves)]
         self._canonical = {role.canonical: name for name, role in own.roles.items()}
         asked = roles_of(own.config, {name: ((1, 1), "F32") for name in names})
         self._asked = {name: role.canonical for name, role in asked.items()}
@@ -226,8 +230,15 @@ class _Places:
             raise no_weight(self._adapter, self.own, name)
         return found
 
+    def of_module(self, module: AdapterModule) -> str:
+        """The stored name of what a module changes: beside its weight, or itself."""
+        name = f"{module.name}.{module.leaf}"
+        weight = self._found(f"{module.name}.weight") or ""
+        beside = weight.removesuffix("weight") + module.leaf if weight else name
+        return beside if beside in self.own else self.of(name)
+
     def _found(self, name: str) -> str | None:
-        """The name in the model, by itself, by the module tree, else by how it ends."""
+        """The name in the model: its own, the module tree's, else by how it ends."""
         if name in self.own:
             return name
         canonical = self._asked[name]

@@ -44,6 +44,8 @@ class Change:
         """Bytes that reading takes: the right factor and its bytes as they are stored, and for each
         reader three blocks."""
         size = 8 if self.stored.dtype == "F64" else 4
+        if self.module.form is not None:  # weight, change, and what making it takes
+            return 4 * size * prod(self.stored.shape)
         rank, block = self.module.rank, self.block_rows
         return size * (2 * rank * self.cols + _READERS * block * (3 * self.cols + 2 * rank))
 
@@ -64,9 +66,9 @@ def right_factor(change: Change, dtype: str, source: Source) -> Any:
 
     rank = change.module.rank
     if change.transposed:
-        stored = _numbers(change.up, dtype, source).reshape(change.cols, rank)
+        stored = numbers(change.up, dtype, source).reshape(change.cols, rank)
         return np.ascontiguousarray(stored.T)
-    return _numbers(change.module.down, dtype, source).reshape(rank, change.cols)
+    return numbers(change.module.down, dtype, source).reshape(rank, change.cols)
 
 
 class RowMaker:
@@ -91,10 +93,10 @@ class RowMaker:
         rank, down = change.module.rank, change.module.down
         if change.transposed:  # columns of A [r, rows]
             starts = range(first, rank * change.rows, change.rows)
-            parts = [_numbers(down, dtype, source, s, s + last - first) for s in starts]
+            parts = [numbers(down, dtype, source, s, s + last - first) for s in starts]
             left = np.stack(parts, axis=1)
         else:
-            left = _numbers(change.up, dtype, source, first * rank, last * rank)
+            left = numbers(change.up, dtype, source, first * rank, last * rank)
         self._wide = _WIDE[dtype]
         self._left = left.reshape(-1, rank) * np.dtype(self._wide).type(change.module.scaling)
         shape = (change.block_rows, change.cols)
@@ -117,7 +119,7 @@ class RowMaker:
         size = cols * element_size(self._change.stored.dtype)
         data = memoryview(self._bytes)[: (stop - row) * size]
         self._source.read_base(self._change, row * size, data)
-        _widen(data, self._change.stored.dtype, scratch)
+        widen(data, self._change.stored.dtype, scratch)
         result += scratch
 
 
@@ -125,7 +127,7 @@ _WIDE = {"F32": "<f4", "F64": "<f8"}
 _KINDS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
-def _widen(data: memoryview | bytearray, dtype: str, out: Any) -> None:
+def widen(data: memoryview | bytearray, dtype: str, out: Any) -> None:
     """Stored little-endian floats into an array of a type at least as wide."""
     import numpy as np
 
@@ -140,7 +142,7 @@ def _widen(data: memoryview | bytearray, dtype: str, out: Any) -> None:
         np.copyto(out, (stored.astype(np.uint32) << 16).view(np.float32))
 
 
-def _numbers(
+def numbers(
     info: TensorInfo, dtype: str, source: Source, start: int = 0, stop: int | None = None
 ) -> Any:
     """Elements of a factor as an array of ``dtype``."""
@@ -151,5 +153,5 @@ def _numbers(
     data = bytearray(count * size)
     source.read_factor(info, start * size, memoryview(data))
     out = np.empty(count, _WIDE[dtype])
-    _widen(data, info.dtype, out)
+    widen(data, info.dtype, out)
     return out
