@@ -108,7 +108,8 @@ def _fit(
         if there:
             part = parts[there[0].part]
             for target, bit in bits_of(module, there[0], part.naming).items():
-                place = part.prefix + target.removesuffix("weight") + module.leaf
+                beside = target.removesuffix(".weight")
+                place = part.prefix + (f"{beside}.{module.leaf}" if beside != target else target)
                 fit.groups.setdefault(place, []).append(bit)
         elif found and not here:
             fit.left.setdefault(found[0].part, []).append(name)
