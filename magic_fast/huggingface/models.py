@@ -111,8 +111,9 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, st
         forms = [f for n in names for f in (n, prefix + n, n.removeprefix(prefix))]
         stored = next((f for f in forms if f in checkpoint), None)
         stored = stored or next((renamed[n] for n in names if n in renamed), None)
-        if stored is not None and checkpoint.resolve(stored).shape == tuple(tensor.shape):
-            found[name] = stored
+        info = checkpoint.resolve(stored) if stored is not None else None
+        if info is not None and info.shape == tuple(tensor.shape):
+            found[name] = info.name  # of tied names the stored one
         elif name in parameters:
             missing.append(name)
     return found, missing

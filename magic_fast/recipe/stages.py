@@ -109,6 +109,10 @@ class Trim:
             return n - max(math.trunc((1.0 - q) * float(n)), 1) + 1
         return min(max(floor, self.min_kept), n)
 
+    def drop_count(self, k: int, n: int) -> int:
+        """How many entries ``TieRule.DROP_ALL`` drops at least: ⌊(1−q)·n⌋."""
+        return math.trunc(float(n) * (1.0 - self.density[k]))
+
     def band_counts(self, k: int, n: int) -> tuple[int, int]:
         """(n_top, kept) of a band trim: entries ``n_top <= rank < n_top + kept`` stay."""
         kept = math.trunc(float(n) * float(self.density[k]))

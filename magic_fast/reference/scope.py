@@ -19,7 +19,7 @@ from torch import Tensor
 from magic_fast.recipe import Recipe, Selection, TieRule, TrimRule, Weigh
 from magic_fast.reference import merge as reference
 from magic_fast.reference import pcb
-from magic_fast.reference.trim import RadixSelect, drop_count, magnitude_bits
+from magic_fast.reference.trim import RadixSelect, magnitude_bits
 
 Pair = tuple[Tensor | None, Sequence[Tensor]]
 Source = Callable[[], Iterable[Pair]]
@@ -36,7 +36,7 @@ def _wanted(recipe: Recipe, k: int, n: int) -> list[tuple[int, TieRule]]:
         top, kept = trim.band_counts(k, n)
         return [(top + kept if kept else 0, TieRule.EXACT), (top if kept else 0, TieRule.EXACT)]
     if trim.tie_rule is TieRule.DROP_ALL:
-        dropped = drop_count(trim, k, n)
+        dropped = trim.drop_count(k, n)
         return [
             (n - dropped + 1 if dropped else n, TieRule.DROP_ALL if dropped else TieRule.KEEP_ALL)
         ]

@@ -69,11 +69,6 @@ def keep_above(x: Tensor, threshold: float, tie_cut: int, offset: int = 0) -> Te
     return keep
 
 
-def drop_count(trim: Trim, k: int, n: int) -> int:
-    """How many entries ``TieRule.DROP_ALL`` drops at least: ⌊(1−q)·n⌋."""
-    return math.trunc(float(n) * (1.0 - trim.density[k]))
-
-
 def select_trim(x: Tensor, trim: Trim, k: int) -> tuple[float, int, float, int]:
     """(threshold, tie_cut, top_threshold, top_tie_cut) of expert ``k`` with task vector ``x``."""
     n = x.numel()
@@ -93,7 +88,7 @@ def select_trim(x: Tensor, trim: Trim, k: int) -> tuple[float, int, float, int]:
         high = threshold_and_cut(x, top, TieRule.EXACT)
         return (*low, *high)
     if trim.tie_rule is TieRule.DROP_ALL:
-        dropped = drop_count(trim, k, n)
+        dropped = trim.drop_count(k, n)
         if dropped == 0:
             return everything
         return kth_magnitude(x, n - dropped + 1), 0, math.inf, 0

@@ -97,7 +97,7 @@ def _targets(recipe: Recipe, k: int, kind: int, n: int) -> tuple[list[Target], b
         exact = TIE_RULES[TieRule.EXACT]
         return [Target(k, count, is_top, exact) for count, is_top in wanted if count > 0], False
     if trim.tie_rule is TieRule.DROP_ALL:
-        dropped = math.trunc(float(n) * (1.0 - trim.density[k]))
+        dropped = trim.drop_count(k, n)
         if dropped == 0:
             return [], True
         return [Target(k, n - dropped + 1, False, TIE_RULES[trim.tie_rule])], False

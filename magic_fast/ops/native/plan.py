@@ -50,7 +50,7 @@ def _trim_counts(trim: Trim, k: int, n: int | None) -> tuple[int, int, int]:
         top, kept = trim.band_counts(k, n)
         return (CpuTrim.BAND, top + kept, top) if kept else (CpuTrim.BAND, 0, 0)
     if trim.tie_rule is TieRule.DROP_ALL:
-        dropped = math.trunc(float(n) * (1.0 - trim.density[k]))
+        dropped = trim.drop_count(k, n)
         return (CpuTrim.BAND, n - dropped + 1, -1) if dropped else (CpuTrim.NONE, 0, -1)
     return CpuTrim.BAND, trim.kept_count(k, n), -1
 
