@@ -68,4 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
                     f"warning: {len(adapter.left)} tensors changed and are not in the adapter, "
                     f"first {next(iter(adapter.left))}; --save-vectors saves norms and vectors"
                 )
+            for warning in adapter.warnings:
+                print(f"warning: {warning}")
+            if adapter.unlike:
+                print(
+                    f"warning: {len(adapter.unlike)} tensors are the expert's alone, or differ and "
+                    f"are no floats, and are not in the adapter, first {adapter.unlike[0]}"
+                )
     return 0

@@ -106,3 +106,46 @@ def test_a_base_is_no_expert(tmp_path: Path) -> None:
     models(tmp_path, {"fc.weight": 2})
     with pytest.raises(mf.CheckpointError, match="expected matrices that differ"):
         mf.extract_adapter(tmp_path / "base", tmp_path / "base", tmp_path / "o", rank=2)
+
+
+def test_what_an_adapter_cannot_hold_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head of its own, and a counter; the fine-tune's names have a wrapper's prefix."""
+    base, expert = models(tmp_path, {"fc.weight": 2})
+    steps = {"steps": torch.tensor(1)}
+    save_file(base | steps, tmp_path / "base/model.safetensors")
+    own = {f"module.{n}": t for n, t in (expert | {"steps": torch.tensor(7)}).items()}
+    save_file(own | {"own.weight": torch.ones(2, 2)}, tmp_path / "expert/model.safetensors")
+    paths = [str(tmp_path / name) for name in ("base", "expert", "lora")]
+    assert main(["extract-adapter", *paths, "--rank", "2"]) == 0
+    assert "2 tensors are the expert's alone" in capsys.readouterr().out
+    found = json.loads((tmp_path / "lora/magic_fast.json").read_text())
+    assert found["unlike"] == ["own.weight", "steps"]
+    assert [m["name"] for m in found["modules"]] == ["fc"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_language_models(tied: bool, tmp_path: Path) -> None:
+    """PEFT's forward with the adapter is the expert, where the rank holds the change; its merge
+    is where the embedding is the head."""
+    peft, tr = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    torch.manual_seed(0)
+    base = tr.GPT2LMHeadModel(tr.GPT2Config(tie_word_embeddings=tied, **sizes)).eval()
+    expert = tr.GPT2LMHeadModel(base.config).eval()
+    expert.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        for name, x in expert.named_parameters():
+            if x.dim() == 2 and "wpe" not in name:
+                x += torch.randn(x.shape[0], 3) @ torch.randn(3, x.shape[1]) / 20
+    base.save_pretrained(tmp_path / "base")
+    expert.save_pretrained(tmp_path / "expert")
+    (found,) = mf.extract_adapter(tmp_path / "base", tmp_path / "expert", tmp_path / "o", rank=3)
+    assert not found.left and not found.unlike and found.error < 1e-5
+    assert [w for w in found.warnings if "wte.weight is the head, too" in w] if tied else True
+    ids = torch.arange(12)[None]
+    want = expert(ids).logits
+    model = peft.PeftModel.from_pretrained(base, str(tmp_path / "o")).eval()
+    model = model.merge_and_unload() if tied else model
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-4, rtol=1e-4)

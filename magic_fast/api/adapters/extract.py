@@ -32,8 +32,10 @@ from magic_fast.engine import Progress
 from magic_fast.engine.execute.whole import DTYPES, as_bytes
 from magic_fast.engine.output.card import adapter_card
 from magic_fast.engine.output.record import versions_used
+from magic_fast.engine.sources.tied import same_values
 from magic_fast.errors import CheckpointError, InputError, NonFiniteError
 from magic_fast.models import Kind, Source
+from magic_fast.planning.names import settle_names
 from magic_fast.planning.outputs import check_out
 from magic_fast.spectral import leading
 
@@ -65,7 +67,8 @@ def extract_adapter(
     by tensor, the base once for all experts.
 
     Args:
-        base: checkpoint, whose names and configuration hold.
+        base: checkpoint, whose names and configuration hold; fine-tunes in other names of one
+            module tree meet them (docs/models.md).
         experts: one, whose adapter ``out`` is, or several, whose adapters are folders of ``out``
             named as the experts are.
         out: folder to make, missing or empty.
@@ -113,7 +116,9 @@ def extract_adapter(
         for given in (base, *paths):
             opened.append(open_checkpoint(given))
         drafts = [_Draft(o, os.fspath(p)) for o, p in zip(outs, paths, strict=True)]
-        _read(opened[0], opened[1:], drafts, rank, OUT_DTYPES[dtype], progress)
+        named = settle_names({model.path: model for model in opened}, opened[0].path)
+        own = [named[model.path] for model in opened[1:]]
+        _read(opened[0], own, drafts, rank, OUT_DTYPES[dtype], progress)
         for draft in drafts:
             _save_whole(draft, opened[0], save_vectors)
             if not draft.ranks:
@@ -124,7 +129,10 @@ def extract_adapter(
         settings = {"rank": rank, "dtype": dtype, "save_vectors": save_vectors}
         for draft in drafts:
             _write(draft, opened[0], os.fspath(base), settings)
-        return [ExtractedAdapter(d.out, d.expert, d.modules, d.saved, d.left) for d in drafts]
+        return [
+            ExtractedAdapter(d.out, d.expert, d.modules, d.saved, d.left, d.unlike, d.warnings)
+            for d in drafts
+        ]
     finally:
         for checkpoint in opened:
             checkpoint.close()
@@ -139,6 +147,8 @@ def _read(
     progress: Callable[[Progress], None] | None,
 ) -> None:
     total, done = sum(info.nbytes for info in base.tensors.values()), 0
+    for expert, draft in zip(experts, drafts, strict=True):
+        draft.unlike += [name for name in expert.tensors if name not in base]
     for name, info in base.tensors.items():
         done += info.nbytes
         if info.dtype in _FLOATS:
@@ -154,6 +164,10 @@ def _read(
                 delta = other.to(torch.promote_types(own.dtype, other.dtype)) - own
                 if delta.count_nonzero():
                     _extract(draft, base, name, delta, other, rank, dtype)
+        else:
+            for expert, draft in zip(experts, drafts, strict=True):
+                if name not in expert or not same_values(base, name, expert, name):
+                    draft.unlike.append(name)
         if progress is not None:
             progress(Progress(done, total, name))
 
@@ -191,6 +205,11 @@ def _extract(
         return
     embedding = role.kind is Kind.EMBEDDING
     conv1d = role.owner == "Conv1D"
+    if embedding and role.canonical in base.roles.tied_heads:
+        draft.warnings.append(
+            f"{name} is the head, too: PEFT's merge_and_unload gives the fine-tune, its forward "
+            "pass changes the embedding alone. Merge the adapter before it is used."
+        )
     change = delta.T if embedding or conv1d else delta.flatten(1)
     u, s, v = leading(change.contiguous(), min(rank, *change.shape), label=name)
     kept = max(1, int(s.count_nonzero()))
@@ -259,6 +278,6 @@ def _write(draft: _Draft, base: Checkpoint, name: str, settings: Mapping[str, An
         )
         title = os.path.basename(draft.out)
         card = adapter_card(title, sentence, base_model=name, adapters=[], recipe=recipe,
-                            versions=versions_used())  # fmt: skip
+                            versions=versions_used(), warnings=draft.warnings)  # fmt: skip
         output.write_text("README.md", card)
         output.finalise()

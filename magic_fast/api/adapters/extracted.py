@@ -34,6 +34,9 @@ class ExtractedAdapter:
         modules: those that changed, in the order of the base.
         saved: tensors that changed and stand in it whole.
         left: tensor that changed and is not in it → ‖Δ‖_F.
+        unlike: tensors that only the expert has, and numbers that are no floats and differ: they
+            are not in it either.
+        warnings: what the user should know.
     """
 
     out: str
@@ -41,6 +44,8 @@ class ExtractedAdapter:
     modules: list[ExtractedModule] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     left: dict[str, float] = field(default_factory=dict)
+    unlike: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def error(self) -> float:
@@ -60,5 +65,6 @@ class ExtractedAdapter:
         return {
             "out": self.out, "expert": self.expert, "error": self.error,
             "worst": [m.name for m in self.worst], "modules": [vars(m) for m in self.modules],
-            "saved": self.saved, "left": self.left,
+            "saved": self.saved, "left": self.left, "unlike": self.unlike,
+            "warnings": self.warnings,
         }  # fmt: skip
