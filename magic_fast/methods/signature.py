@@ -16,7 +16,8 @@ from magic_fast.methods.spec import ParameterSpec
 #: Keywords that calls, commands and configurations have for themselves, beside ``seed``.
 TAKEN = (
     "adapters", "allow_embedding_truncation", "backend", "base", "base_model", "calibrate",
-    "compat", "details", "device", "dtype", "experts", "masks", "memory", "method", "model",
+    "compat", "details", "device", "dtype", "exclude", "experts", "include", "masks", "memory",
+    "method", "model",
     "name", "nonfinite", "on", "out", "preset", "progress", "rank", "recipes", "resume",
     "row_axis", "task_vectors",
 )  # fmt: skip
