@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"MAGIC_FAST_REQUIRE_NATIVE=1, but magic_fast._native does not import: {error}"
         ) from error
+
+
+@pytest.fixture(autouse=True)
+def _warnings_heard() -> Iterator[None]:
+    """What a command made quiet is heard again by the next test."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
