@@ -94,7 +94,7 @@ $(PEERS)/.installed: benchmarks/peers.txt .ci/constraints.txt
 # What they pin would not go beside the other tests' packages.
 peers-0.1.4: $(PEERS)-0.1.4/.installed ## mergekit 0.1.4, in which the tests try the replacement
 peers-fusion-bench: $(PEERS)-fusion-bench/.installed ## FusionBench, in which they try the algorithm
-peers-diffusers: $(PEERS)-diffusers/.installed ## diffusers, whose adapters and names they compare with
+peers-diffusers: $(PEERS)-diffusers/.installed ## diffusers and LyCORIS, whose adapters and names they compare with
 
 $(PEERS)-%/.installed: benchmarks/peers-%.txt .ci/constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

@@ -22,6 +22,7 @@ ROOT = HERE.parents[1]
         ("0.1.4", "mergekit_0_1_4_checks.py"),
         ("fusion-bench", "fusion_bench_checks.py"),
         ("diffusers", "diffusers_checks.py"),
+        ("diffusers", "lycoris_checks.py"),
     ],
 )
 def test_runs_there(environment: str, checks: str) -> None:
