@@ -70,7 +70,7 @@ def test_a_model_with_an_adapter_is_what_lycoris_computes(
     own = create_lycoris(net, 1.0, train_norm=norms, **form)
     own.apply_to()
     with torch.no_grad():
-    X
+        for p in own.parameters():
             p.add_(torch.randn_like(p) / 4)
     x, image = torch.randn(5, 12), torch.randn(2, 6, 5, 5)
     with torch.no_grad():
