@@ -40,11 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _warnings_heard() -> Iterator[None]:
-    """What a command made quiet is heard again by the next test."""
-    level = logging.root.level
-    yield
-    logging.root.setLevel(level)
+def _warnings_heard() -> None:
+    """What a command made quiet is heard again: by the next test, and after what it shares."""
+    logging.root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")
