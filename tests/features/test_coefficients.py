@@ -24,7 +24,7 @@ class Net(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         h = self.embed(input_ids)
-        return h + self.down(self.norm(torch.relu(self.up(h)))) * self.offset
+        return h + self.down(self.norm(torch.relu(self.up(h)))) * self.offset.tanh()
 
 
 LAYERS = ("embed", "up", "norm", "down")

@@ -182,12 +182,17 @@ class FeatureSpace:
 
         return told
 
-    def _read(self, which: int, name: str, take: Take = _new) -> Tensor:
+    def _read(self, which: int, name: str, take: Take = _new, rows: slice | None = None) -> Tensor:
         reference = self._names[which]
         source = input_of(self.models, reference, self._stored[name])
-        self.bytes_read += source.nbytes
-        data = as_bytes(take(source.nbytes))
-        self.models[reference].read_into(source.info.name, data)
+        start, count = 0, source.nbytes
+        if rows is not None:
+            row = source.nbytes // source.shape[0]
+            start, count = rows.start * row, (rows.stop - rows.start) * row
+            source = replace(source, shape=(rows.stop - rows.start, *source.shape[1:]))
+        self.bytes_read += count
+        data = as_bytes(take(count))
+        self.models[reference].read_into(source.info.name, data, start, count)
         return tensor_of(source, data)
 
     def _whole(self, like: Mapping[str, Checkpoint], scratch: str) -> tuple[list[Step], Layers]:

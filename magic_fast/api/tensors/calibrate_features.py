@@ -149,7 +149,7 @@ def layers_of(run: FeatureRun) -> list[LayerCalibration]:
             {} if g.note else g.by_task(),
             g.calls,
             sum(r.positions for r in g.ratios.values()),
-            g.note,
+            g.said,
         )
         for g in run.groups
     ]

@@ -37,6 +37,7 @@ class InMemory:
     """
 
     streamed = False
+    resident = True
 
     def __init__(self, base: Any, experts: Any, merged: Any, model: nn.Module | None) -> None:
         self.names: list[str] | None = None
@@ -138,7 +139,7 @@ class InMemory:
                     self.put(station, part, value)
         if how is Deploy.HOOKS:
             for station in run.stations:
-                hook_station(station, groups, self.base)
+                hook_station(station, groups, self.base, lambda s: run.folded(s, groups[id(s)]))
 
     def result(self, how: Deploy) -> Any:
         assert self._work is not None
@@ -152,8 +153,9 @@ class InMemory:
     def base(self, name: str) -> Tensor:
         return self._placed(self.start, name)
 
-    def expert(self, number: int, name: str) -> Tensor:
-        return self._placed(self.experts[number], name)
+    def expert(self, number: int, name: str, rows: slice | None = None) -> Tensor:
+        own = self._placed(self.experts[number], name)
+        return own if rows is None else own[rows]
 
     def merged(self, name: str) -> Tensor:
         return self._placed(self.end, name)

@@ -125,26 +125,3 @@ def refusals(task: str, number: int) -> Iterator[None]:
             f"batch {number} of task {task!r}: expected what the model takes, got its refusal, "
             f"{type(error).__name__}: {error}. Is the data of the right modality?"
         ) from error
-
-
-class Masks:
-    """Which positions of a batch are samples and not padding: [samples, length] or None."""
-
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        fields = batch if isinstance(batch, Mapping) else {}
-        self._own = _mask(fields.get("attention_mask"))
-        self._decoder: Tensor | None = None
-        self._in_decoder: set[int] = set()
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            decoder = model.get_decoder()  # type: ignore[operator]
-            self._in_decoder = {id(m) for m in decoder.modules()}
-            self._decoder = _mask(fields.get("decoder_attention_mask"))
-
-    def of(self, module: nn.Module) -> Tensor | None:
-        return self._decoder if id(module) in self._in_decoder else self._own
-
-
-def _mask(value: Any) -> Tensor | None:
-    if not isinstance(value, Tensor) or value.dim() != 2 or bool(value.bool().all()):
-        return None
-    return value.bool()

@@ -25,6 +25,8 @@ class Group:
         sensitive: whether it may only shrink.
         calls: how often its sites were called, all batches together.
         settled: the raw ξ, once it is known.
+        note: why it has none.
+        remarks: what to know of it.
     """
 
     sites: list[Site]
@@ -33,6 +35,7 @@ class Group:
     calls: int = 0
     settled: Tensor | None = None
     note: str = ""
+    remarks: list[str] = field(default_factory=list)
     ratios: dict[str, Ratios] = field(default_factory=dict)
 
     @property
@@ -43,6 +46,16 @@ class Group:
     def tensors(self) -> list[str]:
         """Names of its parameters, each once."""
         return list(dict.fromkeys(p.name for site in self.sites for p in site.parts))
+
+    @property
+    def said(self) -> str:
+        """Why it has no ξ, or else what to know of it."""
+        remarks = [*(site.remark for site in self.sites), *self.remarks]
+        if self.settings.granularity is FeatureGranularity.CHANNEL and not self.per_channel:
+            tied = "its weights have several uses"
+            why = tied if len(self.sites) > 1 else "none of its axes is known to run over them"
+            remarks.append(f"one factor for all channels: {why}")
+        return self.note or "; ".join(dict.fromkeys(filter(None, remarks)))
 
     @property
     def refused(self) -> str:
@@ -71,7 +84,7 @@ class Group:
         if self.refused:
             self.note = self.refused
         elif not self.ratios:
-            self.note = "never called"
+            self.note = self.sites[0].unreached
         if self.note:
             self.settled = torch.tensor(math.nan, dtype=torch.float64)
             return
@@ -99,14 +112,15 @@ def group_sites(stations: Sequence[Station], settings: FeatureCalibration) -> li
     owner: dict[object, Group] = {}
     keys_of: dict[int, list[object]] = {}
     groups: dict[int, Group] = {}
+    pooled = _used_whole_and_in_rows(stations)
     for station in stations:
-        own = dict(station.module.named_parameters())
         for site in station.sites:
             names = {site.name, station.name, *(p.name for p in site.parts)}
             held = any(is_sensitive(name, chosen) for name in names)
             group = Group([site], settings, sensitive=held)
             # rows of one parameter are apart, whole parameters are themselves
-            keys = [(id(own[p.local]), str(p.rows)) for p in site.parts]
+            own = [(id(station.module.get_parameter(p.local)), str(p.rows)) for p in site.parts]
+            keys = [(key, "" if key in pooled else rows) for key, rows in own]
             keys_of[id(group)] = [*keys]
             for other in {id(owner[k]): owner[k] for k in keys if k in owner}.values():
                 group.sites = [*other.sites, *group.sites]
@@ -116,3 +130,13 @@ def group_sites(stations: Sequence[Station], settings: FeatureCalibration) -> li
             groups[id(group)] = group
             owner |= dict.fromkeys(keys_of[id(group)], group)
     return list(groups.values())
+
+
+def _used_whole_and_in_rows(stations: Sequence[Station]) -> set[int]:
+    """The parameters that some sites have whole and others rows of."""
+    found: dict[int, set[bool]] = {}
+    for station in stations:
+        for part in (p for site in station.sites for p in site.parts):
+            key = id(station.module.get_parameter(part.local))
+            found.setdefault(key, set()).add(part.rows is None)
+    return {key for key, ways in found.items() if len(ways) > 1}

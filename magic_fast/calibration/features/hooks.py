@@ -1,25 +1,38 @@
 """FSC by hooks: h_0 + ξ·(h_m − h_0) at every layer, the base's weights kept beside the model.
 
 Twice the weights and twice the work at inference: for comparison with the folded weights, which
-give the same.
+give the same. Weights whose layer has no output of its own are folded here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from magic_fast.calibration.features.groups import Group
-from magic_fast.calibration.features.sites import Call, Site, Station, forward_with
+from magic_fast.calibration.features.sites import Call, Part, Site, Station, forward_with
 
 Base = Callable[[str], Tensor]
+Folded = Callable[[Site], Iterable[tuple[Part, Tensor]]]
 
 
-def hook_station(station: Station, groups: Mapping[int, Group], base: Base) -> None:
-    """Calibrates the output of a station's module from now on."""
+def hook_station(station: Station, groups: Mapping[int, Group], base: Base, folded: Folded) -> None:
+    """Calibrates the output of a station's module from now on.
+
+    Args:
+        groups: by the id of a site.
+        base: name → the base's parameter.
+        folded: a site → its calibrated parameters. What no output of a module shows (an expert's
+            projections, weights that are used without a call) takes them from the start.
+    """
+    if station.observed:
+        for site in station.sites:
+            for part, value in folded(site):
+                part.cut(station.module.get_parameter(part.local).detach()).copy_(value)
+        return
     if isinstance(station.module, nn.MultiheadAttention):
         station.module.register_forward_hook(_attention(station, groups, base), with_kwargs=True)
         return

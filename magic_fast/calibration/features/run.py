@@ -2,72 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity
+from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.batches import (
-    Masks,
     batches_of,
     plain_attention,
     refusals,
     run_batch,
     to_device,
 )
+from magic_fast.calibration.features.discovery import (
+    Loose,
+    Visit,
+    eager_experts,
+    replayed,
+    resolve,
+)
+from magic_fast.calibration.features.gather import Batch, Gatherer, Sample, Weights
 from magic_fast.calibration.features.groups import Group, group_sites
 from magic_fast.calibration.features.lockstep import Lockstep
+from magic_fast.calibration.features.padding import Masks, without_padding
 from magic_fast.calibration.features.sites import Call, Part, Site, Station
 from magic_fast.calibration.features.walk import find_stations
-from magic_fast.reference.features import fold
+from magic_fast.errors import InputError
 
 Progress = Callable[[int, int, str], None]  # stations done, of how many, the last one's name
 
-_PIECE = 1 << 18  # elements of a difference taken at a time
-
-
-class Weights(Protocol):
-    """Where the weights of base, experts and merged model come from.
-
-    Attributes:
-        streamed: whether the model's own weights are there only between ``enter`` and ``leave``.
-    """
-
-    streamed: bool
-
-    def base(self, name: str) -> Tensor: ...
-
-    def expert(self, number: int, name: str) -> Tensor: ...
-
-    def merged(self, name: str) -> Tensor: ...
-
-    def scratch(self, key: object, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of the shape of ``like`` to write to, until it is asked for again by the key."""
-
-    def enter(self, station: Station) -> None:
-        """Before the station is looked at and run."""
-
-    def leave(self, station: Station) -> None:
-        """After it ran."""
-
-    def put(self, station: Station, part: Part, value: Tensor) -> None:
-        """Gives the model a calibrated parameter (the rows of ``part``) to go on with."""
-
-
-@dataclass
-class _Sample:
-    """One batch on its way: its task, the positions that count, and where it is."""
-
-    task: str
-    number: int
-    masks: Masks
-    call: Call | None = None
+log = logging.getLogger("magic_fast")
 
 
 class FeatureRun:
@@ -79,6 +47,9 @@ class FeatureRun:
         experts: task → number of its expert.
         settings: of the calibration.
         device: of the batches; None: that of the model.
+
+    Attributes:
+        left: parameter → why no site has it.
     """
 
     def __init__(
@@ -92,34 +63,73 @@ class FeatureRun:
     ) -> None:
         self._model, self._weights, self._settings = model, weights, settings
         self._experts = dict(experts)
+        self._gatherer = Gatherer(weights, experts, settings)
         self.stations, self.left = find_stations(model)
-        self.groups = group_sites(self.stations, settings)
-        self._group_of = {id(site): group for group in self.groups for site in group.sites}
-        self._tried: set[int] = set()
+        self._loose: Loose | None = None
+        self._regroup()
+        self._resolved: set[int] = set()
         self._progress, self._device = progress, device
         self._seen: set[int] = set()
 
+    def _regroup(self) -> None:
+        self.groups = group_sites(self.stations, self._settings)
+        self._group_of = {id(site): group for group in self.groups for site in group.sites}
+
     def run(self, data: Mapping[str, Any]) -> None:
         """Finds ξ of every group; afterwards each has its ``settled``."""
-        if not self._settings.sequential:
-            self._pass(data, self.groups, settle=False)
-        else:
-            pooled = self._pooled(data)
-            if pooled:  # their ξ comes from all of their uses: before the first one is calibrated
-                self._pass(data, pooled, settle=False)
-            for group in pooled:
-                group.settle()
+        with eager_experts(self._model):
+            if self._weights.resident:
+                data = self._discover(data)
+            if not self._settings.sequential:
+                self._pass(data, self.groups, settle=False)
+            else:
+                pooled = self._pooled(data)
+                if pooled:  # their ξ comes from all of their uses: before the first is calibrated
+                    self._pass(data, pooled, settle=False)
+                for group in pooled:
+                    group.settle()
+                for group in self.groups:
+                    group.calls = 0
+                self._pass(data, self.groups, settle=True)
             for group in self.groups:
-                group.calls = 0
-            self._pass(data, self.groups, settle=True)
-        for group in self.groups:
-            group.settle()
+                group.settle()
+
+    def _discover(self, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Adds the stations of parameters that the model uses outside of their modules' calls."""
+        task = next(iter(self._experts))
+        data = replayed(data, task)
+        batch = next(self._batches({task: data[task]}))
+        loose = Loose(self._model, self.stations)
+        with plain_attention(), torch.no_grad():
+            try:
+                loose.find(lambda: self._call(batch))
+            except InputError as error:
+                self._call(batch)  # is it the data?
+                log.warning(
+                    "where the model uses weights outside of their layers' calls is not known: "
+                    "it does not run while its operations are watched (%s)",
+                    error.__cause__,
+                )
+                return data
+        found = {p.name for station in loose.stations for s in station.sites for p in s.parts}
+        if found:
+            self.left = {n: why for n, why in self.left.items() if n not in found}
+            self._loose = loose
+            called = [
+                s
+                for s in self.stations
+                if id(s.module) in loose.called
+                or not {p.name for site in s.sites for p in site.parts} <= found
+            ]
+            self.stations = called + loose.stations
+            self._regroup()
+        return data
 
     def _pooled(self, data: Mapping[str, Any]) -> list[Group]:
         """Groups that are used more than once in one run of the model."""
         task = next(iter(self._experts))
-        first = next(batches_of(data, task))
-        self._pass({task: [first]}, [], settle=False)
+        first = next(self._batches({task: data[task]}))
+        self._pass({task: [first.values]}, [], settle=False)
         return [g for g in self.groups if g.calls > 1]
 
     def _pass(self, data: Mapping[str, Any], groups: Sequence[Group], *, settle: bool) -> None:
@@ -128,55 +138,87 @@ class FeatureRun:
         gathering = {id(g) for g in groups if g.settled is None}
         self._seen = set()
         if not (settle or self._weights.streamed):
-            for task, number, batch in self._batches(data):
-                current = _Sample(task, number, Masks(self._model, batch))
-                visit = partial(self._visit_alone, current, gathering)
-                with _hooks(self.stations, visit), torch.no_grad():
-                    run_batch(self._model, batch, task, number)
+            for batch in self._batches(data):
+                visit = self._visitor(batch, gathering)
+                with self._watching(visit), self._watched(visit):
+                    self._call(batch)
             return
         batches = list(self._batches(data))
-        samples = [_Sample(t, n, Masks(self._model, batch)) for t, n, batch in batches]
+        masks = [Masks(self._model, batch.values) for batch in batches]
 
-        def job(task: str, number: int, batch: Any) -> Callable[[], object]:
-            return lambda: run_batch(self._model, batch, task, number) is None
+        def job(batch: Batch) -> Callable[[], object]:
+            def run() -> None:
+                with self._watched(arrive):  # operations are seen in the thread that runs them
+                    self._call(batch)
 
-        lock: Lockstep[tuple[Station, Call]] = Lockstep([job(*b) for b in batches])
+            return run
+
+        def arrive(station: Station, call: Call) -> None:
+            lock.arrive((station, call))
+
+        lock: Lockstep[tuple[Station, Call]] = Lockstep([job(batch) for batch in batches])
         entered: list[Station] = []
 
         def settled(arrived: list[tuple[int, tuple[Station, Call]]]) -> None:
             station = arrived[0][1][0]
             entered[:] = [station]
             self._weights.enter(station)
-            found = [replace(samples[n], call=call) for n, (_, call) in arrived]
+            found = [Sample(batches[n], masks[n], call) for n, (_, call) in arrived]
             self._visit(station, found, gathering, settle=settle)
 
-        with _hooks(self.stations, lambda s, call: lock.arrive((s, call))), torch.no_grad():
+        with self._watching(arrive):
             lock.run(lambda p: id(p[0]), settled, lambda: self._weights.leave(entered[0]))
 
-    def _batches(self, data: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
+    def _call(self, batch: Batch) -> None:
+        run_batch(self._model, batch.values, batch.task, batch.number)
+
+    def _visitor(self, batch: Batch, gathering: set[int]) -> Visit:
+        masks = Masks(self._model, batch.values)
+        return lambda station, call: self._visit(
+            station, [Sample(batch, masks, call)], gathering, settle=False
+        )
+
+    @contextmanager
+    def _watching(self, visit: Visit) -> Iterator[None]:
+        """``visit`` is called before each call of a station."""
+        calls = nullcontext() if self._loose is None else self._loose.calls()
+        with calls, _hooks([s for s in self.stations if s.called], visit), torch.no_grad():
+            yield
+
+    def _watched(self, visit: Visit) -> AbstractContextManager[None]:
+        """And before each operation of this thread that no call of a station shows."""
+        return nullcontext() if self._loose is None else self._loose.watch(visit)
+
+    def _batches(self, data: Mapping[str, Any]) -> Iterator[Batch]:
         first = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         device = first if self._device is None else torch.device(self._device)
         for task in data:
             for number, batch in enumerate(batches_of(data, task)):
-                yield task, number, to_device(batch, device)
-
-    def _visit_alone(
-        self, sample: _Sample, gathering: set[int], station: Station, call: Call
-    ) -> None:
-        self._visit(station, [replace(sample, call=call)], gathering, settle=False)
+                for n, part in enumerate(without_padding(self._model, batch)):
+                    yield Batch(task, number, n == 0, to_device(part, device))
 
     def _visit(
-        self, station: Station, samples: Sequence[_Sample], gathering: set[int], *, settle: bool
+        self, station: Station, samples: Sequence[Sample], gathering: set[int], *, settle: bool
     ) -> None:
+        if id(station) not in self._resolved:
+            self._resolved.add(id(station))
+            self._resolve(station, samples[0], gathering)
         for stage in station.stages:
-            for site in stage:
-                group = self._group_of[id(site)]
-                group.calls += len(samples)
-                if id(group) in gathering and group.settled is None and not group.refused:
-                    self._gather(site, group, station, samples)
+            pairs = [(site, self._group_of[id(site)]) for site in stage]
+            if not station.observed:
+                for _, group in pairs:
+                    group.calls += sum(s.batch.first for s in samples)
+            wanted = [
+                (site, group)
+                for site, group in pairs
+                if id(group) in gathering and group.settled is None and not group.refused
+            ]
+            if station.observed:
+                self._gatherer.in_operations(wanted, station, samples)
+            else:
+                self._gatherer.at_call(wanted, station, samples)
             if settle:
-                for site in stage:
-                    group = self._group_of[id(site)]
+                for site, group in pairs:
                     group.settle()
                     for part, value in self.folded(site, group):
                         self._weights.put(station, part, value)
@@ -184,77 +226,36 @@ class FeatureRun:
             self._seen.add(id(station))
             self._progress(len(self._seen), len(self.stations), station.name)
 
-    def _gather(
-        self, site: Site, group: Group, station: Station, samples: Sequence[_Sample]
-    ) -> None:
-        base = {p.local: p.cut(self._weights.base(p.name)) for p in site.parts}
-        merged = self._difference(site, self._weights.merged, base, "merged")
-        for task, own in groupby(sorted(samples, key=lambda s: s.task), key=lambda s: s.task):
-            number = self._experts[task]
-            expert = self._difference(site, partial(self._weights.expert, number), base, "expert")
-            for sample in own:
-                with refusals(task, sample.number):
-                    self._gather_sample(site, group, station, sample, [expert, merged])
-                if site.refused:
-                    return
-
-    def _gather_sample(
-        self,
-        site: Site,
-        group: Group,
-        station: Station,
-        sample: _Sample,
-        changes: list[dict[str, Tensor]],
-    ) -> None:
-        assert sample.call is not None
-        inputs = site.inputs(sample.call)
-        if id(site) not in self._tried:
-            self._tried.add(id(site))
-            self._try(site, inputs, changes[-1])
-        if not site.refused:
-            mask = sample.masks.of(station.module)
-            for own, merged in site.features(inputs, changes, mask):
-                group.add(sample.task, own, merged)
-
-    def _try(self, site: Site, inputs: Any, like: dict[str, Tensor]) -> None:
-        if not site.known:
-            site.try_affine(inputs, like)
-        if self._settings.granularity is FeatureGranularity.CHANNEL and not site.refused:
-            first = next(site.features(inputs, [like], None))[0]
-            site.channel_axes(inputs, like, first.shape[-1])
-
-    def _difference(
-        self, site: Site, source: Callable[[str], Tensor], base: Mapping[str, Tensor], whose: str
-    ) -> dict[str, Tensor]:
-        """A site's task vector in float32 (float64 for float64), the only copy that is made."""
-        found = {}
-        for part in site.parts:
-            value, start = part.cut(source(part.name)), base[part.local]
-            narrow = torch.promote_types(value.dtype, start.dtype)
-            wide = torch.promote_types(narrow, torch.float32)
-            own = self._weights.scratch((whose, part.local), value, wide)
-            # in pieces: a difference of two dtypes makes a copy of its second term
-            flat = (torch.split(x.reshape(-1), _PIECE) for x in (own, value, start))
-            for piece, end, begin in zip(*flat, strict=True):
-                piece.copy_(end).sub_(begin)
-            found[part.local] = own
-        return found
+    def _resolve(self, station: Station, sample: Sample, gathering: set[int]) -> None:
+        """Settles what the sites of a module of no known kind are, before it first counts."""
+        sites = list(station.sites)
+        if station.observed or all(site.known for site in sites):
+            return
+        group = self._group_of[id(sites[0])]
+        with refusals(sample.task, sample.batch.number):
+            left = resolve(station, sample.call, sample.masks.at(station.module))
+        if left is None:
+            return
+        if len(group.sites) > 1:  # tied: one ξ with other layers
+            station.observed, station.stages = False, ((sites[0],),)
+            sites[0].refused = "it is tied to other layers, and its operations are several maps"
+            return
+        self.left |= left
+        found = group_sites([station], self._settings)
+        at = self.groups.index(group)
+        self.groups[at : at + 1] = found
+        self._group_of |= {id(site): g for g in found for site in g.sites}
+        if id(group) in gathering:
+            gathering |= {id(g) for g in found}
 
     def folded(self, site: Site, group: Group) -> Iterator[tuple[Part, Tensor]]:
         """The calibrated parameters of a site (their rows)."""
-        factor = group.factor()
-        for part in site.parts:
-            base, merged = (
-                part.cut(f(part.name)) for f in (self._weights.base, self._weights.merged)
-            )
-            axis = None if not factor.dim() else (site.axes or {})[part.local]
-            yield part, fold(base, merged, factor, axis)
+        return self._gatherer.folded(site, group)
 
     def factors(self) -> dict[str, tuple[Tensor, int | None]]:
         """Parameter → what multiplies its change: one number, or one for each index of an axis."""
         found: dict[str, tuple[Tensor, int | None]] = {}
         for station in self.stations:
-            own = dict(station.module.named_parameters())
             for site in station.sites:
                 factor = self._group_of[id(site)].factor()
                 for part in site.parts:
@@ -263,15 +264,16 @@ class FeatureRun:
                     if part.rows is not None:  # of a parameter that several sites share
                         axis = 0
                         before = found.get(part.name)
-                        size = own[part.local].shape[0]
+                        size = station.module.get_parameter(part.local).shape[0]
                         value = torch.ones(size).double() if before is None else before[0]
-                        value[part.rows] = factor
+                        if value.dim():  # else the whole parameter has one
+                            value[part.rows] = factor
                     found[part.name] = value, axis
         return found
 
 
 @contextmanager
-def _hooks(stations: Sequence[Station], visit: Callable[[Station, Call], None]) -> Iterator[None]:
+def _hooks(stations: Sequence[Station], visit: Visit) -> Iterator[None]:
     """``visit`` is called before each call of a station."""
 
     def hook(station: Station) -> Any:

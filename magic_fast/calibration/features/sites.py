@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magic_fast.calibration.features.padding import Positions
+
 Parameters = Mapping[str, Tensor]
 CHUNK_ELEMENTS = 1 << 23  # of one feature that is held at a time
 _AFFINE_ERROR = 1e-4  # of the change's largest magnitude; float32 rounds at 1e-7 a term
@@ -21,11 +23,12 @@ _AFFINE_ERROR = 1e-4  # of the change's largest magnitude; float32 rounds at 1e-
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a station: what its module received."""
+    """One call of a station: what its module received, and the operations seen in it."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    seen: dict[Any, list[Any]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Site:
         channel_dim: dimension of the output that holds the features.
         flat: whether positions are independent rows of ``inputs``, so that it can run in chunks.
         known: linear (not only affine) by its type; else it is tried on its first input.
+        width: features of a position, where it is flat.
+        refused: why it is no linear map.
+        axes: parameter → its axis that runs over the features, or None.
+        unreached: what to say where no input ever comes.
+        remark: what to say of its ξ.
     """
 
     name: str
@@ -65,41 +73,44 @@ class Site:
     width: int = 0
     refused: str = ""
     axes: dict[str, int | None] | None = field(default=None, repr=False)
+    unreached: str = "never called"
+    remark: str = ""
 
     def features(
-        self, inputs: Any, parameters: Sequence[Parameters], mask: Tensor | None
+        self, inputs: Any, parameters: Sequence[Parameters], positions: Positions | None
     ) -> Iterator[list[Tensor]]:
         """Output of the linear part for each set of parameters, [positions, channels], in pieces
-        of some positions; where ``mask`` [samples, length] is given and fits, only its
-        positions."""
+        of some positions; where ``positions`` tells which are padding, without those."""
         if not self.flat:
             zero = None
             if not self.known:
                 zero = self.apply(
                     inputs, {k: torch.zeros_like(v) for k, v in parameters[0].items()}
                 )
-            yield [self._rows(self.apply(inputs, p), zero, mask) for p in parameters]
+            yield [self._rows(self.apply(inputs, p), zero, positions) for p in parameters]
             return
         floating = inputs.is_floating_point()  # else indices
         lead = inputs.shape[:-1] if floating else inputs.shape
         flat = inputs.reshape(-1, inputs.shape[-1]) if floating else inputs.reshape(-1)
-        if mask is not None and mask.shape == lead:
-            flat = flat[mask.flatten()]
+        mask = None if positions is None else positions.of(tuple(lead))
+        if mask is not None:
+            flat = flat[mask]
         step = max(1, CHUNK_ELEMENTS // max(1, self.width))
         for piece in flat.split(step):
             yield [self.apply(piece, p) for p in parameters]
 
-    def _rows(self, output: Tensor, zero: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _rows(self, output: Tensor, zero: Tensor | None, positions: Positions | None) -> Tensor:
         feature = output if zero is None else output - zero
         if feature.dim() == 0:
             return feature.reshape(1, 1)
         feature = feature.movedim(self.channel_dim, -1)
-        lead, rows = feature.shape[:-1], feature.reshape(-1, feature.shape[-1])
-        return rows[mask.flatten()] if mask is not None and mask.shape == lead else rows
+        mask = None if positions is None else positions.of(tuple(feature.shape[:-1]))
+        rows = feature.reshape(-1, feature.shape[-1])
+        return rows if mask is None else rows[mask]
 
     def try_affine(self, inputs: Any, like: Parameters) -> None:
         """Sets ``refused`` where the output is not affine in the parameters: the value at a middle
-        is not the middle of the values."""
+        is not the middle of the values. Else finds where the output has its features."""
         generator = torch.Generator().manual_seed(0)
         one = {k: _noise(v, generator) for k, v in like.items()}
         other = {k: _noise(v, generator) for k, v in like.items()}
@@ -112,6 +123,29 @@ class Site:
             affine = False
         if not affine:
             self.refused = "its output is not linear in its parameters"
+            return
+        found = [self._channels(inputs, like, local) for local in like]
+        known = [dim for dim in found if dim is not None]
+        if known:
+            self.channel_dim = known[0]
+        else:
+            self.remark = "its features are taken along the last axis: no parameter tells which"
+
+    def _channels(self, inputs: Any, like: Parameters, local: str) -> int | None:
+        """The dimension of the output (from its end) that a parameter has an axis for, found by
+        scaling the parameter along it."""
+        zero = self.apply(inputs, {k: torch.zeros_like(v) for k, v in like.items()})
+        alone = self._alone(like, local)
+        plain = self.apply(inputs, alone) - zero
+        for axis, channels in enumerate(like[local].shape):
+            dims = [d for d in range(-1, -1 - plain.dim(), -1) if plain.shape[d] == channels > 1]
+            if dims:
+                factor, scaled = self._scaled(alone, local, axis, channels)
+                found = self.apply(inputs, scaled) - zero
+                for dim in dims:
+                    if _is_scaled(found.movedim(dim, -1), plain.movedim(dim, -1), factor):
+                        return dim
+        return None
 
     def channel_axes(self, inputs: Any, like: Parameters, channels: int) -> dict[str, int | None]:
         """The axis of each parameter that runs over the output's channels (None: it has none),
@@ -121,35 +155,60 @@ class Site:
         return self.axes
 
     def _axis(self, inputs: Any, like: Parameters, local: str, channels: int) -> int | None:
-        generator = torch.Generator().manual_seed(1)
-        alone = {k: _noise(v, generator) if k == local else torch.zeros_like(v)
-                 for k, v in like.items()}  # fmt: skip
-        factor = 1 + torch.rand(channels, generator=generator, dtype=torch.float64)
-        factor = factor.to(like[local])
-        plain = torch.cat([f[0] for f in self.features(inputs, [alone], None)])
+        alone = self._alone(like, local)
+        rows = [f[0] for f in self.features(inputs, [alone], None)]
+        plain = torch.cat(rows) if rows else torch.empty(0)
         if not plain.numel() or plain.shape[-1] != channels:
             return None
         for axis, extent in enumerate(like[local].shape):
-            if extent != channels:
-                continue
-            shape = [channels if a == axis else 1 for a in range(like[local].dim())]
-            scaled = {**alone, local: alone[local] * factor.view(shape)}
-            found = torch.cat([f[0] for f in self.features(inputs, [scaled], None)])
-            if torch.allclose(
-                found, plain * factor, rtol=1e-3, atol=1e-4 * float(plain.abs().max())
-            ):
-                return axis
+            if extent == channels:
+                factor, scaled = self._scaled(alone, local, axis, channels)
+                found = torch.cat([f[0] for f in self.features(inputs, [scaled], None)])
+                if _is_scaled(found, plain, factor):
+                    return axis
         return None
+
+    @staticmethod
+    def _alone(like: Parameters, local: str) -> dict[str, Tensor]:
+        """Noise for one parameter, 0 for the others."""
+        generator = torch.Generator().manual_seed(1)
+        return {
+            k: _noise(v, generator) if k == local else torch.zeros_like(v) for k, v in like.items()
+        }
+
+    @staticmethod
+    def _scaled(
+        alone: Parameters, local: str, axis: int, channels: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Different factors for the indices of an axis, and the parameters scaled by them."""
+        own = alone[local]
+        generator = torch.Generator().manual_seed(2)
+        factor = 1 + torch.rand(channels, generator=generator, dtype=torch.float64)
+        factor = factor.to(own)
+        shape = [channels if a == axis else 1 for a in range(own.dim())]
+        return factor, {**alone, local: own * factor.view(shape)}
+
+
+def _is_scaled(found: Tensor, plain: Tensor, factor: Tensor) -> bool:
+    largest = float(plain.abs().max())
+    return largest > 0 and torch.allclose(found, plain * factor, rtol=1e-3, atol=1e-4 * largest)
 
 
 @dataclass
 class Station:
     """A hooked module and its sites, in stages: a later stage's inputs come after the earlier ones'
-    maps."""
+    maps.
+
+    Attributes:
+        observed: whether the sites' inputs are operations that were seen (:mod:`.observed`).
+        called: whether they come by calls of the module; else wherever the operations are.
+    """
 
     name: str
     module: nn.Module
     stages: tuple[tuple[Site, ...], ...]
+    observed: bool = False
+    called: bool = True
 
     @property
     def sites(self) -> Iterator[Site]:

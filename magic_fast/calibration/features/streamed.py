@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from magic_fast.calibration.features.sites import Part, Station
 
 Take = Callable[[int], Tensor]  # bytes → a buffer of so many
-Read = Callable[[int, str, Take], Tensor]
+Read = Callable[[int, str, Take, "slice | None"], Tensor]
 MERGED, BASE, FIRST_EXPERT = 0, 1, 2
 
 
@@ -84,8 +84,8 @@ class StreamedWeights:
     other models those that were asked for are held; then all of them go.
 
     Args:
-        read: (0 merged, 1 base, 2 … experts; name in the model; where to get a buffer) → the stored
-            tensor.
+        read: (0 merged, 1 base, 2 … experts; name in the model; where to get a buffer; rows or
+            None) → the stored tensor.
         device: where it runs.
         resident: the merged weights are in the model already, and stay.
     """
@@ -93,7 +93,7 @@ class StreamedWeights:
     streamed = True
 
     def __init__(self, read: Read, device: str = "cpu", *, resident: bool = False) -> None:
-        self._read, self._device, self._resident = read, torch.device(device), resident
+        self._read, self._device, self.resident = read, torch.device(device), resident
         self._held: dict[tuple[int, str], Tensor] = {}
         self._space = Workspace()
         self._meta: list[tuple[nn.Module, str, nn.Parameter | None]] = []
@@ -104,18 +104,18 @@ class StreamedWeights:
     def merged(self, name: str) -> Tensor:
         return self._hold(MERGED, name)
 
-    def expert(self, number: int, name: str) -> Tensor:
+    def expert(self, number: int, name: str, rows: slice | None = None) -> Tensor:
         # asked for once a task: held, the experts would all be there together
-        return self._fetch(FIRST_EXPERT + number, name, name.rpartition(".")[2])
+        return self._fetch(FIRST_EXPERT + number, name, name.rpartition(".")[2], rows)
 
     def scratch(self, key: object, like: Tensor, dtype: torch.dtype) -> Tensor:
         return self._space.tensor(("made", key), like.shape, dtype, self._device)
 
-    def _fetch(self, which: int, name: str, key: object) -> Tensor:
+    def _fetch(self, which: int, name: str, key: object, rows: slice | None = None) -> Tensor:
         def take(nbytes: int) -> Tensor:
             return self._space.take(("stored", key), nbytes, torch.device("cpu"))
 
-        return self._read(which, name, take).to(self._device)
+        return self._read(which, name, take, rows).to(self._device)
 
     def _hold(self, which: int, name: str) -> Tensor:
         found = self._held.get((which, name))
@@ -124,7 +124,7 @@ class StreamedWeights:
         return found
 
     def enter(self, station: Station) -> None:
-        if self._resident:
+        if self.resident:
             return
         for prefix, module in station.module.named_modules():
             for local, own in list(module._parameters.items()):

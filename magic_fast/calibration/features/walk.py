@@ -1,8 +1,8 @@
 """Finds the sites of a model by walking its modules.
 
-Linear layers, convolutions, embeddings and norms of torch are known. Any other module that holds
-parameters is tried on its first input and taken where its output is affine in them; so no list of
-architectures is needed.
+torch's own linear layers, convolutions, embeddings and norms are known; subclasses of them may do
+anything. Every other module that holds parameters is tried on its first input
+(:mod:`.discovery`), so no list of architectures is needed.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ from magic_fast.calibration.features.sites import (
     wide,
 )
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CHANNEL_NORMS = (
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
-_LINEAR_IN_PARAMETERS = (nn.Embedding, nn.LayerNorm, *_CONVS, *_TRANSPOSED, *_CHANNEL_NORMS)
+# torch's layers that are linear in their parameters, and where their outputs have their channels.
+_CHANNELS: dict[type[nn.Module], int] = {
+    nn.LayerNorm: -1, nn.RMSNorm: -1, nn.GroupNorm: 1,
+    nn.BatchNorm1d: 1, nn.BatchNorm2d: 1, nn.BatchNorm3d: 1, nn.SyncBatchNorm: 1,
+    nn.InstanceNorm1d: -2, nn.InstanceNorm2d: -3, nn.InstanceNorm3d: -4,
+    nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4,
+    nn.ConvTranspose1d: -2, nn.ConvTranspose2d: -3, nn.ConvTranspose3d: -4,
+}  # fmt: skip
 
 
 def find_stations(model: nn.Module) -> tuple[list[Station], dict[str, str]]:
     """The stations of a model in the order of its modules, and why each other parameter has
     none."""
     stations: list[Station] = []
+    reason: str | None
     left: dict[str, str] = {}
     inside: set[int] = set()  # modules that a fused one stands for
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
         own = {k: p for k, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-        if isinstance(module, nn.MultiheadAttention):
+        if _is(module, nn.MultiheadAttention):
+            assert isinstance(module, nn.MultiheadAttention)
             stations.append(_attention(name, module))
             inside.add(id(module.out_proj))
             for local in ("bias_k", "bias_v"):
@@ -53,6 +55,8 @@ def find_stations(model: nn.Module) -> tuple[list[Station], dict[str, str]]:
         elif own and not any(True for child in module.children() for _ in child.parameters()):
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 reason = "an embedding with max_norm is not linear in its weight"
+                left |= {_full(name, k): reason for k in own}
+            elif (reason := computed(module)) is not None:
                 left |= {_full(name, k): reason for k in own}
             else:
                 stations.append(Station(name, module, ((_leaf(name, module, own),),)))
@@ -75,26 +79,38 @@ def _first_tensor(output: Any) -> Tensor:
 
 def _leaf(name: str, module: nn.Module, own: Mapping[str, Tensor]) -> Site:
     parts = tuple(Part(local, _full(name, local)) for local in own)
-    kind, shape = type(module), next(iter(own.values())).shape
-    if kind is nn.Linear or kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+    shape = next(iter(own.values())).shape
+    plain = _holds(module, own)
+    if plain and _is(module, nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return Site(name, parts, _only_input, _projection, flat=True, known=True, width=shape[0])
-    if kind.__name__ == "Conv1D" and set(own) <= {"weight", "bias"} and len(shape) == 2:
-        # transformers' linear layer with its weight [in, out]
-        return Site(name, parts, _only_input, _conv1d, flat=True, known=True, width=shape[1])
-    if kind is nn.Embedding:
+    if plain and _is(module, nn.Embedding):
         return Site(name, parts, _only_input, _embedding, flat=True, known=True, width=shape[1])
 
     def apply(inputs: tuple[tuple[Any, ...], Mapping[str, Any]], parameters: Parameters) -> Tensor:
         args, kwargs = inputs
         return _first_tensor(forward_with(module, parameters, args, kwargs))
 
-    dim = -1
-    if isinstance(module, (*_CONVS, *_TRANSPOSED)):
-        dim = -1 - len(module.kernel_size)
-    elif isinstance(module, _CHANNEL_NORMS):
-        dim = 1
-    known = isinstance(module, _LINEAR_IN_PARAMETERS) or kind is getattr(nn, "RMSNorm", None)
+    known = plain and _is(module, *_CHANNELS)
+    dim = _CHANNELS[type(module)] if known else -1
     return Site(name, parts, _all_inputs, apply, channel_dim=dim, known=known)
+
+
+def _is(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether it is exactly of one of the classes, with the class' own forward."""
+    return type(module) in kinds and "forward" not in vars(module)
+
+
+def _holds(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
+    """Whether weight and bias are parameters and the layer has no others."""
+    return "weight" in own and set(own) <= {"weight", "bias"}
+
+
+def computed(module: nn.Module) -> str | None:
+    """Why a module's weight is no parameter: another is computed before each call."""
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            return f"its weight is computed from it ({type(hook).__name__})"
+    return None
 
 
 def _only_input(call: Call) -> Tensor:
@@ -104,10 +120,6 @@ def _only_input(call: Call) -> Tensor:
 
 def _all_inputs(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return wide(call.args), {k: wide(v) for k, v in call.kwargs.items()}
-
-
-def _conv1d(z: Tensor, parameters: Parameters) -> Tensor:
-    return F.linear(z, parameters["weight"].t(), parameters.get("bias"))
 
 
 def _embedding(z: Tensor, parameters: Parameters) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from magic_fast.calibration.features.batches import (
-    Masks,
     arguments_of,
     batches_of,
     plain_attention,
     run_batch,
     to_device,
 )
+from magic_fast.calibration.features.padding import Masks
 from magic_fast.calibration.features.sites import CHUNK_ELEMENTS
 from magic_fast.calibration.sensitivity.measure import Change, Evaluated, Progress, Unit, in_place
 from magic_fast.errors import InputError

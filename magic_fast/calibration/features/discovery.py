@@ -1,0 +1,237 @@
+"""Finds the sites of parameters that are not seen at the call of a known layer: by a first run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from magic_fast.calibration.features.observed import (
+    Key,
+    Map,
+    key_of,
+    maps_of,
+    observe,
+    parts_of,
+    sites_of,
+)
+from magic_fast.calibration.features.padding import Positions
+from magic_fast.calibration.features.sites import Call, Site, Station
+from magic_fast.calibration.features.tracked import Tracked, Use
+
+_LOG = logging.getLogger("magic_fast")
+Visit = Callable[[Station, Call], None]
+Stages = list[tuple[Site, ...]]
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """transformers' stacks of experts as one product an expert and projection, whatever kernel they
+    are set to."""
+    key = "_experts_implementation_internal"
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(c): c for c in found if key in getattr(c, "__dict__", {})}
+    kept = [(c, vars(c)[key]) for c in configs.values()]
+    try:
+        for config, _ in kept:
+            setattr(config, key, "eager")
+        yield
+    finally:
+        for config, own in kept:
+            setattr(config, key, own)
+
+
+def resolve(station: Station, call: Call, positions: Positions | None) -> dict[str, str] | None:
+    """Finds out, by its first call, what a module of no known kind does with its parameters.
+
+    Its output is affine in them, or operations in it are linear in them: then the station gets the
+    sites of those.
+
+    Returns:
+        Where it has other sites now, why parameters are in none of them; else None.
+    """
+    ((site,),) = station.stages
+    shapes = {p.local: tuple(station.module.get_parameter(p.local).shape) for p in site.parts}
+    heavy = any(len(shape) > 1 for shape in shapes.values())
+    stages: Stages = []
+    left: dict[str, str] = {}
+    if heavy:  # noise for whole weights would take several times their memory
+        stages, left = _observed(station, site, call, positions, shapes)
+    if not stages or left:
+        if _affine(station, site, call):
+            return None
+        if not heavy:
+            stages, left = _observed(station, site, call, positions, shapes)
+    if not stages:
+        return None
+    station.stages, station.observed = tuple(stages), True
+    return left
+
+
+def _affine(station: Station, site: Site, call: Call) -> bool:
+    like = {
+        p.local: x.to(torch.promote_types(x.dtype, torch.float32))
+        for p in site.parts
+        for x in [p.cut(station.module.get_parameter(p.local).detach())]
+    }
+    site.try_affine(site.inputs(call), like)
+    return not site.refused
+
+
+def _observed(
+    station: Station,
+    site: Site,
+    call: Call,
+    positions: Positions | None,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[Stages, dict[str, str]]:
+    """The sites of the operations of a module, a stage for each weight in the order of use, and why
+    the other parameters have none."""
+    full = {p.local: p.name for p in site.parts}
+    try:
+        uses, unknown = observe(station.module, call, positions)
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        _LOG.debug("%s is not observed: %s", station.name, error)
+        return [], {}
+    found = _sites(uses, unknown, shapes, full.__getitem__)
+    seen = {p.local for sites in found.values() for s in sites.values() for p in s.parts}
+    left = {full[n]: reason_of(unknown.get(n)) for n in shapes if n not in seen}
+    return [tuple(sites.values()) for sites in found.values()], left
+
+
+def _sites(
+    uses: Iterable[Use],
+    unknown: Container[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    full: Callable[[str], str],
+) -> dict[str, dict[Key, Site]]:
+    """Weight → its sites, of parameters that are in linear operations alone."""
+    found: dict[str, dict[Key, Site]] = {}
+    for one in (one for use in uses for one in maps_of(use)):
+        if not any(piece.name in unknown for piece in one.parts):
+            sites = found.setdefault(next(one.parts).name, {})
+            for key, site in sites_of(one, shapes, full):
+                sites.setdefault(key, site)
+    return found
+
+
+def reason_of(operation: str | None) -> str:
+    if operation is None:
+        return "no linear map has it for a parameter"
+    return f"its use in {operation} is no linear map"
+
+
+def look(station: Station, call: Call, positions: Positions | None) -> None:
+    """Fills ``call.seen`` with the operations of a module on what it received."""
+    shapes = {n: tuple(p.shape) for n, p in station.module.named_parameters(recurse=False)}
+    call.seen.clear()
+    for use in observe(station.module, call, positions)[0]:
+        sort_into(call.seen, use, shapes)
+
+
+def sort_into(seen: dict[Key, list[Map]], use: Use, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for found in maps_of(use):
+        seen.setdefault(key_of(found.weight, parts_of(found, shapes)), []).append(found)
+
+
+class Loose:
+    """Parameters that a model uses outside of the calls of the modules that have them.
+
+    Args:
+        model: with its weights.
+        stations: whose calls are seen anyway.
+    """
+
+    def __init__(self, model: nn.Module, stations: Sequence[Station]) -> None:
+        self._model, self._known = model, list(stations)
+        named = model.named_parameters(remove_duplicate=False)
+        self._parameters = {n: p for n, p in named if p.is_floating_point()}
+        self._shapes = {n: tuple(p.shape) for n, p in self._parameters.items()}
+        self._station_of: dict[Key, Station] = {}
+        self._inside = threading.local()
+        self.called: set[int] = set()
+
+    @property
+    def stations(self) -> list[Station]:
+        """Those that were found, each once."""
+        return list({id(s): s for s in self._station_of.values()}.values())
+
+    def find(self, run: Callable[[], object]) -> None:
+        """Looks at one run of the model."""
+        uses: list[Use] = []
+
+        def note(use: Use) -> bool:
+            if not self._depth:
+                uses.append(use)
+            return False
+
+        with self.calls(), Tracked(self._parameters, note) as tracked:
+            run()
+        for main, sites in _sites(uses, tracked.unknown, self._shapes, str).items():
+            name = main.removesuffix(".weight")
+            station = Station(name, self._model, (tuple(sites.values()),), True, False)
+            self._station_of |= dict.fromkeys(sites, station)
+
+    @contextmanager
+    def watch(self, visit: Visit) -> Iterator[None]:
+        """While a thread has entered it, ``visit`` gets every operation of the thread that was
+        found by :meth:`find`; :meth:`calls` is entered for all threads together."""
+
+        def seen(use: Use) -> bool:
+            if self._depth:
+                return False
+            maps: dict[Key, list[Map]] = {}
+            sort_into(maps, use, self._shapes)
+            for key, own in maps.items():
+                station = self._station_of.get(key)
+                if station is not None:
+                    with self.muted():
+                        visit(station, Call(self._model, (), {}, {key: own}))
+            return bool(maps)
+
+        with Tracked(self._parameters, seen):
+            yield
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Operations in here are not the model's."""
+        self._inside.depth = self._depth + 1
+        try:
+            yield
+        finally:
+            self._inside.depth -= 1
+
+    @property
+    def _depth(self) -> int:
+        return getattr(self._inside, "depth", 0)
+
+    @contextmanager
+    def calls(self) -> Iterator[None]:
+        """Within the calls of stations, operations are theirs."""
+
+        def before(module: nn.Module, args: Any) -> None:
+            self.called.add(id(module))
+            self._inside.depth = self._depth + 1
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            self._inside.depth -= 1
+
+        with ExitStack() as hooks:
+            for station in self._known:
+                for handle in (
+                    station.module.register_forward_pre_hook(before),
+                    station.module.register_forward_hook(after, always_call=True),
+                ):
+                    hooks.callback(handle.remove)
+            yield
+
+
+def replayed(data: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The data with one task's iterator, which can be read once, as a list."""
+    value = data[task]
+    return {**data, task: list(value)} if isinstance(value, Iterator) else dict(data)

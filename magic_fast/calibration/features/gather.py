@@ -1,0 +1,226 @@
+"""What a station's sites give for the task vectors of experts and of the merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity
+from magic_fast.calibration.features.batches import refusals
+from magic_fast.calibration.features.discovery import look
+from magic_fast.calibration.features.groups import Group
+from magic_fast.calibration.features.padding import COUNTED, Masks, Positions
+from magic_fast.calibration.features.sites import Call, Part, Site, Station
+from magic_fast.reference.features import fold
+
+_PIECE = 1 << 18  # elements of a difference taken at a time
+_HELD = 1 << 25  # bytes that modules received whose operations are held together
+
+
+class Weights(Protocol):
+    """Where the weights of base, experts and merged model come from.
+
+    Attributes:
+        streamed: whether the weights are read when they are asked for.
+        resident: whether the model's own are there outside of ``enter`` and ``leave`` too.
+    """
+
+    streamed: bool
+    resident: bool
+
+    def base(self, name: str) -> Tensor: ...
+
+    def expert(self, number: int, name: str, rows: slice | None = None) -> Tensor:
+        """Of one expert; ``rows``: those alone."""
+
+    def merged(self, name: str) -> Tensor: ...
+
+    def scratch(self, key: object, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of the shape of ``like`` to write to, until it is asked for again by the key."""
+
+    def enter(self, station: Station) -> None:
+        """Before the station is looked at and run."""
+
+    def leave(self, station: Station) -> None:
+        """After it ran."""
+
+    def put(self, station: Station, part: Part, value: Tensor) -> None:
+        """Gives the model a calibrated parameter (the rows of ``part``) to go on with."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model is called with once.
+
+    Attributes:
+        number: of the batch of the task.
+        first: whether it is the batch, or its first part where padding was cut off.
+    """
+
+    task: str
+    number: int
+    first: bool
+    values: Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch on its way: the positions that count, and where it is."""
+
+    batch: Batch
+    masks: Masks
+    call: Call
+
+    @property
+    def task(self) -> str:
+        return self.batch.task
+
+    @property
+    def nbytes(self) -> int:
+        """What the module received."""
+        given = (*self.call.args, *self.call.kwargs.values())
+        return sum(x.nbytes for x in given if isinstance(x, Tensor))
+
+
+Changes = list[dict[str, Tensor]]  # an expert's and the merged one
+
+
+class Gatherer:
+    """Adds to groups what their sites give.
+
+    Args:
+        weights: of base, experts and merged.
+        experts: task → number of its expert.
+        settings: of the calibration.
+    """
+
+    def __init__(
+        self, weights: Weights, experts: Mapping[str, int], settings: FeatureCalibration
+    ) -> None:
+        self._weights, self._experts, self._settings = weights, dict(experts), settings
+        self._tried: set[int] = set()
+
+    def at_call(
+        self, sites: Sequence[tuple[Site, Group]], station: Station, samples: Sequence[Sample]
+    ) -> None:
+        """Of sites whose inputs are what their station received: task by task."""
+        for site, group in sites:
+            base = self._base(site)
+            merged = self._difference(site, self._merged, base, "merged")
+            for task, own in _by_task(samples):
+                expert = self._difference(site, self._expert(task), base, "expert")
+                for sample in own:
+                    positions = sample.masks.at(station.module)
+                    with refusals(task, sample.batch.number):
+                        self._add(site, group, sample, [expert, merged], positions)
+
+    def in_operations(
+        self, sites: Sequence[tuple[Site, Group]], station: Station, samples: Sequence[Sample]
+    ) -> None:
+        """Of sites whose inputs are operations, as many samples together as these are held of."""
+        for task, own in _by_task(samples):
+            for some in _some(own):
+                positions = [s.masks.at(station.module) for s in some]
+                if station.called:
+                    for sample, known in zip(some, positions, strict=True):
+                        with refusals(task, sample.batch.number):
+                            look(station, sample.call, known)
+                for site, group in sites:
+                    self._reached(site, group, task, some, positions)
+                if station.called:
+                    for sample in some:
+                        sample.call.seen.clear()
+
+    def _reached(
+        self,
+        site: Site,
+        group: Group,
+        task: str,
+        samples: Sequence[Sample],
+        positions: Sequence[Positions],
+    ) -> None:
+        reached = [pair for pair in zip(samples, positions, strict=True)
+                   if site.inputs(pair[0].call)]  # fmt: skip
+        if not reached:
+            return
+        group.calls += sum(sample.batch.first for sample, _ in reached)
+        base = self._base(site)
+        expert = self._difference(site, self._expert(task), base, "expert")
+        merged = self._difference(site, self._merged, base, "merged")
+        for sample, known in reached:
+            self._add(site, group, sample, [expert, merged], known)
+
+    def _add(
+        self, site: Site, group: Group, sample: Sample, changes: Changes, positions: Positions
+    ) -> None:
+        inputs = site.inputs(sample.call)
+        if id(site) not in self._tried:
+            self._tried.add(id(site))
+            if self._settings.granularity is FeatureGranularity.CHANNEL:
+                first = next(site.features(inputs, changes[-1:], None))[0]
+                site.channel_axes(inputs, changes[-1], first.shape[-1])
+        for own, merged in site.features(inputs, changes, positions):
+            group.add(sample.task, own, merged)
+        if positions.unknown and COUNTED not in group.remarks:
+            group.remarks.append(COUNTED)
+
+    def _base(self, site: Site) -> dict[str, Tensor]:
+        return {p.local: p.cut(self._weights.base(p.name)) for p in site.parts}
+
+    def _merged(self, part: Part) -> Tensor:
+        return part.cut(self._weights.merged(part.name))
+
+    def _expert(self, task: str) -> Callable[[Part], Tensor]:
+        number = self._experts[task]
+        return lambda part: self._weights.expert(number, part.name, part.rows)
+
+    def _difference(
+        self, site: Site, source: Callable[[Part], Tensor], base: Mapping[str, Tensor], whose: str
+    ) -> dict[str, Tensor]:
+        """A site's task vector in float32 (float64 for float64), the only copy that is made."""
+        found = {}
+        for part in site.parts:
+            value, start = source(part), base[part.local]
+            narrow = torch.promote_types(value.dtype, start.dtype)
+            wide = torch.promote_types(narrow, torch.float32)
+            own = self._weights.scratch((whose, part.local), value, wide)
+            # in pieces: a difference of two dtypes makes a copy of its second term
+            flat = (torch.split(x.reshape(-1), _PIECE) for x in (own, value, start))
+            for piece, end, begin in zip(*flat, strict=True):
+                piece.copy_(end).sub_(begin)
+            found[part.local] = own
+        return found
+
+    def folded(self, site: Site, group: Group) -> Iterator[tuple[Part, Tensor]]:
+        """The calibrated parameters of a site (their rows)."""
+        factor = group.factor()
+        for part in site.parts:
+            base, merged = (
+                part.cut(f(part.name)) for f in (self._weights.base, self._weights.merged)
+            )
+            axis = None if not factor.dim() else (site.axes or {})[part.local]
+            yield part, fold(base, merged, factor, axis)
+
+
+def _by_task(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
+    for task, own in groupby(sorted(samples, key=lambda s: s.task), key=lambda s: s.task):
+        yield task, list(own)
+
+
+def _some(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """The samples, so many at a time that what their modules received is not much: operations hold
+    several times that, by experts and by widths."""
+    held, some = 0, list[Sample]()
+    for sample in samples:
+        if some and held + sample.nbytes > _HELD:
+            yield some
+            held, some = 0, []
+        some.append(sample)
+        held += sample.nbytes
+    if some:
+        yield some
