@@ -87,6 +87,20 @@ class Sample:
         return sum(x.nbytes for x in given if isinstance(x, Tensor))
 
 
+class Visitor(Protocol):
+    """What looks at the inputs of sites."""
+
+    def at_call(
+        self, sites: Sequence[tuple[Site, Group]], station: Station, samples: Sequence[Sample]
+    ) -> None:
+        """Of sites whose inputs are what their station received."""
+
+    def in_operations(
+        self, sites: Sequence[tuple[Site, Group]], station: Station, samples: Sequence[Sample]
+    ) -> None:
+        """Of sites whose inputs are operations."""
+
+
 Changes = list[dict[str, Tensor]]  # an expert's and the merged one
 
 
@@ -123,18 +137,9 @@ class Gatherer:
         self, sites: Sequence[tuple[Site, Group]], station: Station, samples: Sequence[Sample]
     ) -> None:
         """Of sites whose inputs are operations, as many samples together as these are held of."""
-        for task, own in _by_task(samples):
-            for some in _some(own):
-                positions = [s.masks.at(station.module) for s in some]
-                if station.called:
-                    for sample, known in zip(some, positions, strict=True):
-                        with refusals(task, sample.batch.number):
-                            look(station, sample.call, known)
-                for site, group in sites:
-                    self._reached(site, group, task, some, positions)
-                if station.called:
-                    for sample in some:
-                        sample.call.seen.clear()
+        for task, some, positions in seen_together(station, samples):
+            for site, group in sites:
+                self._reached(site, group, task, some, positions)
 
     def _reached(
         self,
@@ -205,6 +210,23 @@ class Gatherer:
             )
             axis = None if not factor.dim() else (site.axes or {})[part.local]
             yield part, fold(base, merged, factor, axis)
+
+
+def seen_together(
+    station: Station, samples: Sequence[Sample]
+) -> Iterator[tuple[str, list[Sample], list[Positions]]]:
+    """(task, samples whose operations are held, the positions of each that count)."""
+    for task, own in _by_task(samples):
+        for some in _some(own):
+            positions = [s.masks.at(station.module) for s in some]
+            if station.called:
+                for sample, known in zip(some, positions, strict=True):
+                    with refusals(task, sample.batch.number):
+                        look(station, sample.call, known)
+            yield task, some, positions
+            if station.called:
+                for sample in some:
+                    sample.call.seen.clear()
 
 
 def _by_task(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:

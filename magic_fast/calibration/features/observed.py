@@ -96,7 +96,9 @@ def _product(a: Any, b: Any, bias: list[Weight], *, routed: bool = False) -> Map
     return Map(b, a, bias, routed=routed)
 
 
-def _made(op: Any, weight: Weight, *args: Any) -> Made:
+def _made(op: Any, weight: Weight, *args: Any) -> Weight:
+    if op is aten.t.default and isinstance(weight, Piece):
+        return replace(weight, shape=weight.shape[::-1], stride=weight.stride[::-1])
     return Made(op, (weight, *args), {}, None)
 
 
@@ -209,7 +211,16 @@ def _site(
     site = ObservedSite(name, parts, inputs, apply, channel_dim=dim, known=True)
     if call is None:
         site.flat, site.width = True, max(shape)
+        if isinstance(weight, Piece) and math.prod(shape) == _numel(parts[0], shapes):
+            site.in_axis = -1 if weight.stride[0] == 1 else -2
     return key, site
+
+
+def _numel(part: Part, shapes: Shapes) -> int:
+    """Elements of what a site has of a parameter."""
+    shape = shapes[part.local]
+    rows = shape[0] if part.rows is None else part.rows.stop - part.rows.start
+    return rows * math.prod(shape[1:])
 
 
 def _shape_of(weight: Weight, shapes: Shapes) -> tuple[int, ...]:
@@ -239,16 +250,22 @@ class ObservedSite(Site):
     ) -> Iterator[list[Tensor]]:
         maps: Iterable[Map] = inputs
         for found in maps:
-            z = wide(found.inputs)
-            if not self.flat:
+            if self.flat:
+                for z in self.rows([found], positions):
+                    yield [self.apply(z, p) for p in parameters]
+            else:
+                z = wide(found.inputs)
                 yield [self._rows(self.apply(z, p), None, positions) for p in parameters]
-                continue
+
+    def rows(self, inputs: Any, positions: Positions | None) -> Iterator[Tensor]:
+        maps: Iterable[Map] = inputs
+        for found in maps:
+            z = wide(found.inputs)
             if found.routed:
                 z = z[z.abs().amax(-1) > 0]
             mask = None if positions is None else positions.of(tuple(z.shape[:-1]))
             z = z if mask is None else z[mask]
-            for piece in z.split(max(1, CHUNK_ELEMENTS // max(1, self.width))):
-                yield [self.apply(piece, p) for p in parameters]
+            yield from z.split(max(1, CHUNK_ELEMENTS // max(1, self.width)))
 
 
 def observe(

@@ -25,7 +25,13 @@ from magic_fast.calibration.features.discovery import (
     replayed,
     resolve,
 )
-from magic_fast.calibration.features.gather import Batch, Gatherer, Sample, Weights
+from magic_fast.calibration.features.gather import (
+    Batch,
+    Gatherer,
+    Sample,
+    Visitor,
+    Weights,
+)
 from magic_fast.calibration.features.groups import Group, group_sites
 from magic_fast.calibration.features.lockstep import Lockstep
 from magic_fast.calibration.features.padding import Masks, without_padding
@@ -47,6 +53,7 @@ class FeatureRun:
         experts: task → number of its expert.
         settings: of the calibration.
         device: of the batches; None: that of the model.
+        gatherer: what takes the inputs of sites instead of ξ.
 
     Attributes:
         left: parameter → why no site has it.
@@ -60,10 +67,12 @@ class FeatureRun:
         settings: FeatureCalibration,
         progress: Progress | None = None,
         device: str | None = None,
+        gatherer: Visitor | None = None,
     ) -> None:
         self._model, self._weights, self._settings = model, weights, settings
         self._experts = dict(experts)
         self._gatherer = Gatherer(weights, experts, settings)
+        self._visitor_of_sites: Visitor = gatherer or self._gatherer
         self.stations, self.left = find_stations(model)
         self._loose: Loose | None = None
         self._regroup()
@@ -214,9 +223,9 @@ class FeatureRun:
                 if id(group) in gathering and group.settled is None and not group.refused
             ]
             if station.observed:
-                self._gatherer.in_operations(wanted, station, samples)
+                self._visitor_of_sites.in_operations(wanted, station, samples)
             else:
-                self._gatherer.at_call(wanted, station, samples)
+                self._visitor_of_sites.at_call(wanted, station, samples)
             if settle:
                 for site, group in pairs:
                     group.settle()

@@ -59,6 +59,8 @@ class Site:
         width: features of a position, where it is flat.
         refused: why it is no linear map.
         axes: parameter → its axis that runs over the features, or None.
+        in_axis: axis of the first part's last two that its inputs run along, of a product with a
+            matrix; None: it is none.
         unreached: what to say where no input ever comes.
         remark: what to say of its ξ.
     """
@@ -73,6 +75,7 @@ class Site:
     width: int = 0
     refused: str = ""
     axes: dict[str, int | None] | None = field(default=None, repr=False)
+    in_axis: int | None = None
     unreached: str = "never called"
     remark: str = ""
 
@@ -89,15 +92,18 @@ class Site:
                 )
             yield [self._rows(self.apply(inputs, p), zero, positions) for p in parameters]
             return
-        floating = inputs.is_floating_point()  # else indices
+        for piece in self.rows(inputs, positions):
+            yield [self.apply(piece, p) for p in parameters]
+
+    def rows(self, inputs: Any, positions: Positions | None) -> Iterator[Tensor]:
+        """What a flat site receives, without padding, in pieces: [positions, in], or indices."""
+        floating = inputs.is_floating_point()
         lead = inputs.shape[:-1] if floating else inputs.shape
         flat = inputs.reshape(-1, inputs.shape[-1]) if floating else inputs.reshape(-1)
         mask = None if positions is None else positions.of(tuple(lead))
         if mask is not None:
             flat = flat[mask]
-        step = max(1, CHUNK_ELEMENTS // max(1, self.width))
-        for piece in flat.split(step):
-            yield [self.apply(piece, p) for p in parameters]
+        yield from flat.split(max(1, CHUNK_ELEMENTS // max(1, self.width)))
 
     def _rows(self, output: Tensor, zero: Tensor | None, positions: Positions | None) -> Tensor:
         feature = output if zero is None else output - zero

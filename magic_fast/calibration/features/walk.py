@@ -82,7 +82,10 @@ def _leaf(name: str, module: nn.Module, own: Mapping[str, Tensor]) -> Site:
     shape = next(iter(own.values())).shape
     plain = _holds(module, own)
     if plain and _is(module, nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return Site(name, parts, _only_input, _projection, flat=True, known=True, width=shape[0])
+        return Site(
+            name, parts, _only_input, _projection,
+            flat=True, known=True, width=shape[0], in_axis=-1,
+        )  # fmt: skip
     if plain and _is(module, nn.Embedding):
         return Site(name, parts, _only_input, _embedding, flat=True, known=True, width=shape[1])
 
@@ -145,7 +148,7 @@ def _attention(name: str, module: nn.MultiheadAttention) -> Station:
         maps.append(
             Site(
                 f"{name}.in_proj.{which}", tuple(parts), _attention_input(n), _projection,
-                flat=True, known=True, width=d,
+                flat=True, known=True, width=d, in_axis=-1,
             )
         )  # fmt: skip
     out = [Part("out_proj.weight", _full(name, "out_proj.weight"))]
@@ -153,7 +156,7 @@ def _attention(name: str, module: nn.MultiheadAttention) -> Station:
         out.append(Part("out_proj.bias", _full(name, "out_proj.bias")))
     last = Site(
         _full(name, "out_proj"), tuple(out), _attention_output, _projection,
-        flat=True, known=True, width=d,
+        flat=True, known=True, width=d, in_axis=-1,
     )  # fmt: skip
     return Station(name, module, (tuple(maps), (last,)))
 

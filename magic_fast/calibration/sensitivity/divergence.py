@@ -137,7 +137,7 @@ class Divergences:
         yield chunk
 
     def _logits(self, output: Any, where: str) -> Tensor:
-        found = _logits_of(output) if self._output is None else self._output(output)
+        found = logits_of(output) if self._output is None else self._output(output)
         if not isinstance(found, Tensor) or not found.is_floating_point() or found.dim() < 2:
             raise InputError(
                 f"output of the model for {where}: expected logits [samples, …, classes], got "
@@ -167,7 +167,7 @@ class Divergences:
         return mask
 
 
-def _logits_of(output: Any) -> Any:
+def logits_of(output: Any) -> Any:
     for name in ("logits", "logits_per_image"):
         found = getattr(output, name, None)
         if found is None and isinstance(output, Mapping):
