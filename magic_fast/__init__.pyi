@@ -14,6 +14,9 @@ from magic_fast.api.checkpoints.sensitive_layers import (
 from magic_fast.api.checkpoints.series import merge_series as merge_series
 from magic_fast.api.checkpoints.sweep import SweepReport as SweepReport
 from magic_fast.api.checkpoints.sweep import sweep_checkpoints as sweep_checkpoints
+from magic_fast.api.data.checkpoints import (
+    merge_checkpoints_by_data as merge_checkpoints_by_data,
+)
 from magic_fast.api.data.merge import merge_by_data as merge_by_data
 from magic_fast.api.data.settings import DataMergeReport as DataMergeReport
 from magic_fast.api.results import AdapterReport as AdapterReport

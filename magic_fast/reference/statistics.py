@@ -51,7 +51,8 @@ def nearest(mean: Tensor, gram: Tensor, residual: Tensor) -> Tensor:
         solved = torch.linalg.lstsq(wide, residual.double()).solution
     else:
         solved = torch.cholesky_solve(residual.double(), factor)
-    return (mean.double() + solved.T).to(mean.dtype)
+    found: Tensor = (mean.double() + solved.T).to(mean.dtype)
+    return found
 
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -11,28 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magic_fast.api.checkpoints.streamed_model import new_buffer, run_streamed
 from magic_fast.api.tensors.calibrate_features import calibrate_features, layers_of
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.batches import experts_by_task
 from magic_fast.calibration.features.run import FeatureRun
-from magic_fast.calibration.features.streamed import AbsentError, StreamedWeights, Take
+from magic_fast.calibration.features.streamed import StreamedWeights, Take
 from magic_fast.calibration.samples import Sampling
 from magic_fast.calibration.sensitivity.lists import is_sensitive, unknown_names
 from magic_fast.checkpoint import Checkpoint, open_checkpoint
 from magic_fast.engine import Progress, Step, common_shape
 from magic_fast.engine.execute.whole import as_bytes, tensor_of
 from magic_fast.engine.plan.step import FLOATS
-from magic_fast.errors import InputError
 from magic_fast.huggingface import models as hf_models
 from magic_fast.huggingface.data import batches_by_task
 from magic_fast.planning.steps import input_of
 from magic_fast.recipe import Recipe
 
 Layers = list[dict[str, Any]]
-
-
-def _new(nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class FeatureSpace:
@@ -145,30 +141,15 @@ class FeatureSpace:
         return replace(step, method="scale_channels", arguments=arguments)
 
     def _run(self) -> FeatureRun:
-        try:
-            return self._attempt(self._model, resident=False)
-        except InputError as error:
-            if not isinstance(error.__cause__, AbsentError):
-                raise
-        self.warnings.append(
-            "the model uses weights outside of its layers' own calls: the merged model is held in "
-            "memory whole"
-        )
-        model = hf_models.build_structure(self._merged)
-        hf_models.materialise(model, {n: self._read(0, n) for n in self._stored})
-        return self._attempt(model, resident=True)
+        def make(model: nn.Module, weights: StreamedWeights) -> FeatureRun:
+            return FeatureRun(
+                model, weights, self._experts, self._settings, self._told(), self._device
+            )
 
-    def _attempt(self, model: nn.Module, *, resident: bool) -> FeatureRun:
-        device = self._device
-        hf_models.move_buffers(model, device)
-        weights = StreamedWeights(self._read, device, resident=resident)
-        run = FeatureRun(model, weights, self._experts, self._settings, self._told(), device)
-        if not resident:
-            inside = {p.name for station in run.stations for s in station.sites for p in s.parts}
-            rest = {n: self._read(0, n).to(device) for n in self._stored if n not in inside}
-            hf_models.materialise(model, rest)
-        run.run(self.data)
-        return run
+        return run_streamed(
+            self._model, self._merged, self._stored, self._read, self._device, make, self.data,
+            self.warnings,
+        )  # fmt: skip
 
     def _told(self) -> Callable[[int, int, str], None] | None:
         """Progress in bytes of the models, which is what takes the time to read."""
@@ -182,7 +163,9 @@ class FeatureSpace:
 
         return told
 
-    def _read(self, which: int, name: str, take: Take = _new, rows: slice | None = None) -> Tensor:
+    def _read(
+        self, which: int, name: str, take: Take = new_buffer, rows: slice | None = None
+    ) -> Tensor:
         reference = self._names[which]
         source = input_of(self.models, reference, self._stored[name])
         start, count = 0, source.nbytes

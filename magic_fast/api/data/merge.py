@@ -88,7 +88,7 @@ def merge_by_data(
         )
     states = [_state(m, f"experts[{k}]") for k, m in enumerate(models)]
     tasks = experts_by_task(len(states), names, list(data))
-    factors = _factors(weights, len(states))
+    factors = shares_of(weights, len(states))
     mean: dict[str, Tensor] = merge(
         None, states, "linear", weights=factors, normalize=False, out=wide_like(states[0])
     )
@@ -122,7 +122,8 @@ def _state(model: Any, what: str) -> State:
     return found
 
 
-def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
+def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The experts' weights, of sum 1."""
     own = [1.0] * count if weights is None else [float(w) for w in weights]
     if len(own) != count or min(own) < 0 or not sum(own) > 0:
         raise InputError(
@@ -155,11 +156,12 @@ def _by_inputs(
         regression.add(grams.found, factors[k], change)
     for key in regression.matrices():
         regression.solve(key, mean[key[0]])
-        report.positions[_label(key)] = regression.positions[key]
+        report.positions[label_of(key)] = regression.positions[key]
     return {key[0] for key in regression.matrices()}
 
 
-def _label(key: MatrixKey) -> str:
+def label_of(key: MatrixKey) -> str:
+    """A matrix for reports."""
     name, start, stop = key
     return name if start is None else f"{name}[{start}:{stop}]"
 
