@@ -23,6 +23,7 @@ from magic_fast.errors import MagicFastError
 
 COMMANDS = (
     "merge",
+    "merge-by-data",
     "merge-adapters",
     "extract-adapter",
     "sweep",

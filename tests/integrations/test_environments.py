@@ -21,6 +21,7 @@ ROOT = HERE.parents[1]
     [
         ("0.1.4", "mergekit_0_1_4_checks.py"),
         ("fusion-bench", "fusion_bench_checks.py"),
+        ("fusion-bench", "fusion_bench_data_checks.py"),
         ("diffusers", "diffusers_checks.py"),
         ("diffusers", "lycoris_checks.py"),
     ],

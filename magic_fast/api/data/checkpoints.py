@@ -16,7 +16,7 @@ from magic_fast.api.checkpoints.feature_model import experts_of
 from magic_fast.api.checkpoints.merge import plan_checkpoints
 from magic_fast.api.checkpoints.streamed_model import run_streamed
 from magic_fast.api.data.merge import label_of, merge_by_data, shares_of
-from magic_fast.api.data.settings import DataMethod
+from magic_fast.api.data.settings import DataMethod, left_text
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.run import FeatureRun
 from magic_fast.calibration.features.streamed import StreamedWeights, Take
@@ -73,8 +73,9 @@ def merge_checkpoints_by_data(
         max_shard_size, memory, nonfinite, progress: as of :func:`merge_checkpoints`.
 
     Returns:
-        What was done; ``settings`` says by how many inputs each matrix was merged, and which share
-        of the parameters is the experts' mean because no sample tells of it.
+        What was done; its ``warnings`` say which share of the parameters is the experts' mean
+        because no sample tells of it, and magic_fast.json by how many inputs each matrix was
+        merged.
 
     >>> merge_checkpoints_by_data(["math", "code"], "merged",
     ...     {"math": "math.jsonl", "code": "code.jsonl"})  # doctest: +SKIP
@@ -229,6 +230,7 @@ class _Job:
         ]
         off = {"off_diagonal": self._settings.off_diagonal}
         plan.method = self._settings.name
+        plan.warnings.append(left_text(left))
         plan.settings = {
             **plan.settings, "method": plan.method, **(off if plan.method == "regmean" else {}),
             "positions": dict(told), "left": left,

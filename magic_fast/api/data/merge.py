@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from magic_fast.api.data.settings import DataMergeReport, DataMethod
+from magic_fast.api.data.settings import DataMergeReport, DataMethod, left_text
 from magic_fast.api.tensors.feature_weights import InMemory, wide_like
 from magic_fast.api.tensors.merge import merge
 from magic_fast.api.tensors.models import state_dict_of, tied_groups
@@ -22,6 +23,7 @@ from magic_fast.errors import InputError
 from magic_fast.reference.statistics import weighted_mean
 
 State = Mapping[str, Tensor]
+log = logging.getLogger("magic_fast")
 
 
 def merge_by_data(
@@ -211,6 +213,9 @@ def _say_what_is_left(structure: nn.Module, told: set[str], report: DataMergeRep
                 left += parameter.numel()
                 report.averaged.append(name)
     report.left = left / total if total else 0.0
+    if report.left > 0.1:
+        report.warnings.append(left_text(report.left))
+        log.warning("%s (%s, …)", report.warnings[-1], report.averaged[0])
 
 
 def _result(like: Any, mean: Mapping[str, Tensor]) -> Any:

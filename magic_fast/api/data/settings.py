@@ -101,3 +101,8 @@ class DataMethod:
     def scale_off_diagonal(self) -> float:
         """Fisher information without gradients is what RegMean's diagonal is."""
         return self.off_diagonal if self.name == "regmean" else 0.0
+
+
+def left_text(share: float) -> str:
+    """What is said of the share that no sample tells of."""
+    return f"{share:.1%} of the parameters are the experts' mean: no sample tells of them"
