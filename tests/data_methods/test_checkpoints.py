@@ -68,7 +68,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"experts": []}, "experts: expected at least one checkpoint, got none."),
     "theirs": (
         {"method": "fisher", "preset": "fusion_bench"},
-        "preset 'fusion_bench' for method 'fisher': expected 'default' for checkpoints, because it "
+        "preset 'fusion_bench' for method 'fisher': expected None for checkpoints, because it "
         "takes gradients. Merge modules: mf.merge_by_data.",
     ),
     "task": (

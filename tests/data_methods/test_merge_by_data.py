@@ -222,7 +222,7 @@ def test_inputs_that_never_vary_keep_the_mean() -> None:
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "regmeen"}, "method: expected one of regmean, fisher, got 'regmeen'."),
-    "preset": ({"preset": "x"}, "preset: expected 'default' or 'fusion_bench', got 'x'."),
+    "preset": ({"preset": "x"}, "preset: expected None or 'fusion_bench', got 'x'."),
     "off": (
         {"off_diagonal": 2.0},
         "off_diagonal for method 'regmean': expected 0 to 1, got 2.0.",

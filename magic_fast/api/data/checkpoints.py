@@ -43,7 +43,7 @@ def merge_checkpoints_by_data(
     *,
     weights: Sequence[float] | None = None,
     off_diagonal: float | None = None,
-    preset: str = "default",
+    preset: str | None = None,
     samples: int = Sampling.samples,
     batch_size: int = Sampling.batch_size,
     max_length: int = Sampling.max_length,
@@ -82,7 +82,7 @@ def merge_checkpoints_by_data(
     """
     if preset == "fusion_bench" and method == "fisher":
         raise InputError(
-            "preset 'fusion_bench' for method 'fisher': expected 'default' for checkpoints, "
+            "preset 'fusion_bench' for method 'fisher': expected None for checkpoints, "
             "because it takes gradients. Merge modules: mf.merge_by_data."
         )
     settings = DataMethod.of(method, preset, off_diagonal=off_diagonal)

@@ -40,7 +40,7 @@ def merge_by_data(
     normalize: bool | None = None,
     floor: float | None = None,
     output: Callable[[Any], Tensor] | None = None,
-    preset: str = "default",
+    preset: str | None = None,
 ) -> tuple[Any, DataMergeReport]:
     """Experts merged by what their own samples tell of each weight (docs/methods_data.md).
 

@@ -58,7 +58,7 @@ class DataMethod:
     like_fusion_bench: bool = False
 
     @classmethod
-    def of(cls, name: str, preset: str, **given: Any) -> DataMethod:
+    def of(cls, name: str, preset: str | None, **given: Any) -> DataMethod:
         """Refuses what does nothing in the method.
 
         Raises:
@@ -67,8 +67,8 @@ class DataMethod:
         """
         if name not in METHODS:
             raise InputError(f"method: expected one of {', '.join(METHODS)}, got {name!r}.")
-        if preset not in ("default", "fusion_bench"):
-            raise InputError(f"preset: expected 'default' or 'fusion_bench', got {preset!r}.")
+        if preset not in (None, "fusion_bench"):
+            raise InputError(f"preset: expected None or 'fusion_bench', got {preset!r}.")
         own = {k: v for k, v in given.items() if v is not None}
         for key in own:
             if (key == "off_diagonal") != (name == "regmean"):
@@ -78,7 +78,7 @@ class DataMethod:
                     f"{key} for method {name!r}: expected none without gradients=True, got "
                     f"{own[key]!r}."
                 )
-        ours = preset == "default"
+        ours = preset is None
         off = own.setdefault("off_diagonal", 0.9 if ours else 0.1)
         if not 0 <= off <= 1:
             raise InputError(f"off_diagonal for method {name!r}: expected 0 to 1, got {off!r}.")

@@ -44,7 +44,7 @@ def diagonal_fisher(
     own = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     found = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in own.items()}
     device = next(iter(own.values())).device
-    samples = 0
+    count = 0
 
     def add(value: Tensor, share: float) -> None:
         grads = torch.autograd.grad(value, list(own.values()), retain_graph=True, allow_unused=True)
@@ -57,7 +57,7 @@ def diagonal_fisher(
             for part in without_padding(model, batch):
                 here = to_device(part, device)
                 logits = _logits(run_batch(model, here, task, number), output, task, number)
-                samples += len(logits)
+                count += len(logits)
                 log_p = torch.log_softmax(logits, -1)
                 if like_fusion_bench:
                     add((log_p.detach().exp().sqrt() * log_p).sum(-1).sum(), 1.0)
@@ -67,7 +67,7 @@ def diagonal_fisher(
                     chosen = log_p.gather(-1, drawn[..., None]).reshape(len(logits), -1).sum(1)
                     for one in chosen:  # squared sample by sample
                         add(one, 1.0 / draws)
-    return {n: f / samples for n, f in found.items()}
+    return {n: f / count for n, f in found.items()}
 
 
 def _logits(made: Any, output: Callable[[Any], Tensor] | None, task: str, number: int) -> Tensor:
