@@ -103,17 +103,6 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Without PyTorch's one kernel for a whole layer of attention, which calls no module in it."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
 def refusals(task: str, number: int) -> Iterator[None]:
     """What a model's code raises at a batch that it cannot take, as an error of the input."""
     try:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -27,23 +28,6 @@ from magic_fast.calibration.features.tracked import Tracked, Use
 _LOG = logging.getLogger("magic_fast")
 Visit = Callable[[Station, Call], None]
 Stages = list[tuple[Site, ...]]
-
-
-@contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """transformers' stacks of experts as one product an expert and projection, whatever kernel they
-    are set to."""
-    key = "_experts_implementation_internal"
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(c): c for c in found if key in getattr(c, "__dict__", {})}
-    kept = [(c, vars(c)[key]) for c in configs.values()]
-    try:
-        for config, _ in kept:
-            setattr(config, key, "eager")
-        yield
-    finally:
-        for config, own in kept:
-            setattr(config, key, own)
 
 
 def resolve(station: Station, call: Call, positions: Positions | None) -> dict[str, str] | None:
@@ -231,7 +215,10 @@ class Loose:
             yield
 
 
-def replayed(data: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """The data with one task's iterator, which can be read once, as a list."""
+def replayed(data: Mapping[str, Any], task: str) -> tuple[Any, dict[str, Any]]:
+    """What one task begins with, and the data with it still in it."""
     value = data[task]
-    return {**data, task: list(value)} if isinstance(value, Iterator) else dict(data)
+    if not isinstance(value, Iterator):
+        return value, dict(data)
+    first = list(islice(value, 1))
+    return first, {**data, task: chain(first, value)}

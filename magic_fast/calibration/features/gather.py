@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from magic_fast.calibration.features.discovery import look
 from magic_fast.calibration.features.groups import Group
 from magic_fast.calibration.features.padding import COUNTED, Masks, Positions
 from magic_fast.calibration.features.sites import Call, Part, Site, Station
+from magic_fast.errors import NonFiniteError
 from magic_fast.reference.features import fold
 
 _PIECE = 1 << 18  # elements of a difference taken at a time
@@ -59,12 +60,12 @@ class Batch:
 
     Attributes:
         number: of the batch of the task.
-        first: whether it is the batch, or its first part where padding was cut off.
+        begins: how many batches begin in it: a later part, cut off its padding, begins none.
     """
 
     task: str
     number: int
-    first: bool
+    begins: int
     values: Any
 
 
@@ -153,7 +154,7 @@ class Gatherer:
                    if site.inputs(pair[0].call)]  # fmt: skip
         if not reached:
             return
-        group.calls += sum(sample.batch.first for sample, _ in reached)
+        group.calls += sum(sample.batch.begins for sample, _ in reached)
         base = self._base(site)
         expert = self._difference(site, self._expert(task), base, "expert")
         merged = self._difference(site, self._merged, base, "merged")
@@ -170,7 +171,13 @@ class Gatherer:
                 first = next(site.features(inputs, changes[-1:], None))[0]
                 site.channel_axes(inputs, changes[-1], first.shape[-1])
         for own, merged in site.features(inputs, changes, positions):
-            group.add(sample.task, own, merged)
+            if not group.add(sample.task, own, merged):
+                raise NonFiniteError(
+                    f"features of layer {site.name!r} for batch {sample.batch.number} of task "
+                    f"{sample.task!r}: expected finite numbers, got NaN or infinity. Look at the "
+                    "samples and at the layers before it; half precision may overflow: load the "
+                    "models in float32."
+                )
         if positions.unknown and COUNTED not in group.remarks:
             group.remarks.append(COUNTED)
 
@@ -246,3 +253,52 @@ def _some(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         held += sample.nbytes
     if some:
         yield some
+
+
+MOST_TOGETHER = 64  # calls of a model side by side, each a thread
+
+
+def joined(batches: list[Batch], most: int) -> list[Batch]:
+    """The batches, those of one task and of equal shapes together where there would be more than
+    ``most``: no more together than that needs."""
+    together = 1
+    found = batches
+    while len(found) > most and together < len(batches):
+        together *= 2
+        fewer = list(_joined(batches, together))
+        if together > 2 and len(fewer) == len(found):  # no more of equal shapes
+            break
+        found = fewer
+    return found
+
+
+def _joined(batches: list[Batch], together: int) -> Iterator[Batch]:
+    alike: dict[object, list[Batch]] = {}
+    for number, batch in enumerate(batches):
+        alike.setdefault((batch.task, _signature(batch.values) or number), []).append(batch)
+    for own in alike.values():
+        for start in range(0, len(own), together):
+            some = own[start : start + together]
+            values = some[0].values if len(some) == 1 else _stacked([b.values for b in some])
+            yield replace(some[0], begins=sum(b.begins for b in some), values=values)
+
+
+def _signature(values: Any) -> object:
+    """What batches that may be joined share: all but the number of samples. None: it may not."""
+    own = values.values() if isinstance(values, Mapping) else values
+    tensors = [own] if isinstance(own, Tensor) else list(own)
+    if not all(isinstance(x, Tensor) and x.dim() for x in tensors):
+        return None
+    if len({len(x) for x in tensors}) != 1:
+        return None
+    names = tuple(values) if isinstance(values, Mapping) else type(values)
+    return names, tuple((tuple(x.shape[1:]), x.dtype) for x in tensors)
+
+
+def _stacked(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {k: torch.cat([v[k] for v in values]) for k in first}
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    return type(first)(torch.cat(rows) for rows in zip(*values, strict=True))

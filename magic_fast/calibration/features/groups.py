@@ -68,14 +68,17 @@ class Group:
             return False
         return None not in (self.sites[0].axes or {}).values()
 
-    def add(self, task: str, own: Tensor, merged: Tensor) -> None:
-        """The task features of an expert and of the merged model, [positions, channels]."""
+    def add(self, task: str, own: Tensor, merged: Tensor) -> bool:
+        """The task features of an expert and of the merged model, [positions, channels]; returns
+        whether they are finite."""
         found = self.ratios.get(task)
         if found is None:
             s = self.settings
             found = self.ratios[task] = Ratios(s.reduction.value, s.min_denominator)
         p, each = self.settings.p, self.per_channel
-        found.add(magnitudes(own, p, per_channel=each), magnitudes(merged, p, per_channel=each))
+        pair = [magnitudes(x, p, per_channel=each) for x in (own, merged)]
+        found.add(*pair)
+        return all(bool(x.isfinite().all()) for x in pair)
 
     def settle(self) -> None:
         """Fixes ξ from what was gathered so far."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.batches import (
     batches_of,
-    plain_attention,
     refusals,
     run_batch,
     to_device,
@@ -21,16 +20,18 @@ from magic_fast.calibration.features.batches import (
 from magic_fast.calibration.features.discovery import (
     Loose,
     Visit,
-    eager_experts,
     replayed,
     resolve,
 )
+from magic_fast.calibration.features.eager import plainly
 from magic_fast.calibration.features.gather import (
+    MOST_TOGETHER,
     Batch,
     Gatherer,
     Sample,
     Visitor,
     Weights,
+    joined,
 )
 from magic_fast.calibration.features.groups import Group, group_sites
 from magic_fast.calibration.features.lockstep import Lockstep
@@ -86,7 +87,9 @@ class FeatureRun:
 
     def run(self, data: Mapping[str, Any]) -> None:
         """Finds ξ of every group; afterwards each has its ``settled``."""
-        with eager_experts(self._model):
+        with plainly(self._model):
+            if self._settings.sequential:  # passes more than once over what may be read once
+                data = {task: list(batches_of(data, task)) for task in data}
             if self._weights.resident:
                 data = self._discover(data)
             if not self._settings.sequential:
@@ -106,10 +109,10 @@ class FeatureRun:
     def _discover(self, data: Mapping[str, Any]) -> Mapping[str, Any]:
         """Adds the stations of parameters that the model uses outside of their modules' calls."""
         task = next(iter(self._experts))
-        data = replayed(data, task)
-        batch = next(self._batches({task: data[task]}))
+        first, data = replayed(data, task)
+        batch = next(self._batches({task: first}))
         loose = Loose(self._model, self.stations)
-        with plain_attention(), torch.no_grad():
+        with torch.no_grad():
             try:
                 loose.find(lambda: self._call(batch))
             except InputError as error:
@@ -152,7 +155,7 @@ class FeatureRun:
                 with self._watching(visit), self._watched(visit):
                     self._call(batch)
             return
-        batches = list(self._batches(data))
+        batches = joined(list(self._batches(data)), MOST_TOGETHER)
         masks = [Masks(self._model, batch.values) for batch in batches]
 
         def job(batch: Batch) -> Callable[[], object]:
@@ -204,7 +207,7 @@ class FeatureRun:
         for task in data:
             for number, batch in enumerate(batches_of(data, task)):
                 for n, part in enumerate(without_padding(self._model, batch)):
-                    yield Batch(task, number, n == 0, to_device(part, device))
+                    yield Batch(task, number, int(n == 0), to_device(part, device))
 
     def _visit(
         self, station: Station, samples: Sequence[Sample], gathering: set[int], *, settle: bool
@@ -216,7 +219,7 @@ class FeatureRun:
             pairs = [(site, self._group_of[id(site)]) for site in stage]
             if not station.observed:
                 for _, group in pairs:
-                    group.calls += sum(s.batch.first for s in samples)
+                    group.calls += sum(s.batch.begins for s in samples)
             wanted = [
                 (site, group)
                 for site, group in pairs
@@ -291,7 +294,7 @@ def _hooks(stations: Sequence[Station], visit: Visit) -> Iterator[None]:
 
         return before
 
-    with plain_attention(), ExitStack() as hooks:
+    with ExitStack() as hooks:
         for s in stations:
             handle = s.module.register_forward_pre_hook(hook(s), with_kwargs=True)
             hooks.callback(handle.remove)

@@ -85,15 +85,24 @@ class Site:
         """Output of the linear part for each set of parameters, [positions, channels], in pieces
         of some positions; where ``positions`` tells which are padding, without those."""
         if not self.flat:
-            zero = None
-            if not self.known:
-                zero = self.apply(
-                    inputs, {k: torch.zeros_like(v) for k, v in parameters[0].items()}
-                )
-            yield [self._rows(self.apply(inputs, p), zero, positions) for p in parameters]
+            zeros = {k: torch.zeros_like(v) for k, v in parameters[0].items()}
+            for some in self._some(inputs):
+                zero = None if self.known else self.apply(some, zeros)
+                yield [self._rows(self.apply(some, p), zero, positions) for p in parameters]
             return
         for piece in self.rows(inputs, positions):
             yield [self.apply(piece, p) for p in parameters]
+
+    def _some(self, inputs: Any) -> Iterator[Any]:
+        """Calls of a known layer with some of the samples at a time."""
+        args, kwargs = inputs
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not (self.known and isinstance(x, Tensor) and x.dim() > 2 and len(x) > 1):
+            yield inputs
+            return
+        step = max(1, CHUNK_ELEMENTS * len(x) // max(1, x.numel()))
+        for some in torch.split(x, step):
+            yield (some,), kwargs
 
     def rows(self, inputs: Any, positions: Positions | None) -> Iterator[Tensor]:
         """What a flat site receives, without padding, in pieces: [positions, in], or indices."""
@@ -225,15 +234,22 @@ def forward_with(
     module: nn.Module, parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """``module.forward`` with other values for its parameters (dotted names); its hooks do not
-    run."""
-    places = []
+    run. Buffers of a lower precision than the values are widened with them."""
+    places: list[tuple[dict[str, Any], str, Any]] = []
+    dtype = torch.float16  # no wider than any
     for name, value in parameters.items():
         owner, _, local = name.rpartition(".")
         places.append((module.get_submodule(owner)._parameters, local, value))
+        dtype = value.dtype if value.dtype.itemsize > dtype.itemsize else dtype
+    for owned in (m._buffers for m in module.modules()):
+        for local, buffer in owned.items():
+            if buffer is not None and buffer.is_floating_point():
+                if buffer.dtype.itemsize < dtype.itemsize:
+                    places.append((owned, local, buffer.to(dtype)))
     kept = [(table, local, table[local]) for table, local, _ in places]
     try:
         for table, local, value in places:
-            table[local] = value  # type: ignore[assignment]
+            table[local] = value
         return module.forward(*args, **kwargs)
     finally:
         for table, local, own in kept:

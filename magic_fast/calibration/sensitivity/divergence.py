@@ -15,10 +15,10 @@ from torch.func import functional_call
 from magic_fast.calibration.features.batches import (
     arguments_of,
     batches_of,
-    plain_attention,
     run_batch,
     to_device,
 )
+from magic_fast.calibration.features.eager import plainly
 from magic_fast.calibration.features.padding import Masks
 from magic_fast.calibration.features.sites import CHUNK_ELEMENTS
 from magic_fast.calibration.sensitivity.measure import Change, Evaluated, Progress, Unit, in_place
@@ -67,7 +67,7 @@ class Divergences:
             for number, batch in enumerate(batches_of(data, task))
         ]
         total = len(batches) * len(self._units)
-        with plain_attention(), torch.no_grad():  # one path for one call and for several
+        with plainly(self._model), torch.no_grad():  # one path for one call and for several
             return torch.cat([self._batch(*b, total) for b in batches], 1)
 
     def _batch(self, task: str, number: int, batch: Any, total: int) -> Tensor:

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magic_fast.calibration.features.batches import (
-    batches_of,
-    plain_attention,
-    run_batch,
-    to_device,
-)
+from magic_fast.calibration.features.batches import batches_of, run_batch, to_device
+from magic_fast.calibration.features.eager import plainly
 from magic_fast.calibration.features.padding import without_padding
 from magic_fast.calibration.sensitivity.divergence import logits_of
 from magic_fast.errors import InputError
@@ -52,7 +48,7 @@ def diagonal_fisher(
             if grad is not None:
                 found[name].addcmul_(grad.float(), grad.float(), value=share)
 
-    with plain_attention(), torch.enable_grad():
+    with plainly(model), torch.enable_grad():
         for number, batch in enumerate(batches_of(data, task)):
             for part in without_padding(model, batch):
                 here = to_device(part, device)
