@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from magic_fast.calibration.features.maps import (
+    Form,
+    Key,
+    Map,
+    Shapes,
+    form_of,
+    from_rows,
+    key_of,
+    parts_of,
+)
 from magic_fast.calibration.features.padding import Positions
 from magic_fast.calibration.features.sites import (
     CHUNK_ELEMENTS,
@@ -25,11 +35,11 @@ from magic_fast.calibration.features.sites import (
     forward_with,
     wide,
 )
-from magic_fast.calibration.features.tracked import (
+from magic_fast.calibration.features.tracked import Tracked
+from magic_fast.calibration.features.uses import (
     OTHERS,
     Made,
     Piece,
-    Tracked,
     Use,
     Weight,
     aten,
@@ -37,113 +47,140 @@ from magic_fast.calibration.features.tracked import (
 )
 
 UNREACHED = "no sample reaches this expert"
+SOMETIMES = "not all uses of its weight have it"
 _CHANNELS_SECOND = set(OTHERS) - {
     aten.embedding, aten.mul, aten.native_layer_norm, aten._fused_rms_norm,
 }  # fmt: skip
-Shapes = Mapping[str, tuple[int, ...]]
-Key = tuple[tuple[str, str], ...]  # (parameter, its rows) of all parts
+Applied = tuple[Map, Tensor]  # a use of a site, and some of what it receives
 
 
 @dataclass
-class Map:
-    """One linear operation: what it receives and how its weight and bias come from parameters.
+class ObservedSite(Site):
+    """A site whose inputs are operations that were seen.
+
+    Each use has its own form of the weight (its transpose, some of its columns), and adds its own.
 
     Attributes:
-        weight: of a product: [in, out]; else the operation's first one.
-        inputs: of a product: [rows, in]; else the operation's.
-        bias: what is added.
-        call: (operation, its arguments, the place of ``inputs``); None: a product.
-        routed: whether it is one of a batch of products, in which rows of zeros are room that was
-            not needed.
+        fixed: the parameters that an operation itself has.
+        added: what is added to results, by the form of the operation; of the rows of ``parts``.
+        shapes: of the parameters of its module.
     """
 
-    weight: Weight
-    inputs: Tensor
-    bias: list[Weight]
-    call: tuple[Any, tuple[Any, ...], int] | None = None
-    routed: bool = False
+    fixed: frozenset[str] = frozenset()
+    added: dict[Form, list[Weight]] = field(default_factory=dict, repr=False)
+    shapes: Shapes = field(default_factory=dict, repr=False)
 
-    @property
-    def parts(self) -> Iterator[Piece]:
-        yield from pieces([self.weight, *self.bias, *(self.call[1] if self.call else ())])
+    def starts(self) -> dict[str, int]:
+        """Where the rows of each parameter begin, in elements."""
+        rows = {p.local: p.rows for p in self.parts if p.rows is not None}
+        return {n: r.start * math.prod(self.shapes[n][1:]) for n, r in rows.items()}
+
+    def has(self, use: Map) -> bool:
+        """Whether a use of its weights is of a form that it knows."""
+        starts = self.starts()
+        known = self.added.get(form_of(from_rows(use.own, starts)))
+        return known is not None and form_of(known) == form_of(from_rows(use.added, starts))
+
+    def join(self, other: ObservedSite) -> set[str]:
+        """Takes the uses of another with the same parts of weights; returns the parameters that are
+        in none after all: not always added to the same."""
+        rows, further = ({p.local: p for p in site.parts} for site in (self, other))
+        both = [n for n in rows if n in further and rows[n].rows != further[n].rows]
+        for site in (self, other):  # all rows from now on
+            by = {n: -start for n, start in site.starts().items() if n in both}
+            site.added = {form: from_rows(own, by) for form, own in site.added.items()}
+        parts = rows | further | {n: Part(n, rows[n].name) for n in both}
+        self.parts, self.fixed = tuple(parts.values()), self.fixed | other.fixed
+        odd: set[str] = set()
+        for form, added in other.added.items():
+            own = self.added.setdefault(form, added)
+            if form_of(own) != form_of(added):
+                odd |= {p.name for p in pieces([own, added])}
+        for form, added in self.added.items():
+            self.added[form] = [b for b in added if not {p.name for p in pieces(b)} & odd]
+        gone = odd - self.fixed
+        self.parts = tuple(p for p in self.parts if p.local not in gone)
+        if self.in_axis != other.in_axis:
+            self.in_axis = None
+        return gone
+
+    def features(
+        self, inputs: Any, parameters: Sequence[Parameters], positions: Positions | None
+    ) -> Iterator[list[Tensor]]:
+        uses: Iterable[Map] = inputs
+        for found in uses:
+            if found.call is None:
+                for z in self.rows([found], positions):
+                    yield [self.apply((found, z), p) for p in parameters]
+            else:
+                self.channel_dim = self._dim(found)
+                z = wide(found.inputs)
+                yield [self._rows(self.apply((found, z), p), None, positions) for p in parameters]
+
+    def rows(self, inputs: Any, positions: Positions | None) -> Iterator[Tensor]:
+        uses: Iterable[Map] = inputs
+        for found in uses:
+            if found.call is None:
+                z = wide(found.inputs)
+                if found.routed:
+                    z = z[z.abs().amax(-1) > 0]
+                mask = None if positions is None else positions.of(tuple(z.shape[:-1]))
+                z = z if mask is None else z[mask]
+                width = max(_shape_of(found.weight, self.shapes))
+                yield from z.split(max(1, CHUNK_ELEMENTS // max(1, width)))
+
+    def value(self, inputs: Applied, parameters: Parameters) -> Tensor:
+        """What a use gives of some of its inputs with other parameters."""
+        found, z = inputs
+        starts = self.starts()
+
+        def filled(x: Any) -> Any:
+            own = from_rows(x, starts)
+            return own.value(parameters, linear=True) if isinstance(x, Piece | Made) else x
+
+        out: Tensor
+        if found.call is None:
+            weight = filled(found.weight)
+            out = z.to(torch.promote_types(z.dtype, weight.dtype)) @ weight
+        else:
+            op, args, place = found.call
+            values = [None if n == place else filled(x) for n, x in enumerate(args)]
+            like = next(iter(parameters.values())).dtype
+            values[place] = z.to(torch.promote_types(z.dtype, like)) if z.is_floating_point() else z
+            out = _first(op(*values))
+        dim = self._dim(found) % out.dim()
+        for b in [*map(filled, found.bias), *self._added(found, starts, parameters)]:
+            out = out + b.reshape([-1 if n == dim else 1 for n in range(out.dim())])
+        return out
+
+    def _added(
+        self, found: Map, starts: Mapping[str, int], parameters: Parameters
+    ) -> Iterator[Tensor]:
+        """What is added to the result of a use: as it was when its form was first seen."""
+        known = self.added.get(form_of(from_rows(found.own, starts)))
+        if known is None:  # of another form: by all that were seen
+            several = {form_of(x): x for x in self.added.values()}
+            known = next(iter(several.values())) if len(several) == 1 else None
+        if known is None:
+            known = [from_rows(x, starts) for x in found.added]
+        for b in known:
+            yield b.value(parameters, linear=True)
+
+    def _dim(self, found: Map) -> int:
+        """Where a use has its features."""
+        if found.call is None:
+            return -1
+        if found.call[0].overloadpacket in _CHANNELS_SECOND:
+            return 1
+        shape = _shape_of(found.weight, self.shapes)
+        if found.call[0].overloadpacket is aten.mul:
+            return next((n - len(shape) for n in reversed(range(len(shape))) if shape[n] > 1), -1)
+        return -1
 
 
-def maps_of(use: Use) -> Iterator[Map]:
-    """The linear maps in one operation: one, or those of a batch of products."""
-    op, args, bias = use.op.overloadpacket, list(use.args), list(use.bias)
-    if op in OTHERS:
-        weights = [n for n, x in enumerate(args) if isinstance(x, Piece | Made)]
-        place = next(n for n in range(len(args)) if n not in weights)
-        yield Map(args[weights[0]], args[place], bias, (use.op, tuple(args), place))
-        return
-    if op in (aten.addmm, aten.baddbmm, aten.addmv):
-        first = args.pop(0)
-        bias += [first] if isinstance(first, Piece | Made) else []
-    a, b = args
-    if op in (aten.bmm, aten.baddbmm):
-        for n in range(len(b if isinstance(a, Piece | Made) else a)):
-            own = [_chosen(x, n) if _dims(x) > 2 else x for x in bias]
-            yield _product(_chosen(a, n), _chosen(b, n), own, routed=True)
-        return
-    if op in (aten.mv, aten.addmv):
-        b = b[:, None] if isinstance(b, Tensor) else _made(aten.unsqueeze.default, b, 1)
-    yield _product(a, b, bias)
-
-
-def _product(a: Any, b: Any, bias: list[Weight], *, routed: bool = False) -> Map:
-    if isinstance(a, Piece | Made):  # (W z)ᵀ = zᵀ Wᵀ
-        return Map(_made(aten.t.default, a), b.t(), bias, routed=routed)
-    return Map(b, a, bias, routed=routed)
-
-
-def _made(op: Any, weight: Weight, *args: Any) -> Weight:
-    if op is aten.t.default and isinstance(weight, Piece):
-        return replace(weight, shape=weight.shape[::-1], stride=weight.stride[::-1])
-    return Made(op, (weight, *args), {}, None)
-
-
-def _chosen(x: Any, n: int) -> Any:
-    """One of a batch."""
-    if isinstance(x, Piece):
-        return Piece(x.name, x.shape[1:], x.stride[1:], x.offset + n * x.stride[0])
-    return _made(aten.select.int, x, 0, n) if isinstance(x, Made) else x[n]
-
-
-def _dims(weight: Weight) -> int:
-    return len(weight.shape) if isinstance(weight, Piece) else 0
-
-
-def rows_of(piece: Piece, shape: Sequence[int]) -> slice | None:
-    """The rows of a parameter that a piece is; None: all of it, or a part that is no rows.
-
-    >>> rows_of(Piece("w", (4, 3), (3, 1), 6), (8, 3))
-    slice(2, 6, None)
-    """
-    row = math.prod(shape[1:])
-    extents = [(n, s) for n, s in zip(piece.shape, piece.stride, strict=True) if s]
-    first = piece.offset // row
-    last = (piece.offset + sum((n - 1) * s for n, s in extents)) // row
-    whole = (first, last) == (0, shape[0] - 1)
-    if whole or math.prod(n for n, _ in extents) != (last - first + 1) * row:
-        return None
-    return slice(first, last + 1)
-
-
-def parts_of(found: Map, shapes: Shapes) -> dict[str, slice | None]:
-    """Parameter → the rows that a map has of it."""
-    rows: dict[str, slice | None] = {}
-    for piece in found.parts:
-        own = rows_of(piece, shapes[piece.name])
-        rows[piece.name] = None if rows.get(piece.name, own) != own else own
-    return rows
-
-
-def key_of(weight: Weight, rows: Mapping[str, slice | None]) -> Key:
-    """What tells a map from others: the parts that its weight comes from."""
-    return tuple(sorted((name, str(rows[name])) for name in {p.name for p in pieces(weight)}))
-
-
-def sites_of(found: Map, shapes: Shapes, full: Callable[[str], str]) -> list[tuple[Key, Site]]:
+def sites_of(
+    found: Map, shapes: Shapes, full: Callable[[str], str]
+) -> list[tuple[Key, ObservedSite]]:
     """The site of a map; where it is an expert of a stack, those of all experts.
 
     Args:
@@ -174,45 +211,28 @@ def _site(
     shapes: Shapes,
     full: Callable[[str], str],
     moved: Mapping[str, slice | None] | None = None,
-) -> tuple[Key, Site]:
-    """A site that applies a map's weight and bias; ``moved``: to other rows than it has."""
-    starts = {n: r.start * math.prod(shapes[n][1:]) for n, r in rows.items() if r is not None}
-    shape = _shape_of(found.weight, shapes)
-    weight, bias, call = (_from(x, starts) for x in (found.weight, found.bias, found.call))
-    dim = -1
-    if call is not None:  # without what it received
-        call = call[0], tuple(None if n == call[2] else x for n, x in enumerate(call[1])), call[2]
-        if call[0].overloadpacket in _CHANNELS_SECOND:
-            dim = 1
-        elif call[0].overloadpacket is aten.mul:
-            dim = next((n - len(shape) for n in reversed(range(len(shape))) if shape[n] > 1), -1)
-    parts = tuple(Part(local, full(local), own) for local, own in (moved or rows).items())
+) -> tuple[Key, ObservedSite]:
+    """A site with the weight and bias of a map; ``moved``: of other rows than it has."""
     key = key_of(found.weight, moved or rows)
-
-    def inputs(call: Call) -> list[Map]:
-        return call.seen.get(key, [])
-
-    def apply(z: Tensor, parameters: Parameters) -> Tensor:
-        out: Tensor
-        if call is None:
-            out = z @ weight.value(parameters, linear=True)
-        else:
-            op, args, place = call
-            values = [
-                x.value(parameters, linear=True) if isinstance(x, Piece | Made) else x for x in args
-            ]
-            values[place] = z
-            out = _first(op(*values))
-        for b in bias:
-            value = b.value(parameters, linear=True)
-            out = out + value.reshape([-1 if n == dim % out.dim() else 1 for n in range(out.dim())])
-        return out
-
-    site = ObservedSite(name, parts, inputs, apply, channel_dim=dim, known=True)
-    if call is None:
-        site.flat, site.width = True, max(shape)
-        if isinstance(weight, Piece) and math.prod(shape) == _numel(parts[0], shapes):
-            site.in_axis = -1 if weight.stride[0] == 1 else -2
+    first = tuple(Part(local, full(local), own) for local, own in rows.items())
+    site = ObservedSite(
+        name,
+        first,
+        lambda call: call.seen.get(key, []),
+        lambda inputs, parameters: site.value(inputs, parameters),
+        known=True,
+        fixed=frozenset(p.name for p in pieces(found.own)),
+        shapes=shapes,
+    )
+    starts = site.starts()
+    site.added = {form_of(from_rows(found.own, starts)): from_rows(found.added, starts)}
+    if found.call is None and isinstance(weight := from_rows(found.weight, starts), Piece):
+        ins, outs = weight.shape
+        if ins * outs == _numel(first[0], shapes) and not weight.offset:
+            strides: dict[tuple[int, ...], int] = {(1, ins): -1, (outs, 1): -2}
+            site.in_axis = strides.get(weight.stride)
+    if moved is not None:
+        site.parts = tuple(Part(local, full(local), own) for local, own in moved.items())
     return key, site
 
 
@@ -231,41 +251,6 @@ def _shape_of(weight: Weight, shapes: Shapes) -> tuple[int, ...]:
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _from(x: Any, starts: Mapping[str, int]) -> Any:
-    """What is made of parameters, made of their rows from a start on."""
-    if isinstance(x, Piece):
-        return replace(x, offset=x.offset - starts.get(x.name, 0))
-    if isinstance(x, Made):
-        return replace(x, args=_from(x.args, starts))
-    return type(x)(_from(y, starts) for y in x) if type(x) in (tuple, list) else x
-
-
-class ObservedSite(Site):
-    """A site whose inputs are operations that were seen."""
-
-    def features(
-        self, inputs: Any, parameters: Sequence[Parameters], positions: Positions | None
-    ) -> Iterator[list[Tensor]]:
-        maps: Iterable[Map] = inputs
-        for found in maps:
-            if self.flat:
-                for z in self.rows([found], positions):
-                    yield [self.apply(z, p) for p in parameters]
-            else:
-                z = wide(found.inputs)
-                yield [self._rows(self.apply(z, p), None, positions) for p in parameters]
-
-    def rows(self, inputs: Any, positions: Positions | None) -> Iterator[Tensor]:
-        maps: Iterable[Map] = inputs
-        for found in maps:
-            z = wide(found.inputs)
-            if found.routed:
-                z = z[z.abs().amax(-1) > 0]
-            mask = None if positions is None else positions.of(tuple(z.shape[:-1]))
-            z = z if mask is None else z[mask]
-            yield from z.split(max(1, CHUNK_ELEMENTS // max(1, self.width)))
 
 
 def observe(
