@@ -77,6 +77,21 @@ _FOREIGN = re.compile(r"\.(hada_|lokr_|oft_|boft_|glora_|vera_lambda|lora_E\b|lo
 _SAVED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
 
 
+_FACTOR = re.compile(
+    r"(?:^|\.)(?:lora_(?:[ABE]|embedding_[AB]|down|up|mid|magnitude_vector)|ia3_l|dora_scale"
+    r"|(?:hada|lokr)_[wt]\w*|vera_lambda_\w+|b?oft_[A-Zrs]\w*)(?:\.|$)"
+)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of a live model or of an adapter's file is a part of an adapter.
+
+    >>> is_factor("base_model.model.q.lora_A.default.weight"), is_factor("model.q.weight")
+    (True, False)
+    """
+    return _FACTOR.search(name) is not None
+
+
 def parse_key(key: str) -> Key:
     """What a key of an adapter file stands for.
 

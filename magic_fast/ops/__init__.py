@@ -139,6 +139,7 @@ def run_function(
     rounding; the calibration, the rounding and the checks are those of every merge."""
     from magic_fast.ops.slabs import first_nonfinite
     from magic_fast.ops.torch.backend import TorchBackend
+    from magic_fast.reference.arithmetic import plain_arithmetic
 
     _check_nonfinite_word(nonfinite)
     if backend not in (None, "auto", "torch"):
@@ -149,7 +150,8 @@ def run_function(
     stats = []
     for job in jobs:
         check(job)
-        stats.append(TorchBackend().finish(job, function(job)))
+        with plain_arithmetic():
+            stats.append(TorchBackend().finish(job, function(job)))
         stats[-1].backend = TorchBackend.name
         if nonfinite == "error":
             if job.out is not None and stats[-1].overflow < 0:  # NaN made of finite values

@@ -17,6 +17,7 @@ from magic_fast.engine.sources.tied import same_values
 from magic_fast.errors import InputError
 from magic_fast.methods.presets import build_recipe
 from magic_fast.methods.registry import find_method
+from magic_fast.methods.statistics import recipe_of_statistics
 from magic_fast.models import Kind
 from magic_fast.models.choice import EVERYTHING, TensorChoice
 from magic_fast.planning.pause_gc import no_collection
@@ -124,6 +125,12 @@ def steps_of(
                 "%d counters differ and stay as in %s: %s%s", len(builder.counters), config.donor,
                 builder.counters[0], ", …" if len(builder.counters) > 1 else "",
             )  # fmt: skip
+        if builder.statistics:
+            _LOG.warning(
+                "%d running means and variances are the experts' mean: %s%s",
+                len(builder.statistics), builder.statistics[0],
+                ", …" if len(builder.statistics) > 1 else "",
+            )  # fmt: skip
         return steps, builder.vocab_size
 
 
@@ -142,6 +149,7 @@ class _Builder:
         self._method = find_method(self.config.merge_method)
         self._whole = self._method.base == "none"
         self.counters: list[str] = []
+        self.statistics: list[str] = []
         self._recipes: dict[tuple[int, ...], tuple[dict[str, Any], Recipe | None]] = {}
 
     def _recipe(self, tensor: OutputTensor, num_experts: int) -> tuple[dict[str, Any], Any]:
@@ -218,6 +226,12 @@ class _Builder:
         if not experts:  # nothing but the base
             return Step(tensor.name, shape, word, None, inputs, cast=cast, copy=True)
         arguments, recipe = self._recipe(tensor, len(experts))
+        method = config.merge_method
+        if base and self.models[base.model].roles[base.info.name].kind is Kind.STATISTICS:
+            mean = recipe_of_statistics(method, len(experts))
+            if mean is not None:
+                method, arguments, recipe = "average", {}, mean
+                self.statistics.append(tensor.name)
         weights: Any = arguments.get("weights", (1.0,) * len(experts))
         if recipe is not None:
             weights = recipe.weights
@@ -229,6 +243,6 @@ class _Builder:
         if self._whole and resolved is None:
             base = None
         return Step(
-            tensor.name, shape, word, base, experts, recipe, config.merge_method, arguments,
+            tensor.name, shape, word, base, experts, recipe, method, arguments,
             config.preset, self._whole, calibration=resolved, cast=cast,
         )  # fmt: skip

@@ -89,7 +89,8 @@ CASES: dict[str, tuple[Call, type[Exception], str]] = {
     "experts_not_a_list": (
         merging(base(), {"a": base()}),
         InputError,
-        "experts: expected a list of tensors or of state dicts, got dict.",
+        "experts: expected a list of tensors or of state dicts, or a mapping of named models, got "
+        "dict.",
     ),
     "stacked_scalar": (
         merging_task_vectors(torch.tensor(1.0)),

@@ -134,23 +134,26 @@ def _uncopyable() -> nn.Module:
             "experts[0]: expected a module or a state dict, got a tensor.",
         ),
         (
-            _with_state({"scale": 1.0}),
-            [nn.Linear(1, 1)],
-            "base['_extra_state']: expected a torch.Tensor, got dict.",
-        ),
-        (
             _uncopyable(),
             [nn.Linear(1, 1)],
             "Linear: expected a module that can be copied, got: cannot pickle '_thread.lock' "
             "object. Merge state dicts, or use merge_into().",
         ),
     ],
-    ids=["untied", "missing", "more", "tensor", "extra state", "not copyable"],
+    ids=["untied", "missing", "more", "tensor", "not copyable"],
 )  # fmt: skip
 def test_mistakes(base: nn.Module, experts: list[object], message: str) -> None:
     with pytest.raises(InputError) as caught:
         mf.merge(base, experts, "average")
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("state", [{"scale": 1.0}, torch.ones(2)])
+def test_extra_state_stays(state: object, caplog: pytest.LogCaptureFixture) -> None:
+    base, expert = nn.Sequential(nn.Linear(1, 1), _with_state(state)), nn.Linear(1, 1)
+    merged = mf.merge(base, [nn.Sequential(expert, _with_state(state))], "average")
+    assert torch.equal(merged[0].weight, expert.weight)
+    assert "extra state of '1' is not merged: it stays as it is" in caplog.text
 
 
 def test_out_is_no_module() -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from magic_fast.api.data.settings import DataMergeReport, DataMethod, left_text
+from magic_fast.api.modules.state import as_state_dict, with_values
 from magic_fast.api.tensors.feature_weights import InMemory, wide_like
 from magic_fast.api.tensors.merge import merge
 from magic_fast.api.tensors.models import state_dict_of, tied_groups
@@ -224,8 +223,5 @@ def _result(like: Any, mean: Mapping[str, Tensor]) -> Any:
         for (n, t), x in zip(mean.items(), _state(like, "experts[0]").values(), strict=True)
     }
     if not isinstance(like, nn.Module):
-        return state
-    made = copy.deepcopy(like)
-    with torch.no_grad():
-        made.load_state_dict(state)
-    return made
+        return as_state_dict(state, like)
+    return with_values(like, state)

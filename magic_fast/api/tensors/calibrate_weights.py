@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from magic_fast import ops
+from magic_fast.api.modules.state import as_state_dict, with_values
 from magic_fast.api.options import MergeOptions
 from magic_fast.api.results import CalibrationReport, TensorCalibration
 from magic_fast.api.tensors.models import (
@@ -105,5 +106,8 @@ def calibrate_weights(
                 found.extra.get("magnitude_after"),
             )
         )
-    calibrated = results[""] if table.bare else results
-    return calibrated, report
+    if table.bare:
+        return results[""], report
+    if isinstance(merged, nn.Module) and out is None:
+        return with_values(merged, results), report
+    return as_state_dict(results, table.first), report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magic_fast.api.modules.state import copied
 from magic_fast.api.results import CalibrationReport
 from magic_fast.api.tensors.calibrate_weights import calibrate_weights
 from magic_fast.api.tensors.merge import merge
@@ -110,7 +110,7 @@ class InMemory:
     def working(self, *, wide: bool = False) -> Iterator[nn.Module]:
         """A copy of the merged model, in evaluation mode while it is worked on; ``wide``: in
         float32."""
-        work = self._work = copy.deepcopy(self._structure).requires_grad_(False)
+        work = self._work = copied(self._structure).requires_grad_(False)
         config = getattr(work, "config", None)
         cached = getattr(config, "use_cache", None)
         if cached:

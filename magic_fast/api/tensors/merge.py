@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magic_fast.api.modules.state import as_state_dict, module_like, tensors_of
 from magic_fast.api.options import Calibrate, Masks, MergeOptions, Weights, Words
 from magic_fast.api.tensors.models import (
     Named,
@@ -16,7 +17,6 @@ from magic_fast.api.tensors.models import (
     first_of_tied,
     labelled,
     models_of,
-    module_like,
     state_dict_of,
     tied_groups,
     without,
@@ -168,12 +168,12 @@ def _run_module(
     like: nn.Module, base: Tensors | None, experts: Sequence[Tensors], call: Call
 ) -> Any:
     """A new module of the kind of ``like``, its tied weights merged once and still tied."""
-    groups = tied_groups(like.state_dict())
+    groups = tied_groups(tensors_of(like))
     models = labelled(base, experts)
     kept = left_out(call, first_of_tied(models[:1], groups)[0][1])
     named = first_of_tied(models, groups, kept)
-    merged = module_like(like)
-    state = merged.state_dict()
+    merged = module_like(like, {name for names in groups for name in names})
+    state = {name: x.detach() for name, x in tensors_of(merged).items()}
     start = None if base is None else named[0][1]
     own = [model for _, model in named[len(named) - len(experts) :]]
     found = _run(start, own, call, {names[0]: state[names[0]] for names in groups})
@@ -221,7 +221,9 @@ def _run(
         results[name] = x.clone() if target is None else target.copy_(x)
     stats = execute(jobs, call)
     first = named[0][1]
-    merged = results[""] if isinstance(first, Tensor) else {n: results[n] for n in first}
+    merged: Any = results.get("")
+    if not isinstance(first, Tensor):
+        merged = as_state_dict({n: results[n] for n in first}, first)
     if not call.options.details:
         return merged
     return details_of(merged, jobs, stats, table.bare)

@@ -3,16 +3,18 @@ are one, and a new module that takes a merge."""
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from magic_fast.api.modules.names import BUFFERS, kind_of, renamed, with_buffers
+from magic_fast.api.modules.plain import refuse_adapters, refuse_odd
+from magic_fast.api.modules.state import place_of, values_of
 from magic_fast.errors import InputError
-from magic_fast.models import Kind, roles_of
+from magic_fast.models import Kind
 
 _LOG = logging.getLogger("magic_fast")
 
@@ -20,10 +22,15 @@ Tensors: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 def state_dict_of(value: object, what: str) -> Tensors:
-    """A tensor, a mapping of tensors, or the state dict of a module."""
+    """A tensor, a mapping of tensors, or the tensors of a module.
+
+    Raises:
+        InputError: another kind, or a tensor without plain memory.
+    """
     if isinstance(value, torch.nn.Module):
-        value = value.state_dict()  # its extra state, where there is some, is no tensor
+        value = values_of(value)
     if isinstance(value, Tensor):
+        refuse_odd(value, what)
         return value
     if isinstance(value, Mapping):
         for name, tensor in value.items():
@@ -31,6 +38,7 @@ def state_dict_of(value: object, what: str) -> Tensors:
                 raise InputError(
                     f"{what}['{name}']: expected a torch.Tensor, got {type(tensor).__name__}."
                 )
+            refuse_odd(tensor, f"tensor '{name}' in {what}")
         return value
     raise InputError(
         f"{what}: expected a torch.Tensor, a state dict or a module, got {type(value).__name__}."
@@ -38,8 +46,12 @@ def state_dict_of(value: object, what: str) -> Tensors:
 
 
 def models_of(values: object, what: str) -> list[Tensors]:
-    """A list of tensors or state dicts; one stacked [K, …] tensor is taken apart without a copy."""
+    """A list of tensors or state dicts, or a mapping of such models by name; one stacked [K, …]
+    tensor is taken apart without a copy."""
+    if isinstance(values, Mapping) and not any(isinstance(v, Tensor) for v in values.values()):
+        values = list(values.values())
     if isinstance(values, Tensor):
+        refuse_odd(values, what)
         if values.dim() == 0:
             raise InputError(
                 f"{what}: expected a list or a stacked [K, …] tensor, got a 0-d tensor."
@@ -49,7 +61,8 @@ def models_of(values: object, what: str) -> list[Tensors]:
         return list(values.unbind(0))
     if isinstance(values, Mapping) or not isinstance(values, Sequence):
         raise InputError(
-            f"{what}: expected a list of tensors or of state dicts, got {type(values).__name__}."
+            f"{what}: expected a list of tensors or of state dicts, or a mapping of named models, "
+            f"got {type(values).__name__}."
         )
     if not values:
         raise InputError(f"{what}: expected at least one, got none.")
@@ -105,10 +118,13 @@ class Named:
                     f"got {'a tensor' if isinstance(model, Tensor) else 'a state dict'}."
                 )
             self._dicts.append((what, {"": model} if isinstance(model, Tensor) else model))
+        if not self.bare:
+            self._dicts = with_buffers(renamed(self._dicts))
         self._check_names()
 
     def _check_names(self) -> None:
         first, reference = self._dicts[0]
+        refuse_adapters(reference, first)
         for what, tensors in self._dicts[1:]:
             for name in reference:
                 if name not in tensors:
@@ -150,40 +166,42 @@ class Named:
                 yield what, name, tensor
 
     def copied(self, name: str) -> Tensor | None:
-        """For an integer or boolean tensor: the one value all models agree on. None: it is to be
-        merged."""
+        """The one value of a tensor that is not merged, the first model's: an integer or boolean
+        one, on which all models must agree, a counter, or a buffer that is the same in all models,
+        however infinite it is. None: it is to be merged."""
         row = self.row(name)
-        if row[0].is_floating_point():
+        first = row[0]
+        if first.is_complex():
+            raise InputError(f"dtype of '{name}': expected a real dtype, got {first.dtype}.")
+        kind = kind_of(name, first)
+        if first.is_floating_point() and kind not in BUFFERS:
             return None
-        if row[0].is_complex():
-            raise InputError(f"dtype of '{name}': expected a real dtype, got {row[0].dtype}.")
         for (what, _), other in zip(self._dicts[1:], row[1:], strict=True):
-            if other.dtype != row[0].dtype or not torch.equal(other, row[0]):
-                if roles_of({}, {name: (tuple(row[0].shape), "I64")})[name].kind is Kind.COUNTER:
-                    _LOG.warning("counter %s stays as in %s", name, self._dicts[0][0])
-                    return row[0]
-                raise InputError(
-                    f"integer tensor '{name}' in {what}: expected the values of "
-                    f"{self._dicts[0][0]}, "
-                    "got others. Integer tensors are not merged; they must agree."
-                )
-        return row[0]
+            if other.dtype == first.dtype and torch.equal(other, first):
+                continue
+            if kind is Kind.COUNTER:
+                _LOG.warning("counter %s stays as in %s", name, self._dicts[0][0])
+                return first
+            if first.is_floating_point():
+                return None
+            raise InputError(
+                f"integer tensor '{name}' in {what}: expected the values of "
+                f"{self._dicts[0][0]}, got others. Integer tensors are not merged; they must "
+                "agree."
+            )
+        return first
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
     """Whether both are one memory, looked at in one way."""
-    return a is b or _place(a) == _place(b)
-
-
-def _place(x: Tensor) -> tuple[Any, ...]:
-    return x.device, x.data_ptr(), x.dtype, tuple(x.shape), x.stride()
+    return a is b or place_of(a) == place_of(b)
 
 
 def tied_groups(state: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """The names of a state dict, those of one memory together, in its order."""
     groups: dict[Any, list[str]] = {}
     for name, tensor in state.items():
-        key = _place(tensor) if tensor.numel() and tensor.data_ptr() else name  # no address
+        key = place_of(tensor) if tensor.numel() and tensor.data_ptr() else name  # no address
         groups.setdefault(key, []).append(name)
     return [tuple(names) for names in groups.values()]
 
@@ -202,9 +220,13 @@ def first_of_tied(
         InputError: a model has no name of a group, a name of none, or values that differ in one.
     """
     reduced: list[tuple[str, dict[str, Tensor]]] = []
+    whole: list[tuple[str, Mapping[str, Tensor]]] = []
     for what, model in models:
         if isinstance(model, Tensor):
             raise InputError(f"{what}: expected a module or a state dict, got a tensor.")
+        whole.append((what, model))
+    own_names = [("the model", dict.fromkeys(n for names in groups for n in names))]
+    for what, model in renamed([*own_names, *whole])[1:]:  # type: ignore[list-item]
         rest = dict(model)
         own: dict[str, Tensor] = {}
         for names in groups:
@@ -236,20 +258,3 @@ def first_of_tied(
             )
         reduced.append((what, own))
     return reduced
-
-
-def module_like(model: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters are memory still to be written: no second read of the
-    weights. Tied ones stay tied."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:  # others know themselves how they are copied
-            blank = torch.empty_like(parameter.detach())
-            memo[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
-    try:
-        return copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError) as error:  # tensors that were computed, locks, handles
-        raise InputError(
-            f"{type(model).__name__}: expected a module that can be copied, got: "
-            f"{str(error).rstrip('.')}. Merge state dicts, or use merge_into()."
-        ) from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from magic_fast import ops
+from magic_fast.api.modules.names import kind_of
 from magic_fast.api.options import MergeOptions, Weights
 from magic_fast.api.results import MergeResult
 from magic_fast.api.tensors.models import Named, Tensors
@@ -21,10 +22,11 @@ from magic_fast.methods.arguments import resolve_arguments
 from magic_fast.methods.presets import build_recipe
 from magic_fast.methods.registry import find_method
 from magic_fast.methods.spec import MethodSpec, Question
-from magic_fast.models import Role
+from magic_fast.methods.statistics import recipe_of_statistics
+from magic_fast.models import Kind, Role
 from magic_fast.models.memory import roles_in_memory
 from magic_fast.ops.job import Job, Stats
-from magic_fast.recipe import Recipe
+from magic_fast.recipe import Recipe, Reduce
 
 DEFAULT_PRESET = "default"  # our own defaults, no other system's
 
@@ -184,6 +186,11 @@ def job_of(
             name, tuple(experts[0].shape), weights, role=role, row_axis=call.options.row_axis
         )
     recipe = call.recipe or Recipe(weights=weights)
+    mean = None
+    if base is not None and kind_of(name, experts[0]) is Kind.STATISTICS:
+        mean = recipe_of_statistics(call.method, len(experts))
+    if mean is not None:
+        return Job(base, experts, mean, out, name, details=call.options.details)
     return Job(
         base,
         experts,
@@ -206,18 +213,30 @@ def prepare(jobs: Sequence[Job], call: Call) -> None:
 def run(jobs: Sequence[Job], call: Call) -> list[Stats]:
     """Jobs that are prepared, each into its ``out``."""
     directions, function = call.spec.directions, call.spec.function
+    backend, nonfinite = call.options.backend, call.options.nonfinite
     if directions is not None:
         for job in jobs:
             has_base = job.base is not None
             job.directions = directions(
                 Question(len(job.experts), has_base, call.arguments, call.preset, job.name)
             )
-    elif function is not None:
-        return ops.run_function(
-            jobs, lambda job: function(job, call.arguments, call.preset),
-            backend=call.options.backend, nonfinite=call.options.nonfinite,
-        )  # fmt: skip
-    return ops.merge(jobs, backend=call.options.backend, nonfinite=call.options.nonfinite)
+    if function is None:
+        return ops.merge(jobs, backend=backend, nonfinite=nonfinite)
+    means = [job for job in jobs if is_mean(job)]
+    rest = [job for job in jobs if not is_mean(job)]
+    told = dict(zip(map(id, means), ops.merge(means, nonfinite=nonfinite), strict=True))
+    found = ops.run_function(
+        rest, lambda job: function(job, call.arguments, call.preset),
+        backend=backend, nonfinite=nonfinite,
+    )  # fmt: skip
+    told |= zip(map(id, rest), found, strict=True)
+    return [told[id(job)] for job in jobs]
+
+
+def is_mean(job: Job) -> bool:
+    """Whether a job is one of running statistics, which are a mean under any method."""
+    own = kind_of(job.name, job.experts[0]) is Kind.STATISTICS
+    return own and job.base is not None and bool(job.recipe.reduce == Reduce.MEAN)
 
 
 def execute(jobs: Sequence[Job], call: Call) -> list[Stats]:

@@ -9,12 +9,29 @@ batches before any of them goes on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model is called with once.
+
+    Attributes:
+        number: of the batch of the task.
+        begins: how many batches begin in it: a later part, cut off its padding, begins none.
+    """
+
+    task: str
+    number: int
+    begins: int
+    values: Any
 
 
 class _Abandoned(BaseException):
@@ -121,3 +138,52 @@ class Lockstep(Generic[T]):
         self._paused.acquire()
         if runner.error is not None:
             raise runner.error
+
+
+MOST_TOGETHER = 64  # calls of a model side by side, each a thread
+
+
+def joined(batches: list[Batch], most: int) -> list[Batch]:
+    """The batches, those of one task and of equal shapes together where there would be more than
+    ``most``: no more together than that needs."""
+    together = 1
+    found = batches
+    while len(found) > most and together < len(batches):
+        together *= 2
+        fewer = list(_joined(batches, together))
+        if together > 2 and len(fewer) == len(found):  # no more of equal shapes
+            break
+        found = fewer
+    return found
+
+
+def _joined(batches: list[Batch], together: int) -> Iterator[Batch]:
+    alike: dict[object, list[Batch]] = {}
+    for number, batch in enumerate(batches):
+        alike.setdefault((batch.task, _signature(batch.values) or number), []).append(batch)
+    for own in alike.values():
+        for start in range(0, len(own), together):
+            some = own[start : start + together]
+            values = some[0].values if len(some) == 1 else _stacked([b.values for b in some])
+            yield replace(some[0], begins=sum(b.begins for b in some), values=values)
+
+
+def _signature(values: Any) -> object:
+    """What batches that may be joined share: all but the number of samples. None: it may not."""
+    own = values.values() if isinstance(values, Mapping) else values
+    tensors = [own] if isinstance(own, Tensor) else list(own)
+    if not all(isinstance(x, Tensor) and x.dim() for x in tensors):
+        return None
+    if len({len(x) for x in tensors}) != 1:
+        return None
+    names = tuple(values) if isinstance(values, Mapping) else type(values)
+    return names, tuple((tuple(x.shape[1:]), x.dtype) for x in tensors)
+
+
+def _stacked(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {k: torch.cat([v[k] for v in values]) for k in first}
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    return type(first)(torch.cat(rows) for rows in zip(*values, strict=True))

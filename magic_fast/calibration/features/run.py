@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,24 +20,17 @@ from magic_fast.calibration.features.batches import (
 from magic_fast.calibration.features.discovery import (
     Loose,
     Visit,
+    hooked,
     replayed,
     resolve,
 )
-from magic_fast.calibration.features.eager import plainly
-from magic_fast.calibration.features.gather import (
-    MOST_TOGETHER,
-    Batch,
-    Gatherer,
-    Sample,
-    Visitor,
-    Weights,
-    joined,
-)
+from magic_fast.calibration.features.gather import Gatherer, Sample, Visitor, Weights
 from magic_fast.calibration.features.groups import Group, group_sites
-from magic_fast.calibration.features.lockstep import Lockstep
+from magic_fast.calibration.features.lockstep import MOST_TOGETHER, Batch, Lockstep, joined
 from magic_fast.calibration.features.padding import Masks, without_padding
 from magic_fast.calibration.features.sites import Call, Part, Site, Station
 from magic_fast.calibration.features.walk import find_stations
+from magic_fast.calibration.plainly import plainly
 from magic_fast.errors import InputError
 
 Progress = Callable[[int, int, str], None]  # stations done, of how many, the last one's name
@@ -194,7 +187,7 @@ class FeatureRun:
     def _watching(self, visit: Visit) -> Iterator[None]:
         """``visit`` is called before each call of a station."""
         calls = nullcontext() if self._loose is None else self._loose.calls()
-        with calls, _hooks([s for s in self.stations if s.called], visit), torch.no_grad():
+        with calls, hooked([s for s in self.stations if s.called], visit), torch.no_grad():
             yield
 
     def _watched(self, visit: Visit) -> AbstractContextManager[None]:
@@ -282,20 +275,3 @@ class FeatureRun:
                             value[part.rows] = factor
                     found[part.name] = value, axis
         return found
-
-
-@contextmanager
-def _hooks(stations: Sequence[Station], visit: Visit) -> Iterator[None]:
-    """``visit`` is called before each call of a station."""
-
-    def hook(station: Station) -> Any:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            visit(station, Call(module, args, kwargs))
-
-        return before
-
-    with ExitStack() as hooks:
-        for s in stations:
-            handle = s.module.register_forward_pre_hook(hook(s), with_kwargs=True)
-            hooks.callback(handle.remove)
-        yield

@@ -18,9 +18,9 @@ from magic_fast.calibration.features.batches import (
     run_batch,
     to_device,
 )
-from magic_fast.calibration.features.eager import plainly
 from magic_fast.calibration.features.padding import Masks
 from magic_fast.calibration.features.sites import CHUNK_ELEMENTS
+from magic_fast.calibration.plainly import plainly
 from magic_fast.calibration.sensitivity.measure import Change, Evaluated, Progress, Unit, in_place
 from magic_fast.errors import InputError
 from magic_fast.reference.sensitivity import divergence

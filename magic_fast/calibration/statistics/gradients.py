@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from magic_fast.calibration.features.batches import batches_of, run_batch, to_device
-from magic_fast.calibration.features.eager import plainly
 from magic_fast.calibration.features.padding import without_padding
+from magic_fast.calibration.plainly import plainly
 from magic_fast.calibration.sensitivity.divergence import logits_of
 from magic_fast.errors import InputError
 from magic_fast.reference.statistics import sampled_classes

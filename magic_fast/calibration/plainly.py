@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from magic_fast.reference.arithmetic import without_autocast
+
 _fast_path = threading.Lock()
 _users = 0
 _kept = True
@@ -47,16 +49,6 @@ def plain_attention() -> Iterator[None]:
             _users -= 1
             if not _users:
                 torch.backends.mha.set_fastpath_enabled(_kept)
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """In the dtypes that tensors have; autocast is a thread's own."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 @contextmanager
