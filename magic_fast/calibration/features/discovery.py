@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from magic_fast.calibration.features.maps import (
+from magic_fast.calibration.features.operations.maps import (
     Key,
     Map,
     Shapes,
@@ -20,16 +20,16 @@ from magic_fast.calibration.features.maps import (
     maps_of,
     parts_of,
 )
-from magic_fast.calibration.features.observed import (
+from magic_fast.calibration.features.operations.observed import (
     SOMETIMES,
     ObservedSite,
     observe,
     sites_of,
 )
+from magic_fast.calibration.features.operations.tracked import Tracked
+from magic_fast.calibration.features.operations.uses import Use
 from magic_fast.calibration.features.padding import Positions
 from magic_fast.calibration.features.sites import Call, Site, Station
-from magic_fast.calibration.features.tracked import Tracked
-from magic_fast.calibration.features.uses import Use
 
 _LOG = logging.getLogger("magic_fast")
 Visit = Callable[[Station, Call], None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from magic_fast.calibration.features.uses import (
+from magic_fast.calibration.features.operations.uses import (
     JOINS,
     OTHERS,
     PRODUCTS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from magic_fast.calibration.features.uses import (
+from magic_fast.calibration.features.operations.uses import (
     OTHERS,
     Made,
     Piece,

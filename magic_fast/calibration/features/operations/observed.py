@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magic_fast.calibration.features.maps import (
+from magic_fast.calibration.features.operations.maps import (
     Form,
     Key,
     Map,
@@ -24,6 +24,16 @@ from magic_fast.calibration.features.maps import (
     from_rows,
     key_of,
     parts_of,
+)
+from magic_fast.calibration.features.operations.tracked import Tracked
+from magic_fast.calibration.features.operations.uses import (
+    OTHERS,
+    Made,
+    Piece,
+    Use,
+    Weight,
+    aten,
+    pieces,
 )
 from magic_fast.calibration.features.padding import Positions
 from magic_fast.calibration.features.sites import (
@@ -34,16 +44,6 @@ from magic_fast.calibration.features.sites import (
     Site,
     forward_with,
     wide,
-)
-from magic_fast.calibration.features.tracked import Tracked
-from magic_fast.calibration.features.uses import (
-    OTHERS,
-    Made,
-    Piece,
-    Use,
-    Weight,
-    aten,
-    pieces,
 )
 
 UNREACHED = "no sample reaches this expert"
