@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magic_fast.errors import InputError
+
 COUNTED = "padding counted: which positions of its input are padding is not known"
 _OWN, _DECODER = "attention_mask", "decoder_attention_mask"
+_FURTHER = tuple(  # of sequences beside the text
+    f"{which}_attention_mask" for which in ("encoder", "visual", "entity", "qformer", "audio")
+)
+_SEQUENCES = ("input_ids", "inputs_embeds")
+_FOLLOWING = {*_SEQUENCES, "token_type_ids", "position_ids", "bbox", "labels", _OWN}
+_BESIDE = ("encoder_", "visual_", "entity_", "qformer_", "audio_", "image_", "pixel_", "video_")
 
 
 def without_padding(model: nn.Module, batch: Any) -> list[Any]:
@@ -19,27 +27,34 @@ def without_padding(model: nn.Module, batch: Any) -> list[Any]:
     by heads, sequence first, sent to experts, or the encoder's in a decoder. A batch stays as it is
     where it has no padding, or cannot be cut: its mask has holes, a tensor of it is not of one row
     a sample, or nothing in it has the mask's length.
+
+    Raises:
+        InputError: it is padding alone.
     """
     masks = _masks(batch)
     if not masks:
         return [batch]
     samples = len(next(iter(masks.values())))
     spans = {name: _spans(mask) for name, mask in masks.items()}
-    pairs = _pairs(model, batch)
-    axes = {name: _cut_by(name, value, masks, pairs) for name, value in batch.items()}
+    axes = _axes(model, batch, masks)
     by_row = all(
         not isinstance(x, Tensor | list | tuple | Mapping)
-        or (isinstance(x, Tensor) and (not x.dim() or len(x) == samples))
-        for x in batch.values()
+        or (isinstance(x, Tensor) and _is_by_row(name, x, samples))
+        for name, x in batch.items()
     )
     cut = {mask for name, mask in axes.items() if mask is not None and name not in masks}
-    if not by_row or None in spans.values() or cut != set(masks) or _is_square(batch, masks):
+    if not by_row or None in spans.values() or cut != set(masks) or _is_square(batch, axes, masks):
         return [batch]
     rows: dict[tuple[int, ...], list[int]] = {}
     for row in range(samples):
         lengths = tuple(stop - start for start, stop in (s[row] for s in spans.values() if s))
         if all(lengths):
             rows.setdefault(lengths, []).append(row)
+    if not rows:
+        raise InputError(
+            f"{' and '.join(masks)} of a batch of {samples} samples: expected at least one token "
+            "in some sample, got padding alone."
+        )
     return [_cut(batch, chosen, axes, spans) for chosen in rows.values()]
 
 
@@ -83,23 +98,55 @@ def _pairs(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     )
 
 
-def _cut_by(name: str, value: Any, masks: Mapping[str, Tensor], pairs: bool) -> str | None:
-    """The mask whose positions are a tensor's second axis."""
-    which = _DECODER if name.startswith("decoder_") or (pairs and name == "labels") else _OWN
-    mask = masks.get(which)
-    if mask is None or not isinstance(value, Tensor) or value.dim() < 2:
-        return None
-    if value.is_floating_point() and value.dim() > 3:  # an image
-        return None
-    return which if value.shape[1] == mask.shape[1] else None
+def _axes(
+    model: nn.Module, batch: Mapping[str, Any], masks: Mapping[str, Tensor]
+) -> dict[str, str | None]:
+    """Tensor → the mask whose positions are its second axis, or None: of no mask."""
+    pairs = _pairs(model, batch)
+    found: dict[str, str | None] = {}
+    for name, value in batch.items():
+        which = _DECODER if name.startswith("decoder_") or (pairs and name == "labels") else _OWN
+        mask = masks.get(which)
+        if mask is None or not isinstance(value, Tensor) or value.dim() < 2:
+            found[name] = None
+        elif value.is_floating_point() and value.dim() > 3:  # an image
+            found[name] = None
+        elif _has_text(batch) and not _is_text(name, value):
+            found[name] = None
+        else:
+            found[name] = which if value.shape[1] == mask.shape[1] else None
+    return found
 
 
-def _is_square(batch: Mapping[str, Any], masks: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor has two axes of a mask's length: which of them are positions?"""
+def _has_text(batch: Mapping[str, Any]) -> bool:
+    return any(name.removeprefix("decoder_") in _SEQUENCES for name in batch)
+
+
+def _is_text(name: str, value: Tensor) -> bool:
+    """Whether a tensor beside a text goes along with it, and is no sequence of its own."""
+    if name.removeprefix("decoder_") in _FOLLOWING:
+        return True
+    return not name.startswith(_BESIDE) and not (value.is_floating_point() and value.dim() > 2)
+
+
+def _is_by_row(name: str, value: Tensor, samples: int) -> bool:
+    """Whether its first axis is the samples."""
+    if name == "position_ids" and value.dim() > 2:  # [axes, samples, length]
+        return False
+    return not value.dim() or len(value) == samples
+
+
+def _is_square(
+    batch: Mapping[str, Any], axes: Mapping[str, str | None], masks: Mapping[str, Tensor]
+) -> bool:
+    """Whether what is to be cut has two axes of a mask's length: which of them are positions?"""
     lengths = {mask.shape[1] for mask in masks.values()}
     return any(
-        isinstance(x, Tensor) and x.dim() > 2 and sum(n in lengths for n in x.shape[1:]) > 1
-        for x in batch.values()
+        axes[name] is not None
+        and x.dim() > 2
+        and name.removeprefix("decoder_") not in _FOLLOWING
+        and sum(n in lengths for n in x.shape[1:]) > 1
+        for name, x in batch.items()
     )
 
 
@@ -121,6 +168,7 @@ class Masks:
     def __init__(self, model: nn.Module, batch: Any) -> None:
         masks = _masks(batch)
         self._own, self._decoder = masks.get(_OWN), masks.get(_DECODER)
+        self._beside = _beside(batch) if isinstance(batch, Mapping) else []
         self._in_decoder: set[int] = set()
         self._decoder_length: int | None = None
         if masks and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -135,13 +183,32 @@ class Masks:
     def at(self, module: nn.Module) -> Positions:
         """Which positions of the inputs of a module count."""
         if id(module) not in self._in_decoder:
-            return Positions([self._own])
+            return Positions([self._own, *self._beside])
         # a decoder sees its own positions and, in cross-attention, the encoder's
         lengths = [self._decoder_length, None if self._own is None else self._own.shape[1]]
-        return Positions([self._decoder, self._own], clear=None in lengths or len(set(lengths)) > 1)
+        masks = [self._decoder, self._own, *self._beside]
+        return Positions(masks, clear=None in lengths or len(set(lengths)) > 1)
 
 
-_SEQUENCES = ("input_ids", "inputs_embeds")
+def _beside(batch: Mapping[str, Any]) -> list[Tensor]:
+    """Which positions count of the sequences that are not the masks' own: by masks of theirs, or
+    all."""
+    further = {name: batch.get(name) for name in _FURTHER}
+    found = [x.bool() for x in further.values() if isinstance(x, Tensor) and x.dim() == 2]
+    own = {n: x for n in (_OWN, _DECODER) if isinstance(x := batch.get(n), Tensor) and x.dim() == 2}
+    if not found and not _masks(batch):
+        return []
+    if found:  # padding of theirs: those without any tell where it is not
+        found += [x.bool() for x in own.values() if bool(x.bool().all())]
+    shapes = {tuple(x.shape) for x in found}
+    for name, value in batch.items():
+        if name in further or not isinstance(value, Tensor) or value.dim() not in (2, 3):
+            continue
+        lead = tuple(value.shape[:2])
+        if lead not in shapes and not _is_text(name, value) and _has_text(batch):
+            shapes.add(lead)
+            found.append(torch.ones(lead, dtype=torch.bool, device=value.device))
+    return found
 
 
 def _length(value: Any) -> int | None:
@@ -156,7 +223,8 @@ class Positions:
     """
 
     def __init__(self, masks: list[Tensor | None], *, clear: bool = True) -> None:
-        self._masks = [m for m in masks if m is not None]
+        found = [m for m in masks if m is not None]
+        self._masks = [] if all(bool(m.all()) for m in found) else found
         self._clear = clear
         self.unknown = False
 
@@ -171,8 +239,8 @@ class Positions:
         if not self._masks:
             return None
         found = [m for mask in self._masks for m in _placed(mask, lead)]
-        if len(found) == 1 and self._clear:
-            return found[0].flatten()
+        if found and self._clear and all(m.equal(found[0]) for m in found[1:]):
+            return None if bool(found[0].all()) else found[0].flatten()
         self.unknown = True
         return None
 
