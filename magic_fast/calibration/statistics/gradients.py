@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from magic_fast.calibration.features.batches import batches_of, run_batch, to_device
-from magic_fast.calibration.features.padding import without_padding
+from magic_fast.calibration.features.padding import Masks, without_padding
 from magic_fast.calibration.plainly import plainly
 from magic_fast.calibration.sensitivity.divergence import logits_of
-from magic_fast.errors import InputError
+from magic_fast.errors import InputError, NonFiniteError
 from magic_fast.reference.statistics import sampled_classes
 
 
@@ -55,15 +55,33 @@ def diagonal_fisher(
                 logits = _logits(run_batch(model, here, task, number), output, task, number)
                 count += len(logits)
                 log_p = torch.log_softmax(logits, -1)
+                if not bool(log_p.isfinite().all()):
+                    raise NonFiniteError(
+                        f"output of the model for batch {number} of task {task!r}: expected finite "
+                        "logits, got NaN or infinity. Look at the samples and at the model."
+                    )
+                keep = _positions(model, here, logits)
                 if like_fusion_bench:
-                    add((log_p.detach().exp().sqrt() * log_p).sum(-1).sum(), 1.0)
+                    each = (log_p.detach().exp().sqrt() * log_p).sum(-1)
+                    add((each * keep).sum(), 1.0)
                     continue
                 for _ in range(draws):
                     drawn = sampled_classes(logits, generator)
-                    chosen = log_p.gather(-1, drawn[..., None]).reshape(len(logits), -1).sum(1)
+                    chosen = log_p.gather(-1, drawn[..., None])[..., 0] * keep
+                    chosen = chosen.reshape(len(logits), -1).sum(1)
                     for one in chosen:  # squared sample by sample
                         add(one, 1.0 / draws)
     return {n: f / count for n, f in found.items()}
+
+
+def _positions(model: nn.Module, batch: Any, logits: Tensor) -> Tensor:
+    """1 where an output counts and 0 at padding that could not be cut, [samples, …]."""
+    masks = Masks(model, batch)
+    decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    mask = masks.of(model.get_decoder() if decoder else model)  # type: ignore[operator]
+    if mask is None or mask.shape != logits.shape[:-1]:
+        return logits.new_ones(logits.shape[:-1])
+    return mask.to(logits)
 
 
 def _logits(made: Any, output: Callable[[Any], Tensor] | None, task: str, number: int) -> Tensor:
