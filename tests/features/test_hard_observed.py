@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import magic_fast as mf
 from features.families import TASKS, case_of
@@ -420,7 +421,7 @@ class Looked(Odd):
     def features(self, x: Tensor, own: Any) -> Features:
         ids = x.abs().sum(-1).long() % 4
         return {
-            "w[1:5]": [F.embedding(ids, own.w[1:])],
+            "w": [F.embedding(ids, own.w[1:])],
             "v": [F.embedding(ids, self.w[1:]) @ own.v],
         }
 
@@ -443,10 +444,33 @@ class Buffers(Odd):
         return {"w.0": [flat[:5] @ own.w[0]], "w.1": [flat[5:] @ own.w[1]]}
 
 
+class Wide(Back):
+    """A weight and its transpose, of two widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b, self.c = matrix(8, 6), matrix(8), matrix(6)
+
+
+class Distances(Odd):
+    """Rows of a table, as many as there are positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.t = matrix(6, 6), matrix(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w) @ self.t[-x.shape[1] :].t()
+
+    def features(self, x: Tensor, own: Any) -> Features:
+        h = torch.tanh(x @ self.w)
+        return {"w": [x @ own.w], "t": [h @ own.t[-x.shape[1] :].t()]}
+
+
 KINDS = [
     Data, Rows, Columns, Back, Heads, HeadsByEinsum, TwoBiases, SumOfBiases, SomeUses, SomeAdded,
     FirstPosition, ByPosition, FromTheLeft, TableAdded, SharedBias, Grouped, Bilinear, Picked,
-    Written, Overwritten, Half, Inference, Custom, Scaled, Looked, Buffers,
+    Written, Overwritten, Half, Inference, Custom, Scaled, Looked, Buffers, Wide, Distances,
 ]  # fmt: skip
 
 
@@ -466,11 +490,19 @@ class Caller(Reader):
         return self.odd(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
 
 
-def samples(generator: torch.Generator) -> Tensor:
-    return torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+def samples(generator: torch.Generator, length: int = 4) -> Tensor:
+    return torch.randn(3, length, 5, generator=generator, dtype=torch.float64)
 
 
-ONE_USE = [k for k in KINDS if k not in (Columns, Back, SomeUses, SomeAdded, SharedBias)]
+def of_any_length(generator: torch.Generator) -> Tensor:
+    return samples(generator, int(torch.randint(3, 6, (), generator=generator)))
+
+
+def samples_of(kind: type[Odd]) -> Callable[[torch.Generator], Tensor]:
+    return samples if kind in (ByPosition, TableAdded, Buffers) else of_any_length
+
+
+ONE_USE = [k for k in KINDS if k not in (Columns, Back, SomeUses, SomeAdded, SharedBias, Wide)]
 
 
 @pytest.mark.parametrize("way", [Caller, Reader])
@@ -479,7 +511,7 @@ ONE_USE = [k for k in KINDS if k not in (Columns, Back, SomeUses, SomeAdded, Sha
 )
 @pytest.mark.parametrize("p", [1, 2])
 def test_odd(kind: type[Odd], way: type[Reader], p: int, sequential: bool) -> None:
-    own = case_of(lambda: way(kind).double(), samples)
+    own = case_of(lambda: way(kind).double(), samples_of(kind))
     model, report = mf.calibrate_features(
         own.base, own.experts, own.merged, own.data, p=p, clamp=None, sequential=sequential
     )
@@ -512,3 +544,72 @@ def test_odd(kind: type[Odd], way: type[Reader], p: int, sequential: bool) -> No
 def task_features(running: nn.Module, x: Tensor, own: nn.Module) -> Features:
     found: Features = running.odd.features(torch.tanh(running.first(x)), own.odd)
     return found
+
+
+@pytest.mark.parametrize("way", [Caller, Reader])
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_of_odd_maps(kind: type[Odd], way: type[Reader]) -> None:
+    """One ξ for each where an axis of the weight is the features, else one of all."""
+    own = case_of(lambda: way(kind).double(), samples_of(kind))
+    model, report = mf.calibrate_features(
+        own.base, own.experts, own.merged, own.data, granularity="channel"
+    )
+    for layer in report.layers:
+        if not layer.applied.dim():
+            assert layer.note
+        elif len(layer.tensors) == 1 and "[" not in layer.name:
+            (name,) = layer.tensors
+            start, end, got = (m.get_parameter(name) for m in (own.base, own.merged, model))
+            axes = [a for a in range(start.dim()) if start.shape[a] == len(layer.applied)]
+            shapes = [[-1 if a == axis else 1 for a in range(start.dim())] for axis in axes]
+            wants = [start + layer.applied.view(s) * (end - start) for s in shapes]
+            assert any(torch.allclose(got, want, rtol=1e-6) for want in wants), name
+
+
+class Doubled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+class Symmetric(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w.triu() + w.triu(1).t()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_linear_parametrisation(sequential: bool) -> None:
+    """The weight is a multiple of a parameter: counted where the layer multiplies with it."""
+    own = case_of(lambda: parametrised(Doubled()), samples)
+    _, report = mf.calibrate_features(
+        own.base, own.experts, own.merged, own.data, clamp=None, sequential=sequential
+    )
+    layer = next(x for x in report.layers if x.name == "0.parametrizations.weight.original")
+    assert layer.tensors == ["0.parametrizations.weight.original", "0.bias"] and not layer.note
+    want = []
+    for k, task in enumerate(TASKS):
+        upper, lower = 0.0, 0.0
+        for x in own.data[task]:
+            with torch.no_grad():
+                start, one, end = (m[0](x) for m in (own.base, own.experts[k], own.merged))
+            upper += float((one - start).abs().sum())
+            lower += float((end - start).abs().sum())
+        want.append(upper / lower)
+    assert float(layer.coefficient) == pytest.approx(sum(want) / 2, rel=1e-9)
+
+
+def test_a_parametrisation_of_another_kind_is_left() -> None:
+    own = case_of(lambda: parametrised(Symmetric()), samples)
+    model, report = mf.calibrate_features(own.base, own.experts, own.merged, own.data)
+    notes = {x.name: x.note for x in report.layers if x.note}
+    assert notes == {
+        "0.parametrizations.weight": "a weight is computed from it before each call",
+        "0.bias": "no linear map has it for a parameter",
+    }
+    name = "0.parametrizations.weight.original"
+    assert torch.equal(model.get_parameter(name), own.merged.get_parameter(name))
+
+
+def parametrised(how: nn.Module) -> nn.Module:
+    first = nn.Linear(5, 5)
+    parametrize.register_parametrization(first, "weight", how)
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(5, 2)).double()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from magic_fast.calibration.features.operations.maps import (
     Key,
@@ -19,6 +20,7 @@ from magic_fast.calibration.features.operations.maps import (
     key_of,
     maps_of,
     parts_of,
+    used_in_changing_rows,
 )
 from magic_fast.calibration.features.operations.observed import (
     SOMETIMES,
@@ -34,6 +36,7 @@ from magic_fast.calibration.features.sites import Call, Site, Station
 _LOG = logging.getLogger("magic_fast")
 Visit = Callable[[Station, Call], None]
 Stages = list[tuple[Site, ...]]
+COMPUTED = "a weight is computed from it before each call"
 NOWHERE = "no linear map has it for a parameter"
 
 
@@ -47,6 +50,9 @@ def resolve(station: Station, call: Call, positions: Positions | None) -> dict[s
         Where it has other sites now, why parameters are in none of them; else None.
     """
     ((site,),) = station.stages
+    if isinstance(station.module, ParametrizationList):  # its output is a weight, no activation
+        site.refused = COMPUTED
+        return None
     shapes = {p.local: tuple(station.module.get_parameter(p.local).shape) for p in site.parts}
     heavy = any(len(shape) > 1 for shape in shapes.values())
     stages: Stages = []
@@ -105,14 +111,15 @@ def _sites(
     none."""
     found: dict[str, dict[Key, ObservedSite]] = {}
     why = {name: f"its use in {operation} is no linear map" for name, operation in unknown.items()}
-    for one in (one for use in uses for one in maps_of(use)):
-        if any(piece.name in unknown for piece in one.parts):
-            continue
+    maps = [one for use in uses for one in maps_of(use)]
+    maps = [one for one in maps if not any(piece.name in unknown for piece in one.parts)]
+    whole = used_in_changing_rows(maps, shapes)
+    for one in maps:
         sites = found.setdefault(next(one.parts).name, {})
-        own = sites.get(key_of(one.weight, parts_of(one, shapes)))
+        own = sites.get(key_of(one.weight, parts_of(one, shapes, whole)))
         if own is not None and own.has(one):
             continue
-        for key, site in sites_of(one, shapes, full):
+        for key, site in sites_of(one, shapes, full, whole):
             if key in sites:
                 why |= dict.fromkeys(sites[key].join(site), SOMETIMES)
             else:
@@ -127,14 +134,26 @@ def _nothing(*args: Any) -> Any:
 def look(station: Station, call: Call, positions: Positions | None) -> None:
     """Fills ``call.seen`` with the operations of a module on what it received."""
     shapes = {n: tuple(p.shape) for n, p in station.module.named_parameters(recurse=False)}
+    whole = whole_in(station.sites)
     call.seen.clear()
     for use in observe(station.module, call, positions)[0]:
-        sort_into(call.seen, use, shapes)
+        sort_into(call.seen, use, shapes, whole)
 
 
-def sort_into(seen: dict[Key, list[Map]], use: Use, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def whole_in(sites: Iterable[Site]) -> set[str]:
+    """The parameters that sites have all rows of."""
+    return {p.local for site in sites for p in site.parts if p.rows is None}
+
+
+def sort_into(
+    seen: dict[Key, list[Map]],
+    use: Use,
+    shapes: Mapping[str, tuple[int, ...]],
+    whole: Container[str],
+) -> None:
     for found in maps_of(use):
-        seen.setdefault(key_of(found.weight, parts_of(found, shapes)), []).append(found)
+        key = key_of(found.weight, parts_of(found, shapes, whole))
+        seen.setdefault(key, []).append(found)
 
 
 class Loose:
@@ -146,12 +165,14 @@ class Loose:
     """
 
     def __init__(self, model: nn.Module, stations: Sequence[Station]) -> None:
-        self._model, self._known = model, list(stations)
+        self._model, self._all = model, list(stations)
+        self._known = [s for s in stations if not isinstance(s.module, ParametrizationList)]
         named = model.named_parameters(remove_duplicate=False)
         self._parameters = {n: p for n, p in named if p.is_floating_point()}
         self._shapes = {n: tuple(p.shape) for n, p in self._parameters.items()}
         self._station_of: dict[Key, Station] = {}
         self._inside = threading.local()
+        self._whole: set[str] = set()
         self.called: set[int] = set()
 
     @property
@@ -174,12 +195,13 @@ class Loose:
         for sites in found.values():  # each is seen by itself, in an operation of its own
             for key, site in sites.items():
                 self._station_of[key] = Station(site.name, self._model, ((site,),), True, False)
+        self._whole = whole_in(site for station in self.stations for site in station.sites)
         self._leave_out(why)
 
     def _leave_out(self, why: Mapping[str, str]) -> None:
         """Stations that are not called keep what was not found, each with its reason."""
         found = {p.name for station in self.stations for s in station.sites for p in s.parts}
-        for station in self._known:
+        for station in self._all:
             if id(station.module) in self.called or station.module is self._model:
                 continue
             parts = [p for site in station.sites for p in site.parts if p.name not in found]
@@ -189,7 +211,7 @@ class Loose:
                     Site(p.name, (p,), _nothing, _nothing, unreached=why.get(p.name, NOWHERE))
                     for p in parts
                 ]
-                station.stages = (tuple(rest),)
+                station.stages, station.called, station.observed = (tuple(rest),), False, True
             elif reasons:
                 for site in station.sites:
                     site.unreached = "; ".join(reasons)
@@ -203,7 +225,7 @@ class Loose:
             if self._depth:
                 return False
             maps: dict[Key, list[Map]] = {}
-            sort_into(maps, use, self._shapes)
+            sort_into(maps, use, self._shapes, self._whole)
             for key, own in maps.items():
                 station = self._station_of.get(key)
                 if station is not None:

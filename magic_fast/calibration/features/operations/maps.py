@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,13 +120,38 @@ def rows_of(piece: Piece, shape: Sequence[int]) -> slice | None:
     return slice(first, last + 1)
 
 
-def parts_of(found: Map, shapes: Shapes) -> dict[str, slice | None]:
-    """Parameter → the rows that a map has of it."""
+def parts_of(found: Map, shapes: Shapes, whole: Container[str] = ()) -> dict[str, slice | None]:
+    """Parameter → the rows that a map has of it; of those in ``whole`` it counts as having all."""
     rows: dict[str, slice | None] = {}
     for piece in found.parts:
-        own = rows_of(piece, shapes[piece.name])
+        own = None if piece.name in whole else rows_of(piece, shapes[piece.name])
         rows[piece.name] = None if rows.get(piece.name, own) != own else own
     return rows
+
+
+def is_of_stack(found: Map, shapes: Shapes) -> bool:
+    """Whether its weight is one of a stack of matrices."""
+    main = next(pieces(found.weight))
+    own = rows_of(main, shapes[main.name])
+    return own is not None and len(shapes[main.name]) > 2 and own.stop - own.start == 1
+
+
+def used_in_changing_rows(found: Iterable[Map], shapes: Shapes) -> set[str]:
+    """The parameters whose rows in a first run do not make up the whole, each once: other samples
+    may take others."""
+    rows: dict[str, set[tuple[int, int]]] = {}
+    for one in found:
+        if not is_of_stack(one, shapes):
+            for name, own in parts_of(one, shapes).items():
+                cut = (0, shapes[name][0]) if own is None else (own.start, own.stop)
+                if shapes[name]:
+                    rows.setdefault(name, set()).add(cut)
+    changing = set()
+    for name, cuts in rows.items():
+        ends = [0, *(stop for _, stop in sorted(cuts))]
+        if [start for start, _ in sorted(cuts)] != ends[:-1] or ends[-1] != shapes[name][0]:
+            changing.add(name)
+    return changing
 
 
 def key_of(weight: Weight, rows: Mapping[str, slice | None]) -> Key:

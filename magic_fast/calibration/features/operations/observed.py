@@ -8,7 +8,7 @@ parameters in it are a site: one expert of a stack, the rows of one projection, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,14 @@ class ObservedSite(Site):
                 width = max(_shape_of(found.weight, self.shapes))
                 yield from z.split(max(1, CHUNK_ELEMENTS // max(1, width)))
 
+    def channel_axes(self, inputs: Any, like: Parameters, channels: int) -> dict[str, int | None]:
+        if (
+            self.axes is None
+            and len({f[0].shape[-1] for f in self.features(inputs, [like], None)}) > 1
+        ):
+            self.axes = {p.local: None for p in self.parts}
+        return super().channel_axes(inputs, like, channels)
+
     def value(self, inputs: Applied, parameters: Parameters) -> Tensor:
         """What a use gives of some of its inputs with other parameters."""
         found, z = inputs
@@ -179,15 +187,16 @@ class ObservedSite(Site):
 
 
 def sites_of(
-    found: Map, shapes: Shapes, full: Callable[[str], str]
+    found: Map, shapes: Shapes, full: Callable[[str], str], whole: Container[str] = ()
 ) -> list[tuple[Key, ObservedSite]]:
     """The site of a map; where it is an expert of a stack, those of all experts.
 
     Args:
         shapes: of the parameters of the station's module.
         full: name of one of them → in the model.
+        whole: those whose rows are not apart.
     """
-    rows = parts_of(found, shapes)
+    rows = parts_of(found, shapes, whole)
     main = next(pieces(found.weight)).name
     own, name = rows[main], full(main).removesuffix(".weight")
     if own is None or len(shapes[main]) < 3 or own.stop - own.start > 1:
