@@ -502,7 +502,8 @@ def samples_of(kind: type[Odd]) -> Callable[[torch.Generator], Tensor]:
     return samples if kind in (ByPosition, TableAdded, Buffers) else of_any_length
 
 
-ONE_USE = [k for k in KINDS if k not in (Columns, Back, SomeUses, SomeAdded, SharedBias, Wide)]
+SEVERAL = (Columns, Back, SomeUses, SomeAdded, SharedBias, Wide)
+ONE_USE = [k for k in KINDS if k not in SEVERAL]
 
 
 @pytest.mark.parametrize("way", [Caller, Reader])

@@ -140,7 +140,7 @@ class Gatherer:
                    if site.inputs(pair[0].call)]  # fmt: skip
         if not reached:
             return
-        group.calls += sum(sample.batch.begins for sample, _ in reached)
+        group.calls += sum(s.batch.begins * operations(site, s.call) for s, _ in reached)
         base = self._base(site)
         expert = self._difference(site, self._expert(task), base, "expert")
         merged = self._difference(site, self._merged, base, "merged")
@@ -203,6 +203,11 @@ class Gatherer:
             )
             axis = None if not factor.dim() else (site.axes or {})[part.local]
             yield part, fold(base, merged, factor, axis)
+
+
+def operations(site: Site, call: Call) -> int:
+    """In how many operations a site was seen; a batch of products is one."""
+    return len({id(found.use) for found in site.inputs(call)})
 
 
 def seen_together(

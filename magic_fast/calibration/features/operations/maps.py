@@ -29,6 +29,7 @@ class Map:
     """One linear operation: what it receives and how its weight and bias come from parameters.
 
     Attributes:
+        use: the operation.
         weight: of a product: [in, out]; else the operation's first one.
         inputs: of a product: [rows, in]; else the operation's.
         bias: what the operation itself adds.
@@ -38,6 +39,7 @@ class Map:
             not needed.
     """
 
+    use: Use
     weight: Weight
     inputs: Tensor
     bias: list[Weight]
@@ -62,7 +64,7 @@ def maps_of(use: Use) -> Iterator[Map]:
     if op in OTHERS:
         weights = [n for n, x in enumerate(args) if isinstance(x, Piece | Made)]
         place = next(n for n in range(len(args)) if n not in weights)
-        yield Map(args[weights[0]], args[place], [], added, (use.op, tuple(args), place))
+        yield Map(use, args[weights[0]], args[place], [], added, (use.op, tuple(args), place))
         return
     bias: list[Weight] = []
     if op in (aten.addmm, aten.baddbmm, aten.addmv):
@@ -72,19 +74,19 @@ def maps_of(use: Use) -> Iterator[Map]:
     if op in (aten.bmm, aten.baddbmm):
         for n in range(len(b if isinstance(a, Piece | Made) else a)):
             own = [_chosen(x, n) if dims_of(x) > 2 else x for x in bias]
-            yield _product(_chosen(a, n), _chosen(b, n), own, added, routed=True)
+            yield _product(use, _chosen(a, n), _chosen(b, n), own, added, routed=True)
         return
     if op in (aten.mv, aten.addmv):
         b = b[:, None] if isinstance(b, Tensor) else _made(aten.unsqueeze.default, b, 1)
-    yield _product(a, b, bias, added)
+    yield _product(use, a, b, bias, added)
 
 
 def _product(
-    a: Any, b: Any, bias: list[Weight], added: list[Weight], *, routed: bool = False
+    use: Use, a: Any, b: Any, bias: list[Weight], added: list[Weight], *, routed: bool = False
 ) -> Map:
     if isinstance(a, Piece | Made):  # (W z)ᵀ = zᵀ Wᵀ
-        return Map(_made(aten.t.default, a), b.t(), bias, added, routed=routed)
-    return Map(b, a, bias, added, routed=routed)
+        return Map(use, _made(aten.t.default, a), b.t(), bias, added, routed=routed)
+    return Map(use, b, a, bias, added, routed=routed)
 
 
 def _made(op: Any, weight: Weight, *args: Any) -> Weight:
