@@ -92,10 +92,20 @@ class LayerCalibration:
 
 @dataclass
 class CalibrationReport:
-    """What a calibration did: WSC tensor by tensor, FSC layer by layer."""
+    """What a calibration did: WSC tensor by tensor, FSC layer by layer.
+
+    Attributes:
+        tensors: of weight space.
+        layers: of feature space.
+        left: reason → share of the model's floating parameters that feature space left alone for
+            it; together the whole share that is left. Tied parameters count once.
+        warnings: what the caller should know of.
+    """
 
     tensors: list[TensorCalibration] = field(default_factory=list)
     layers: list[LayerCalibration] = field(default_factory=list)
+    left: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> TensorCalibration:
         return {t.name: t for t in self.tensors}[name]
@@ -118,8 +128,11 @@ class CalibrationReport:
                     "magnitude_after": t.magnitude_after,
                 }
             )
-        layers = {"layers": [layer.as_dict() for layer in self.layers]} if self.layers else {}
-        return {"tensors": rows, **layers}
+        if not self.layers:
+            return {"tensors": rows}
+        layers = [layer.as_dict() for layer in self.layers]
+        more = {"left": dict(self.left), "warnings": list(self.warnings)}
+        return {"tensors": rows, "layers": layers, **more}
 
 
 @dataclass

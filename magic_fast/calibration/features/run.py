@@ -16,12 +16,13 @@ from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularit
 from magic_fast.calibration.features.batches import (
     Masks,
     batches_of,
+    faults,
     plain_attention,
-    refusals,
     run_batch,
     to_device,
 )
 from magic_fast.calibration.features.groups import Group, group_sites
+from magic_fast.calibration.features.left import parameters_of, shares_left
 from magic_fast.calibration.features.lockstep import Lockstep
 from magic_fast.calibration.features.sites import Call, Part, Site, Station
 from magic_fast.calibration.features.walk import find_stations
@@ -93,6 +94,7 @@ class FeatureRun:
         self._model, self._weights, self._settings = model, weights, settings
         self._experts = dict(experts)
         self.stations, self.left = find_stations(model)
+        self._parameters = parameters_of(model)
         self.groups = group_sites(self.stations, settings)
         self._group_of = {id(site): group for group in self.groups for site in group.sites}
         self._tried: set[int] = set()
@@ -193,7 +195,7 @@ class FeatureRun:
             number = self._experts[task]
             expert = self._difference(site, partial(self._weights.expert, number), base, "expert")
             for sample in own:
-                with refusals(task, sample.number):
+                with faults(site.name, task, sample.number, partial(_again, sample.call)):
                     self._gather_sample(site, group, station, sample, [expert, merged])
                 if site.refused:
                     return
@@ -250,6 +252,10 @@ class FeatureRun:
             axis = None if not factor.dim() else (site.axes or {})[part.local]
             yield part, fold(base, merged, factor, axis)
 
+    def shares_left(self) -> dict[str, float]:
+        """Reason → share of the model's floating parameters that ``run`` did not calibrate."""
+        return shares_left(self._parameters, self.groups, self.left)
+
     def factors(self) -> dict[str, tuple[Tensor, int | None]]:
         """Parameter → what multiplies its change: one number, or one for each index of an axis."""
         found: dict[str, tuple[Tensor, int | None]] = {}
@@ -268,6 +274,12 @@ class FeatureRun:
                         value[part.rows] = factor
                     found[part.name] = value, axis
         return found
+
+
+def _again(call: Call | None) -> None:
+    """The call as the model makes it, without hooks."""
+    assert call is not None
+    call.module.forward(*call.args, **call.kwargs)
 
 
 @contextmanager
