@@ -92,20 +92,10 @@ class LayerCalibration:
 
 @dataclass
 class CalibrationReport:
-    """What a calibration did: WSC tensor by tensor, FSC layer by layer.
-
-    Attributes:
-        tensors: of weight space.
-        layers: of feature space.
-        left: reason → share of the model's floating parameters that feature space left alone for
-            it; together the whole share that is left. Tied parameters count once.
-        warnings: what the caller should know of.
-    """
+    """What a calibration did: WSC tensor by tensor, FSC layer by layer."""
 
     tensors: list[TensorCalibration] = field(default_factory=list)
     layers: list[LayerCalibration] = field(default_factory=list)
-    left: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> TensorCalibration:
         return {t.name: t for t in self.tensors}[name]
@@ -128,11 +118,27 @@ class CalibrationReport:
                     "magnitude_after": t.magnitude_after,
                 }
             )
-        if not self.layers:
-            return {"tensors": rows}
-        layers = [layer.as_dict() for layer in self.layers]
+        layers = {"layers": [layer.as_dict() for layer in self.layers]} if self.layers else {}
+        return {"tensors": rows, **layers}
+
+
+@dataclass
+class FeatureReport(CalibrationReport):
+    """What a calibration in feature space did.
+
+    Attributes:
+        left: reason → share of the model's floating parameters that were left alone for it;
+            together the whole share that is left. Tied parameters count once.
+        warnings: what the caller should know of.
+    """
+
+    left: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
         more = {"left": dict(self.left), "warnings": list(self.warnings)}
-        return {"tensors": rows, "layers": layers, **more}
+        return super().as_dict() | more
 
 
 @dataclass

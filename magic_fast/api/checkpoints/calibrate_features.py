@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magic_fast.api.results import CalibrationReport
+from magic_fast.api.results import FeatureReport
 from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.checkpoint import Checkpoint, OutputFolder, open_checkpoint
@@ -109,7 +109,7 @@ class FeatureJob:
 
 
 def _finish(
-    found: CalibrationReport,
+    found: FeatureReport,
     first: MergeReport | None,
     plan: MergePlan,
     report: MergeReport,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magic_fast.api.results import CalibrationReport
+from magic_fast.api.results import FeatureReport
 from magic_fast.api.tensors.calibrate_features import calibrate_features, take_features
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.batches import experts_by_task
@@ -120,7 +120,7 @@ class FeatureSpace:
 
     def steps(
         self, like: Mapping[str, Checkpoint], scratch: str
-    ) -> tuple[list[Step], CalibrationReport]:
+    ) -> tuple[list[Step], FeatureReport]:
         """What makes the calibrated checkpoint, in the names and dtypes of the merged one in
         ``like``; and what was found of each layer."""
         steps, report = self._found(like, scratch)
@@ -129,7 +129,7 @@ class FeatureSpace:
 
     def _found(
         self, like: Mapping[str, Checkpoint], scratch: str
-    ) -> tuple[list[Step], CalibrationReport]:
+    ) -> tuple[list[Step], FeatureReport]:
         if self._missing:
             self.warnings.append(
                 f"transformers has other names for {len(self._missing)} parameters "
@@ -142,7 +142,7 @@ class FeatureSpace:
             factors[self._stored[name]] = found
         dtypes = {n: like[self._names[0]].resolve(n).dtype for n in like[self._names[0]]}
         steps = [self._step(name, dtype, factors.get(name)) for name, dtype in dtypes.items()]
-        report = CalibrationReport()
+        report = FeatureReport()
         take_features(run, report)
         return steps, report
 
@@ -207,7 +207,7 @@ class FeatureSpace:
 
     def _whole(
         self, like: Mapping[str, Checkpoint], scratch: str
-    ) -> tuple[list[Step], CalibrationReport]:
+    ) -> tuple[list[Step], FeatureReport]:
         """By modules that transformers loads; what it saves is what is copied."""
         models = [hf_models.load_whole(self.models[name]) for name in self._names]
         merged, base, *experts = models

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from magic_fast.api.results import CalibrationReport, LayerCalibration
+from magic_fast.api.results import FeatureReport, LayerCalibration
 from magic_fast.api.tensors.feature_weights import InMemory
 from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import Deploy, FeatureCalibration
@@ -43,7 +43,7 @@ def calibrate_features(
     sensitive: Sequence[str] | None = None,
     weight_calibration: str | WeightCalibration | Mapping[str, Any] = "wsc",
     preset: str = "default",
-) -> tuple[Any, CalibrationReport]:
+) -> tuple[Any, FeatureReport]:
     """The merged model with the magnitudes of its task features restored, layer by layer: FSC of
     MAGIC, arXiv 2512.19320 (docs/calibration.md).
 
@@ -131,9 +131,9 @@ def calibrate_features(
             "need its values as they were, got merged. Leave it out."
         )
     weights = InMemory(base, experts, merged, model, out)
-    report = CalibrationReport()
+    report = FeatureReport()
     if space == "dual":
-        report = weights.calibrate_weights(weight_calibration, settings.sensitive)
+        report.tensors = weights.calibrate_weights(weight_calibration, settings.sensitive).tensors
     weights.check(settings, exact=preset == "default")
     with weights.working() as work:
         batches = called_with(data, inputs, work, report.warnings)
@@ -159,7 +159,7 @@ def calibrate_features(
     return weights.result(how), report
 
 
-def take_features(run: FeatureRun, report: CalibrationReport) -> None:
+def take_features(run: FeatureRun, report: FeatureReport) -> None:
     """What was found of every layer, the parameters that are in none, and how much is left."""
     found = [
         LayerCalibration(
