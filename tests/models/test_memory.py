@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import magic_fast as mf
@@ -247,3 +250,36 @@ def test_patterns_that_do_nothing_or_are_none(axes: dict[str, Any], message: str
     base, *experts = ({n: torch.ones(4, 6) for n in ("a.weight", "b.weight")} for _ in range(3))
     with pytest.raises(mf.InputError, match=f"^{re.escape(message)}$"):
         mf.merge(base, experts, "average", calibrate="sphere", row_axis=axes)
+
+
+def test_axes_by_patterns_in_checkpoints(tmp_path: Path) -> None:
+    """In a YAML's block, and of what was merged before; the record has them."""
+    shapes = {"a.weight": (4, 6), "b.weight": (4, 6)}
+    models = {}
+    for name in ("base", "x", "y"):
+        models[name] = {n: torch.randn(s) for n, s in shapes.items()}
+        (tmp_path / name).mkdir()
+        save_file(models[name], tmp_path / name / "model.safetensors")
+    paths = {name: str(tmp_path / name) for name in models}
+    axes: dict[str, int | list[int]] = {"^b": 1, "a": [0]}
+    mf.merge_checkpoints(
+        {
+            "merge_method": "task_arithmetic", "base_model": paths["base"],
+            "models": [{"model": paths[n], "parameters": {"weight": 0.5}} for n in "xy"],
+            "calibrate": {"variant": "sphere", "row_axis": axes},
+        },
+        tmp_path / "merged",
+    )  # fmt: skip
+    arguments = (paths["base"], [paths["x"], paths["y"]], tmp_path / "merged")
+    settings = {"variant": "sphere", "row_axis": axes}
+    mf.calibrate_checkpoints(*arguments, tmp_path / "out", calibration=settings)
+    for out in ("merged", "out"):
+        found = load_file(tmp_path / out / "model.safetensors")
+        record = json.loads((tmp_path / out / "magic_fast.json").read_text())
+        assert record["settings"]["calibrate"]["row_axis"] == axes
+        for name, own in (("a.weight", (0,)), ("b.weight", (1,))):
+            check_rows(found[name], models["base"][name], [models[e][name] for e in "xy"], own)
+    with pytest.raises(mf.InputError, match=r"^pattern 'c' of row_axis: expected one that fits"):
+        mf.calibrate_checkpoints(
+            *arguments, tmp_path / "no", calibration=settings | {"row_axis": {"c": 1}}
+        )
