@@ -216,7 +216,8 @@ def expected(own: Walk, p: float) -> tuple[dict[str, float], dict[str, int], set
         calls: list[tuple[str, nn.Module, Any]] = []
         hooks = [
             m.register_forward_pre_hook(
-                lambda m, a, kw, n=name: calls.append((n, m, (a, kw))), with_kwargs=True
+                lambda m, a, kw, n=name, out=calls: out.append((n, m, (a, kw))),
+                with_kwargs=True,
             )
             for name, m in _layers(own.merged)
         ]

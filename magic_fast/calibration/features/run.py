@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.batches import (
     batches_of,
-    refusals,
+    faults,
     run_batch,
     to_device,
 )
@@ -26,6 +26,7 @@ from magic_fast.calibration.features.discovery import (
 )
 from magic_fast.calibration.features.gather import Gatherer, Sample, Visitor, Weights
 from magic_fast.calibration.features.groups import Group, group_sites
+from magic_fast.calibration.features.left import parameters_of, shares_left
 from magic_fast.calibration.features.lockstep import MOST_TOGETHER, Batch, Lockstep, joined
 from magic_fast.calibration.features.padding import Masks, without_padding
 from magic_fast.calibration.features.sites import Call, Part, Site, Station
@@ -68,6 +69,7 @@ class FeatureRun:
         self._gatherer = Gatherer(weights, experts, settings)
         self._visitor_of_sites: Visitor = gatherer or self._gatherer
         self.stations, self.left = find_stations(model)
+        self._parameters = parameters_of(model)
         self._loose: Loose | None = None
         self._regroup()
         self._resolved: set[int] = set()
@@ -237,7 +239,7 @@ class FeatureRun:
         if station.observed or all(site.known for site in sites):
             return
         group = self._group_of[id(sites[0])]
-        with refusals(sample.task, sample.batch.number):
+        with faults(station.name, sample.task, sample.batch.number, sample.call.again):
             left = resolve(station, sample.call, sample.masks.at(station.module))
         if left is None:
             return
@@ -256,6 +258,10 @@ class FeatureRun:
     def folded(self, site: Site, group: Group) -> Iterator[tuple[Part, Tensor]]:
         """The calibrated parameters of a site (their rows)."""
         return self._gatherer.folded(site, group)
+
+    def shares_left(self) -> dict[str, float]:
+        """Reason → share of the model's floating parameters that ``run`` did not calibrate."""
+        return shares_left(self._parameters, self.groups, self.left)
 
     def factors(self) -> dict[str, tuple[Tensor, int | None]]:
         """Parameter → what multiplies its change: one number, or one for each index of an axis."""
