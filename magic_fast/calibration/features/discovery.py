@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from typing import Any
@@ -12,22 +12,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from magic_fast.calibration.features.observed import (
+from magic_fast.calibration.features.operations.maps import (
     Key,
     Map,
+    Shapes,
     key_of,
     maps_of,
-    observe,
     parts_of,
+)
+from magic_fast.calibration.features.operations.observed import (
+    SOMETIMES,
+    ObservedSite,
+    observe,
     sites_of,
 )
+from magic_fast.calibration.features.operations.tracked import Tracked
+from magic_fast.calibration.features.operations.uses import Use
 from magic_fast.calibration.features.padding import Positions
 from magic_fast.calibration.features.sites import Call, Site, Station
-from magic_fast.calibration.features.tracked import Tracked, Use
 
 _LOG = logging.getLogger("magic_fast")
 Visit = Callable[[Station, Call], None]
 Stages = list[tuple[Site, ...]]
+NOWHERE = "no linear map has it for a parameter"
 
 
 def resolve(station: Station, call: Call, positions: Positions | None) -> dict[str, str] | None:
@@ -82,32 +89,39 @@ def _observed(
     except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
         _LOG.debug("%s is not observed: %s", station.name, error)
         return [], {}
-    found = _sites(uses, unknown, shapes, full.__getitem__)
+    found, why = _sites(uses, unknown, shapes, full.__getitem__)
     seen = {p.local for sites in found.values() for s in sites.values() for p in s.parts}
-    left = {full[n]: reason_of(unknown.get(n)) for n in shapes if n not in seen}
+    left = {full[n]: why.get(n, NOWHERE) for n in shapes if n not in seen}
     return [tuple(sites.values()) for sites in found.values()], left
 
 
 def _sites(
     uses: Iterable[Use],
-    unknown: Container[str],
-    shapes: Mapping[str, tuple[int, ...]],
+    unknown: Mapping[str, str],
+    shapes: Shapes,
     full: Callable[[str], str],
-) -> dict[str, dict[Key, Site]]:
-    """Weight → its sites, of parameters that are in linear operations alone."""
-    found: dict[str, dict[Key, Site]] = {}
+) -> tuple[dict[str, dict[Key, ObservedSite]], dict[str, str]]:
+    """Weight → its sites, of parameters that are in linear operations alone; and why others are in
+    none."""
+    found: dict[str, dict[Key, ObservedSite]] = {}
+    why = {name: f"its use in {operation} is no linear map" for name, operation in unknown.items()}
     for one in (one for use in uses for one in maps_of(use)):
-        if not any(piece.name in unknown for piece in one.parts):
-            sites = found.setdefault(next(one.parts).name, {})
-            for key, site in sites_of(one, shapes, full):
-                sites.setdefault(key, site)
-    return found
+        if any(piece.name in unknown for piece in one.parts):
+            continue
+        sites = found.setdefault(next(one.parts).name, {})
+        own = sites.get(key_of(one.weight, parts_of(one, shapes)))
+        if own is not None and own.has(one):
+            continue
+        for key, site in sites_of(one, shapes, full):
+            if key in sites:
+                why |= dict.fromkeys(sites[key].join(site), SOMETIMES)
+            else:
+                sites[key] = site
+    return found, why
 
 
-def reason_of(operation: str | None) -> str:
-    if operation is None:
-        return "no linear map has it for a parameter"
-    return f"its use in {operation} is no linear map"
+def _nothing(*args: Any) -> Any:
+    raise AssertionError("a station that is not called")
 
 
 def look(station: Station, call: Call, positions: Positions | None) -> None:
@@ -156,10 +170,29 @@ class Loose:
 
         with self.calls(), Tracked(self._parameters, note) as tracked:
             run()
-        for main, sites in _sites(uses, tracked.unknown, self._shapes, str).items():
-            name = main.removesuffix(".weight")
-            station = Station(name, self._model, (tuple(sites.values()),), True, False)
-            self._station_of |= dict.fromkeys(sites, station)
+        found, why = _sites(uses, tracked.unknown, self._shapes, str)
+        for sites in found.values():  # each is seen by itself, in an operation of its own
+            for key, site in sites.items():
+                self._station_of[key] = Station(site.name, self._model, ((site,),), True, False)
+        self._leave_out(why)
+
+    def _leave_out(self, why: Mapping[str, str]) -> None:
+        """Stations that are not called keep what was not found, each with its reason."""
+        found = {p.name for station in self.stations for s in station.sites for p in s.parts}
+        for station in self._known:
+            if id(station.module) in self.called or station.module is self._model:
+                continue
+            parts = [p for site in station.sites for p in site.parts if p.name not in found]
+            reasons = dict.fromkeys(why[p.name] for p in parts if p.name in why)
+            if reasons and found:
+                rest = [
+                    Site(p.name, (p,), _nothing, _nothing, unreached=why.get(p.name, NOWHERE))
+                    for p in parts
+                ]
+                station.stages = (tuple(rest),)
+            elif reasons:
+                for site in station.sites:
+                    site.unreached = "; ".join(reasons)
 
     @contextmanager
     def watch(self, visit: Visit) -> Iterator[None]:

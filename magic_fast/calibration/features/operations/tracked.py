@@ -8,16 +8,26 @@ storage and offset; casts, joins and multiples of parameters by how they were ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-aten = torch.ops.aten
+from magic_fast.calibration.features.operations.uses import (
+    JOINS,
+    OTHERS,
+    PRODUCTS,
+    Made,
+    Piece,
+    Result,
+    Use,
+    aten,
+    pieces,
+)
 
 _VIEWS = {
     aten.t, aten.transpose, aten.permute, aten.view, aten._unsafe_view, aten.reshape, aten.select,
@@ -26,113 +36,14 @@ _VIEWS = {
     aten.contiguous, aten.chunk, aten.movedim, aten.flatten, aten.unflatten, aten.lift_fresh,
     aten._reshape_alias, aten.view_as, aten.expand_as,
 }  # fmt: skip
-_CASTS = {aten._to_copy, aten.to}
 _MULTIPLES = {aten.mul, aten.div}
-_JOINS = {aten.cat, aten.stack}
 _SHAPES = {  # which take no values from what they get
     aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like,
     aten.randn_like, aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full,
     aten.new_empty_strided, aten.is_same_size,
 }  # fmt: skip
 _SUMS = {aten.add, aten.add_}
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv}
-# Other operations that are linear in weight and bias together: where those are.
-OTHERS: dict[Any, tuple[int, ...]] = {
-    aten.convolution: (1, 2),
-    aten.embedding: (0,),
-    aten.mul: (0, 1),
-    aten.native_layer_norm: (2, 3),
-    aten.native_group_norm: (1, 2),
-    aten.native_batch_norm: (1, 2),
-    aten._native_batch_norm_legit: (1, 2),
-    aten._native_batch_norm_legit_no_training: (1, 2),
-    aten.cudnn_batch_norm: (1, 2),
-    aten._fused_rms_norm: (2,),
-}
 _USES = PRODUCTS | set(OTHERS)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A view of a parameter: strides and offset count its elements."""
-
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def value(self, parameters: Mapping[str, Tensor], *, linear: bool = False) -> Tensor:
-        own = parameters[self.name]
-        return own.reshape(-1).as_strided(self.shape, self.stride, self.offset)
-
-
-@dataclass(frozen=True)
-class Made:
-    """What an operation made of pieces of parameters: linear in them, but for constants."""
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    output: int | None  # of an operation that gives several
-
-    def value(self, parameters: Mapping[str, Tensor], *, linear: bool = False) -> Tensor:
-        """With other parameters; ``linear``: in their dtype, constants taken as 0."""
-
-        def filled(x: Any) -> Any:
-            if isinstance(x, Piece | Made):
-                return x.value(parameters, linear=linear)
-            if isinstance(x, Tensor) and linear and self.op.overloadpacket in _JOINS:
-                like = next(iter(parameters.values()))
-                return torch.zeros(x.shape, dtype=like.dtype, device=like.device)
-            return type(x)(map(filled, x)) if type(x) in (tuple, list) else x
-
-        if linear and self.op.overloadpacket in _CASTS:
-            found = filled(self.args[0])
-        elif linear and self.op.overloadpacket is aten.add:  # of constants, too
-            found = sum(filled(x) for x in self.args if isinstance(x, Piece | Made))
-        else:
-            found = self.op(*map(filled, self.args), **self.kwargs)
-        return found if self.output is None else found[self.output]  # type: ignore[no-any-return]
-
-
-Weight: TypeAlias = Piece | Made
-
-
-def pieces(weight: Any) -> Iterator[Piece]:
-    """The parts of parameters that something was made of."""
-    if isinstance(weight, Piece):
-        yield weight
-    elif isinstance(weight, Made):
-        yield from pieces(list(weight.args))
-    elif isinstance(weight, tuple | list):
-        for x in weight:
-            yield from pieces(x)
-
-
-@dataclass
-class Use:
-    """One operation with parameters in it.
-
-    Attributes:
-        op: one of :data:`PRODUCTS` or :data:`OTHERS`, as the overload that ran.
-        args: its arguments; those made of parameters as :class:`Piece` or :class:`Made`.
-        bias: what is added to it afterwards and made of parameters.
-        shape: of its result.
-    """
-
-    op: Any
-    args: tuple[Any, ...]
-    bias: list[Weight] = field(default_factory=list)
-    shape: tuple[int, ...] = ()
-
-    def takes(self, bias: Tensor) -> bool:
-        """Whether what is added is a number for each of its features."""
-        axis = -1
-        if self.op.overloadpacket in PRODUCTS and isinstance(self.args[-2], Piece | Made):
-            axis = -2
-        elif self.op.overloadpacket not in PRODUCTS | {aten.embedding, aten.mul}:
-            axis = 1
-        return bias.numel() == self.shape[axis]
 
 
 class Tracked(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -180,7 +91,7 @@ class Tracked(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _is_linear(packet, known) and not kwargs:
             return self._used(func, args, known)
         if packet in _SUMS:
-            return self._added(func, args, known, kwargs)
+            return self._added(func, packet, args, known, kwargs)
         self._note(func, known)
         return func(*args, **kwargs)
 
@@ -207,7 +118,7 @@ class Tracked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @staticmethod
     def _makes(packet: Any, args: Sequence[Any], known: Sequence[Any]) -> bool:
         """Whether the result is made of parameters and constants alone, and linear in them."""
-        if packet in _JOINS or packet is aten.neg:
+        if packet in JOINS or packet is aten.neg:
             return True
         weights = [k for k in known if isinstance(k, Piece | Made)]
         others = [
@@ -227,7 +138,7 @@ class Tracked(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _used(self, func: Any, args: Sequence[Any], known: tuple[Any, ...]) -> Any:
-        use = Use(func, known)
+        use = Use(func, self._with_bias(func, args, known))
         if self._use(use):
             args = [
                 k.value(self._parameters) if isinstance(k, Made) else x
@@ -235,35 +146,73 @@ class Tracked(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ]
         result = func(*args)
         first = result if isinstance(result, Tensor) else result[0]
-        use.shape = tuple(first.shape)
-        self._results[first] = use
+        self._results[first] = Result.of(use, first)
         return result
+
+    def _with_bias(self, func: Any, args: Sequence[Any], known: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments; what a product adds only if it is a number for each feature."""
+        if len(known) != 3 or func.overloadpacket not in PRODUCTS:
+            return known
+        first, use = known[0], Use(func, known)
+        if not isinstance(first, Piece | Made):
+            return known
+        a, b = args[1], args[2]
+        like = torch.empty(
+            (*a.shape[:-1], b.shape[-1]) if b.dim() > 1 else a.shape[:1], device="meta"
+        )
+        if Result.of(use, like).takes(like, args[0]) or _of_a_batch(args[0], like, use):
+            return known
+        self._note(func, (first,))
+        return args[0], *known[1:]
 
     def _followed(self, func: Any, packet: Any, args: Any, kwargs: Any) -> Any:
         """An operation without parameters: a view of a product is still that product."""
         result = func(*args, **kwargs)
         if packet in _VIEWS and isinstance(result, Tensor):
-            use = self._results.get(args[0])
-            if use is not None:
-                self._results[result] = use
+            held = self._results.get(args[0])
+            if held is not None and result.numel() == args[0].numel():
+                self._results[result] = held.viewed(args[0], result)
+        elif func._schema.is_mutable:
+            for x in args:
+                if isinstance(x, Tensor):
+                    self._results.pop(x, None)
         return result
 
-    def _added(self, func: Any, args: Any, known: tuple[Any, ...], kwargs: Any) -> Any:
+    def _added(self, func: Any, packet: Any, args: Any, known: tuple[Any, ...], kwargs: Any) -> Any:
+        place = next(n for n, k in enumerate(known) if isinstance(k, Piece | Made))
+        values, added = args[1 - place], args[place]
+        held = self._results.get(values) if isinstance(values, Tensor) else None
+        written = packet is aten.add_ and not place
+        taken = held is not None and not (kwargs or written) and held.takes(values, added)
         result = func(*args, **kwargs)
-        uses = [self._results.get(x) for x in args[:2] if isinstance(x, Tensor)]
-        bias = [k for k in known[:2] if isinstance(k, Piece | Made)]
-        use = next((u for u in uses if u is not None), None)
-        value = next((x for x, k in zip(args, known, strict=True) if k in bias), None)
-        if use and value is not None and not kwargs and use.takes(value):
-            use.bias.append(bias[0])
-            self._results[result] = use
-        else:
-            self._note(func, known)
+        if taken:
+            assert held is not None
+            held.use.bias.append(known[place])
+            after = replace(held, biases=held.biases + 1)
+            self._results[result] = after.viewed(values, result)
+            return result
+        if held is not None and not held.use.closed:  # another branch of the model adds its own
+            for bias in held.use.bias[held.biases :]:
+                self._note(func, (bias,))
+            del held.use.bias[held.biases :]
+            held.use.closed = True
+        self._note(func, known)
         return result
 
     def _note(self, func: Any, known: tuple[Any, ...]) -> None:
         for piece in pieces(list(known)):
             self.unknown.setdefault(piece.name, str(func.overloadpacket).rpartition(".")[2])
+
+
+def _of_a_batch(added: Tensor, like: Tensor, use: Use) -> bool:
+    """Whether a product of a batch adds a number for each feature of each."""
+    axis = use.axis % 3
+    rest = 3 - axis
+    return (
+        like.dim() == added.dim() == 3
+        and added.shape[axis] == like.shape[axis]
+        and added.shape[rest] == 1
+    )
 
 
 def _is_linear(packet: Any, known: Sequence[Any]) -> bool:

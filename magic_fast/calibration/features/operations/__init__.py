@@ -1,0 +1,1 @@
+"""What a model's code does with parameters, operation by operation."""
