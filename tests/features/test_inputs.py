@@ -168,7 +168,8 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "other_width": (
         [torch.ones(4, 5)], None,
         "batch 0 of task 'a': expected what the model takes, got its refusal, RuntimeError: mat1 "
-        "and mat2 shapes cannot be multiplied (4x5 and 6x3). Is the data of the right modality?",
+        "and mat2 shapes cannot be multiplied (4x5 and 6x3). It was called with 1 argument, "
+        "[4, 5]. Is the data of the right modality?",
     ),
 }  # fmt: skip
 

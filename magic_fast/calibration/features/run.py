@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from magic_fast.calibration.features.discovery import (
     Loose,
     Visit,
     hooked,
-    replayed,
     resolve,
 )
 from magic_fast.calibration.features.gather import Gatherer, Sample, Visitor, Weights
@@ -86,7 +86,12 @@ class FeatureRun:
             if self._settings.sequential:  # passes more than once over what may be read once
                 data = {task: list(batches_of(data, task)) for task in data}
             if self._weights.resident:
-                data = self._discover(data)
+                task = next(iter(self._experts))
+                batches = iter(data[task] if self._settings.sequential else batches_of(data, task))
+                first = next(batches)
+                if not self._settings.sequential:
+                    data = {**data, task: chain([first], batches)}
+                self._discover({task: [first]})
             if not self._settings.sequential:
                 self._pass(data, self.groups, settle=False)
             else:
@@ -101,11 +106,9 @@ class FeatureRun:
             for group in self.groups:
                 group.settle()
 
-    def _discover(self, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _discover(self, data: Mapping[str, Any]) -> None:
         """Adds the stations of parameters that the model uses outside of their modules' calls."""
-        task = next(iter(self._experts))
-        first, data = replayed(data, task)
-        batch = next(self._batches({task: first}))
+        batch = next(self._batches(data))
         loose = Loose(self._model, self.stations)
         with torch.no_grad():
             try:
@@ -117,7 +120,7 @@ class FeatureRun:
                     "it does not run while its operations are watched (%s)",
                     error.__cause__,
                 )
-                return data
+                return
         found = {p.name for station in loose.stations for s in station.sites for p in s.parts}
         if found:
             self.left = {n: why for n, why in self.left.items() if n not in found}
@@ -130,7 +133,6 @@ class FeatureRun:
             ]
             self.stations = called + loose.stations
             self._regroup()
-        return data
 
     def _pooled(self, data: Mapping[str, Any]) -> list[Group]:
         """Groups that are used more than once in one run of the model."""
@@ -243,13 +245,14 @@ class FeatureRun:
             left = resolve(station, sample.call, sample.masks.at(station.module))
         if left is None:
             return
-        if len(group.sites) > 1:  # tied: one ξ with other layers
-            station.observed, station.stages = False, ((sites[0],),)
-            sites[0].refused = "it is tied to other layers, and its operations are several maps"
-            return
         self.left |= left
+        if len(group.sites) > 1:  # tied: one ξ with other layers
+            at = next(n for n, site in enumerate(group.sites) if site is sites[0])
+            group.sites[at : at + 1] = station.sites
+            self._group_of |= {id(site): group for site in station.sites}
+            return
         found = group_sites([station], self._settings)
-        at = self.groups.index(group)
+        at = next(n for n, other in enumerate(self.groups) if other is group)
         self.groups[at : at + 1] = found
         self._group_of |= {id(site): g for g in found for site in g.sites}
         if id(group) in gathering:
