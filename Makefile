@@ -22,7 +22,7 @@ AARCH64 = $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu
 CROSS_FLAGS = -std=c++17 -O1 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra -Werror \
   -Icsrc/include -DMF_HAVE_NEON
 
-.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench peers-diffusers architectures diffusion-names suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-instructions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean FORCE
+.PHONY: help venv build test test-full sanitize lint cross same-bytes format demo peers peers-0.1.4 peers-fusion-bench peers-diffusers peers-vision architectures diffusion-names suites bench-adapters bench-peft bench-cpu bench-counters bench-directions bench-instructions bench-dropin bench-engine bench-features bench-spectral bench-sweep quality quality-full cuda-check gpu clean FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -95,10 +95,11 @@ $(PEERS)/.installed: benchmarks/peers.txt .ci/constraints.txt
 peers-0.1.4: $(PEERS)-0.1.4/.installed ## mergekit 0.1.4, in which the tests try the replacement
 peers-fusion-bench: $(PEERS)-fusion-bench/.installed ## FusionBench, in which they try the algorithm
 peers-diffusers: $(PEERS)-diffusers/.installed ## diffusers and LyCORIS, whose adapters and names they compare with
+peers-vision: $(PEERS)-vision/.installed ## timm and torchvision, whose models they calibrate
 
 $(PEERS)-%/.installed: benchmarks/peers-%.txt .ci/constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet "$$(grep '^torch==' .ci/constraints.txt)"
+	$(@D)/bin/python -m pip install --quiet "$$(cat $< .ci/constraints.txt | grep -m 1 '^torch==')"
 	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 

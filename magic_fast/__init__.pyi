@@ -21,6 +21,7 @@ from magic_fast.api.data.merge import merge_by_data as merge_by_data
 from magic_fast.api.data.settings import DataMergeReport as DataMergeReport
 from magic_fast.api.results import AdapterReport as AdapterReport
 from magic_fast.api.results import CalibrationReport as CalibrationReport
+from magic_fast.api.results import FeatureReport as FeatureReport
 from magic_fast.api.results import MergeResult as MergeResult
 from magic_fast.api.tensors.calibrate_features import calibrate_features as calibrate_features
 from magic_fast.api.tensors.calibrate_weights import calibrate_weights as calibrate_weights

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from magic_fast.calibration import WeightCalibration
+from magic_fast.calibration.weight import RowAxis
 from magic_fast.errors import InputError
 from magic_fast.models.choice import EVERYTHING, TensorChoice
 
@@ -32,7 +33,7 @@ class MergeOptions:
     preset: str | None = None
     backend: str | None = None
     nonfinite: str = "error"
-    row_axis: int | tuple[int, ...] | None = None
+    row_axis: RowAxis | None = None
     masks: Masks | None = None
     name: str = ""
     seed: int | None = None

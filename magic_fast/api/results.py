@@ -123,6 +123,25 @@ class CalibrationReport:
 
 
 @dataclass
+class FeatureReport(CalibrationReport):
+    """What a calibration in feature space did.
+
+    Attributes:
+        left: reason → share of the model's floating parameters that were left alone for it;
+            together the whole share that is left. Tied parameters count once.
+        warnings: what the caller should know of.
+    """
+
+    left: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        more = {"left": dict(self.left), "warnings": list(self.warnings)}
+        return super().as_dict() | more
+
+
+@dataclass
 class MergedModule:
     """What became of one module of K adapters.
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from magic_fast.errors import InputError
-from magic_fast.models import Kind, Role, roles_of
+from magic_fast.models import MAPS, Kind, Role, roles_of
 
-_HEADS = (Kind.HEAD, Kind.CLASSIFIER)  # their rows are words or classes, no units of a layer
+_LOG = logging.getLogger("magic_fast")
+#: Weights of maps but heads, whose rows are words or classes and no units of a layer.
+_WEIGHTS = MAPS - {Kind.HEAD, Kind.CLASSIFIER}
 
 
 def is_calibratable_magic(name: str, shape: Sequence[int]) -> bool:
@@ -21,8 +24,10 @@ def is_calibratable_magic(name: str, shape: Sequence[int]) -> bool:
 
 
 def is_calibratable_general(name: str, shape: Sequence[int], role: Role | None = None) -> bool:
-    """Every tensor of two or more dimensions that has output units, but no head; a bare tensor ('')
-    of two or more. Without ``role`` its header tells.
+    """Every weight of a linear map or convolution that has two or more dimensions, but no head; a
+    bare tensor ('') of two or more. Of a parameter of which nothing tells whether it is such a
+    weight it is true too: its rows are asked for next, and that is refused. Without ``role`` its
+    header tells.
 
     >>> is_calibratable_general("model.layers.0.mlp.up_proj.weight", (8, 4))
     True
@@ -32,7 +37,7 @@ def is_calibratable_general(name: str, shape: Sequence[int], role: Role | None =
     if len(shape) < 2 or not name:
         return len(shape) >= 2
     role = role or roles_of({}, {name: (tuple(shape), "F32")})[name]
-    return role.units != () and role.kind not in _HEADS
+    return role.units != () and (role.kind in _WEIGHTS or role.kind is Kind.PARAMETER)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,21 @@ class TensorFilter:
         if self.include:
             return len(shape) >= 1 and any(re.search(p, name) for p in self.include)
         return is_calibratable_general(name, shape, role)
+
+
+def say_left(tensors: str | TensorFilter, roles: Mapping[str, Role]) -> None:
+    """Names in the log what the general rule leaves because a module of one's own has it as a bare
+    parameter, which may be a weight or not."""
+    if tensors != "general":
+        return
+    bare = [n for n, r in roles.items() if r.kind is Kind.PARAMETER and r.units == ()]
+    if bare:
+        _LOG.warning(
+            "parameters that no layer has, %d of them (%s%s), are not calibrated: nothing says "
+            "that they are weights of linear maps. A TensorFilter that includes them, and their "
+            "row_axis, do",
+            len(bare), ", ".join(bare[:3]), ", …" if len(bare) > 3 else "",
+        )  # fmt: skip
 
 
 def row_axes(name: str, role: Role | None) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ written once, in the class that has it; the YAML, the command line and the catal
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, field, fields
 from enum import Enum
@@ -24,7 +25,7 @@ _ACCEPTS = {
     "names": _SENSITIVE,
     "tensor names": _SENSITIVE,
     "tensors": "general, magic, or include and exclude patterns",
-    "axes": "axis or axes of output units",
+    "axes": "axis or axes of output units, or patterns of names with theirs",
 }
 
 
@@ -89,6 +90,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         return norm_of(value)
     if kind == "bounds":
         return bounds_of(value)
+    if kind == "axes" and isinstance(value, Mapping):
+        return {axes_pattern(pattern): axes_of(axes, pattern) for pattern, axes in value.items()}
     if kind in ("names", "tensor names"):
         return names_of(value, kind)
     if kind in ("exponent", "factor", "share") and not (is_number(value) and math.isfinite(value)):
@@ -122,6 +125,30 @@ def bounds_of(value: object) -> tuple[float, float] | None:
             f"calibration clamp: expected (low, high) with 0 <= low <= high, got {value!r}."
         )
     return low, high
+
+
+def axes_pattern(pattern: object) -> str:
+    """A regular expression on names that has axes of its own."""
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise InputError(
+            f"pattern {pattern!r} of calibration row_axis: expected a regular expression, got an "
+            f"error: {error}. Escape special characters with a backslash."
+        ) from None
+    return str(pattern)
+
+
+def axes_of(value: object, pattern: object) -> int | tuple[int, ...]:
+    """The axis or axes of a pattern."""
+    axes = tuple(value) if isinstance(value, list | tuple) else (value,)
+    found = tuple(axis for axis in axes if type(axis) is int)
+    if not axes or found != axes:
+        raise InputError(
+            f"calibration row_axis for pattern {pattern!r}: expected an axis or a list of them, "
+            f"got {value!r}."
+        )
+    return found if isinstance(value, list | tuple) else found[0]
 
 
 def word(kind: type, value: object, what: str) -> object:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from magic_fast.calibration.builtin import CALIBRATIONS, ON_MERGED_MODELS, Calibration
 from magic_fast.calibration.registry import (
@@ -28,6 +30,9 @@ from magic_fast.errors import InputError
 from magic_fast.models import Role
 from magic_fast.recipe import Direction, EpsMode, Granularity, RowCalibration, Variant
 
+#: Axes of output units, or patterns of names with theirs.
+RowAxis: TypeAlias = int | tuple[int, ...] | Mapping[str, int | tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class WeightCalibration:
@@ -47,7 +52,9 @@ class WeightCalibration:
         direction: ``auto`` follows ``sensitive``; ``free``, ``grow`` and ``shrink`` force one side.
         sensitive: names of tensors (or of modules, for all in them) that may only shrink while all
             others may only grow; None: two-sided; an empty list is a list. Their order is nothing.
-        row_axis: axis (or axes) of output units; None: by what the tensor is to its model.
+        row_axis: axis (or axes) of output units; None: by what the tensor is to its model. Or a
+            mapping of regular expressions (``re.search``) to them: the first that fits a name
+            counts, names that none fits are as with None.
 
     >>> WeightCalibration(variant="sphere", p=1).variant
     <Variant.SPHERE: 'sphere'>
@@ -83,7 +90,7 @@ class WeightCalibration:
         "JSON list of tensor names, or object of name: score (the ten lowest count), that may "
         "only shrink; all others may only grow",
     )  # fmt: skip
-    row_axis: int | tuple[int, ...] | None = setting(None, "axes")
+    row_axis: RowAxis | None = setting(None, "axes")
     _sensitive_set: frozenset[str] = field(
         init=False, repr=False, compare=False, default=frozenset()
     )
@@ -122,6 +129,10 @@ class WeightCalibration:
                 f"got '{self.granularity}'. Leave it out."
             )
 
+    def with_axes(self, row_axis: RowAxis | None) -> WeightCalibration:
+        """The settings with the ``row_axis`` of a call, which stands before their own."""
+        return self if row_axis is None else replace(self, row_axis=row_axis)
+
     def selects(self, name: str, shape: Sequence[int], role: Role | None = None) -> bool:
         """Whether the tensor is calibrated at all."""
         if self.tensors == "general":
@@ -132,7 +143,17 @@ class WeightCalibration:
         return self.tensors(name, shape, role)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuses sensitive names that the model does not have."""
+        """Refuses sensitive names that the model does not have, and patterns of ``row_axis`` that
+        fit none of its names."""
+        if isinstance(self.row_axis, Mapping):
+            names = list(names)
+            for pattern in self.row_axis:
+                if not any(re.search(pattern, name) for name in names):
+                    raise InputError(
+                        f"pattern {pattern!r} of row_axis: expected one that fits the name of a "
+                        f"tensor, got one that fits none of {len(names)}. The first is "
+                        f"{names[0] if names else 'none'!r}; patterns are searched in the name."
+                    )
         refuse_unknown(self.sensitive, names, "tensor", "a tensor", "tensor names")
 
     def resolve(
@@ -142,7 +163,7 @@ class WeightCalibration:
         weights: Sequence[float],
         *,
         role: Role | None = None,
-        row_axis: int | tuple[int, ...] | None = None,
+        row_axis: RowAxis | None = None,
     ) -> RowCalibration | None:
         """What the kernels need for one tensor, or None where it is not calibrated.
 
@@ -187,10 +208,12 @@ class WeightCalibration:
         name: str,
         shape: Sequence[int],
         role: Role | None,
-        row_axis: int | tuple[int, ...] | None,
+        row_axis: RowAxis | None,
     ) -> tuple[int, ...]:
         chosen = row_axis if row_axis is not None else self.row_axis
         dims = len(shape)
+        if isinstance(chosen, Mapping):
+            chosen = next((axes for p, axes in chosen.items() if re.search(p, name)), None)
         if chosen is None and self.granularity is Granularity.TENSOR:
             return (0,)
         if chosen is None:

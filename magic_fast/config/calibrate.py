@@ -78,7 +78,9 @@ def _power(value: Any) -> Any:
 
 
 def _axis(value: Any) -> Any:
-    """A whole number, or a list of them as a tuple."""
+    """A whole number, or a list of them as a tuple; or a mapping of patterns to those."""
+    if isinstance(value, Mapping):
+        return {_regex(pattern): _axis(axes) for pattern, axes in value.items()}
     axes = value if isinstance(value, list | tuple) else [value]
     if value is not None and (not axes or not all(type(axis) is int for axis in axes)):
         raise ValueError(f"expected a whole number or a list of them, got {value!r}")
@@ -120,7 +122,9 @@ _TYPES: dict[str, Any] = {
         Discriminator(_tag("<names>", "<scores>")),
     ]
     | None,
-    "axes": Annotated[int | tuple[int, ...] | None, BeforeValidator(_axis)],
+    "axes": Annotated[
+        int | tuple[int, ...] | dict[str, int | tuple[int, ...]] | None, BeforeValidator(_axis)
+    ],
 }
 
 

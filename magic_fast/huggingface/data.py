@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magic_fast.calibration.features.batches import batches_of
+from magic_fast.calibration.features.inputs import Inputs, called_with
 from magic_fast.calibration.samples import Sampling
 from magic_fast.errors import CheckpointError, InputError, missing_package
 from magic_fast.huggingface.models import library
@@ -21,14 +21,32 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
 def batches_by_task(
-    data: Mapping[str, Any], model: nn.Module, folder: str, sampling: Sampling
+    data: Mapping[str, Any],
+    model: nn.Module,
+    folder: str,
+    sampling: Sampling,
+    inputs: Inputs | None = None,
+    warnings: list[str] | None = None,
 ) -> dict[str, list[Any]]:
-    """Task → its batches, of a path or as they are given."""
+    """Task → its batches, of a path, or made by ``inputs`` of those that are given;
+    ``warnings`` takes what is left out of these.
+
+    Raises:
+        InputError: ``inputs`` without batches that it could take; besides as
+            :func:`read_batches` and :func:`called_with`.
+    """
+    paths = {task: value for task, value in data.items() if isinstance(value, str | Path)}
+    if inputs is not None and len(paths) == len(data):
+        raise InputError(
+            "inputs: expected it with batches, got it with files alone, whose samples are made for "
+            "the model already. Leave it out."
+        )
+    given = called_with({t: v for t, v in data.items() if t not in paths}, inputs, model, warnings)
     return {
-        task: read_batches(value, task, model, folder, sampling)
-        if isinstance(value, str | Path)
-        else list(batches_of(data, task))
-        for task, value in data.items()
+        task: read_batches(paths[task], task, model, folder, sampling)
+        if task in paths
+        else list(given[task])
+        for task in data
     }
 
 

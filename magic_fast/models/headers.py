@@ -8,6 +8,7 @@ as the vocabulary.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ _LOOKED_UP = re.compile(  # of words or of others
 )
 _CLASSES = re.compile(
     r"(^|\.)((classifier|score)(\.|$)|(qa_outputs|classification_head\.out_proj)\.)"
+    # the last layer of timm's, torchvision's and others' models: nothing before it, or nested once
+    r"|^(fc|output|proj_out|head_dist|heads?(\.(fc|head|l|\d+))?)\.weight$"
 )
 _TOKENS = re.compile(r"token|cls|query|queries|latent|probe|newline")
 _ROUTER = re.compile(r"(^|\.)(router|(mlp|block_sparse_moe|moe|ffn)\.gate)(\.\w+)?\.weight$")
@@ -139,6 +142,10 @@ class Headers:
                 f"a stack of matrices {list(shape)} of a model that is not known, of which axis 1 "
                 "or axis 2 may count output units"
             )  # fmt: skip
+        if not name.endswith("weight"):
+            token = _TOKENS.search(name if len(shape) == 3 else name.rpartition(".")[2])
+            if math.prod(shape) == max(shape) or (token and len(shape) == 2):  # a vector, or some
+                return Kind.TOKEN if token else Kind.SCALE, (), None
         if not name.endswith("weight") and len(shape) == 3:
             kind = Kind.TOKEN if _TOKENS.search(name) else Kind.PARAMETER
             known = kind is Kind.TOKEN

@@ -30,11 +30,14 @@ def _fields(value: Any) -> Any:
     """Settings as YAML has them."""
     if not isinstance(value, WeightCalibration | FeatureCalibration):
         return value
-    found = {
+    found: dict[str, Any] = {
         k: str(v) if not isinstance(v, bool | int | float | list | type(None)) else v
         for k, v in vars(value).items()
         if not k.startswith("_") and k not in ("sensitive", "clamp")
     }
+    if isinstance(value, WeightCalibration) and isinstance(value.row_axis, Mapping):
+        axes = value.row_axis.items()
+        found["row_axis"] = {p: a if isinstance(a, int) else list(a) for p, a in axes}
     found["clamp"] = None if value.clamp is None else list(value.clamp)
     found["sensitive"] = None if value.sensitive is None else list(value.sensitive)
     return found

@@ -142,6 +142,9 @@ def report_lines(report: MergeReport) -> list[str]:
             f"Calibrated the task features of {len(found)} layers by factors of {min(applied):.3f} "
             f"to {max(applied):.3f}; {len(report.layers) - len(found)} left as merged."
         )
+    if report.left:
+        reasons = "; ".join(f"{share:.1%}: {reason}" for reason, share in report.left.items())
+        lines.append(f"Left {sum(report.left.values()):.1%} of the model's parameters ({reasons}).")
     return [*lines, *(f"Warning: {warning}" for warning in report.warnings)]
 
 

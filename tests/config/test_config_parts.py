@@ -179,6 +179,12 @@ def test_all_fields_are_read() -> None:
     assert values["sensitive"] == ("x.weight",) and values["row_axis"] == (0, 1)
 
 
+def test_axes_by_patterns() -> None:
+    config = calibrate({"row_axis": {r"proj\.": 1, "experts": [0, 2]}})
+    assert config is not None
+    assert config.as_dict()["row_axis"] == {r"proj\.": 1, "experts": (0, 2)}
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -203,6 +209,8 @@ def test_all_fields_are_read() -> None:
         ({"top": 3}, ["calibrate.top"]),
         ({"direction": "up"}, ["calibrate.direction"]),
         ({"row_axis": 0.5}, ["calibrate.row_axis"]),
+        ({"row_axis": {"experts": 0.5}}, ["calibrate.row_axis"]),
+        ({"row_axis": {"experts(": 0}}, ["calibrate.row_axis"]),
     ],
 )
 def test_calibrate_faults(value: Any, words: list[str]) -> None:

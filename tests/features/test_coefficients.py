@@ -290,7 +290,7 @@ def test_dual_is_weights_then_features() -> None:
     base, experts, merged = models()
     rough, _ = mf.calibrate_weights(base, experts, merged)
     middle = copy.deepcopy(merged)
-    middle.load_state_dict(rough)
+    middle.load_state_dict(rough.state_dict())
     want, _ = mf.calibrate_features(base, experts, middle, samples())
     got, report = mf.calibrate_features(base, experts, merged, samples(), space="dual")
     for a, b in zip(got.parameters(), want.parameters(), strict=True):

@@ -87,7 +87,9 @@ TORCH = {
     ),
     "cross_attention": (
         lambda: Attention(kdim=7),
-        lambda g: (torch.randn(4, 5, 6, generator=g), torch.randn(4, 6, 7, generator=g)),
+        lambda g: {
+            "x": torch.randn(4, 5, 6, generator=g), "memory": torch.randn(4, 6, 7, generator=g),
+        },
     ),
     "convolutions": (Convolutions, lambda g: torch.randn(4, 3, 8, 8, generator=g)),
     "encoder": (_encoder, lambda g: torch.randn(4, 5, 8, generator=g)),

@@ -41,8 +41,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "wrong_modality": (
         {"data": _both([{"pixel_values": torch.ones(1, 3, 4, 4)}])},
         "batch 0 of task 'first': expected what the model takes, got its refusal, TypeError: "
-        "Net.forward() got an unexpected keyword argument 'pixel_values'. Is the data of the right "
-        "modality?",
+        "Net.forward() got an unexpected keyword argument 'pixel_values'. It was called with 1 "
+        "named argument, pixel_values=[1, 3, 4, 4]. Is the data of the right modality?",
     ),
     "data_is_a_word": (
         {"data": _both("file.jsonl")},

@@ -64,10 +64,10 @@ def test_a_module_stands_for_what_is_in_it() -> None:
     by_tensor, by_module = (
         mf.calibrate_weights(
             base, experts, merged, calibration=mf.WeightCalibration(sensitive=names)
-        )[0]
+        )[0].state_dict()
         for names in (["layers.3.weight", "layers.3.bias"], ["layers.3"])
     )
-    free, _ = mf.calibrate_weights(base, experts, merged)
+    free = mf.calibrate_weights(base, experts, merged)[0].state_dict()
     assert all(torch.equal(by_tensor[n], by_module[n]) for n in by_tensor)
     assert not torch.equal(free["layers.3.weight"], by_module["layers.3.weight"])
     with pytest.raises(mf.InputError, match=r"^sensitive tensor 'layers.9': expected a tensor of"):

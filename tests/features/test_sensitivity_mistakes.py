@@ -44,8 +44,23 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "wrong_modality": (
         {"data": {"a": [{"pixel_values": torch.ones(1, 6)}]}},
         "batch 0 of task 'a': expected what the model takes, got its refusal, TypeError: "
-        "Chain.forward() got an unexpected keyword argument 'pixel_values'. Is the data of the "
-        "right modality?",
+        "Chain.forward() got an unexpected keyword argument 'pixel_values'. It was called with 1 "
+        "named argument, pixel_values=[1, 6]. Is the data of the right modality?",
+    ),
+    "labelled": (
+        {"data": {"a": [(torch.ones(2, 6), torch.ones(2))]}},
+        "batch 0 of task 'a': expected the model's arguments, got a tuple of 2 tensors ([2, 6], "
+        "[2]), which may be inputs and labels. Say what the model is called with by inputs=, a "
+        "function of the batch (inputs=lambda batch: batch[0]), or make it a mapping of the "
+        "model's argument names.",
+    ),
+    "inputs_with_evaluate": (
+        {"evaluate": lambda m: 1.0, "data": None, "inputs": lambda batch: batch},
+        "inputs: expected it with data, got it with evaluate. Leave it out.",
+    ),
+    "data_in_place_of_evaluate": (
+        {"evaluate": {"a": [torch.ones(2, 6)]}, "data": None},
+        "evaluate: expected a function of the model, got dict. Batches of each task go to data=.",
     ),
     "unknown_tensors": (
         {"tensors": ["head.weight", "heads.weight", "x"]},

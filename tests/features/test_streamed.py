@@ -59,13 +59,40 @@ def test_as_in_memory(family: str, settings: dict[str, Any], tmp_path: Path) -> 
     arguments = save(own, tmp_path)
     want, report = mf.calibrate_features(own.base, own.experts, own.merged, own.data, **settings)
     done = mf.calibrate_checkpoints(**arguments, space="feature", data=own.data, features=settings)
-    assert not done.warnings
+    assert not done.warnings and done.left == pytest.approx(report.left)
     for got, layer in zip(done.layers, report.layers, strict=True):
         assert got["name"] == layer.name and got["note"] == layer.note
         assert got["calls"] == layer.calls and got["positions"] == layer.positions
         # float32 activations of the same model; sums of the same numbers
         assert got["applied"] == pytest.approx(float(layer.applied.mean()), rel=1e-5)
     assert_same(opened(tmp_path / "out", own.base), want, rtol=1e-5, atol=1e-6)
+
+
+def test_named_experts_and_inputs(tmp_path: Path) -> None:
+    """Experts by name in an order of their own, batches as a loader yields them."""
+    own = case("vit")
+    arguments = save(own, tmp_path) | {"space": "feature"}
+    want = mf.calibrate_checkpoints(**arguments, data=own.data)
+    named = dict(zip(TASKS, arguments["experts"], strict=True))
+    experts = {f"{task}-x": named[task] for task in reversed(TASKS)}
+    data = {
+        f"{task}-x": [(b["pixel_values"], torch.zeros(len(b["pixel_values"]))) for b in batches]
+        for task, batches in own.data.items()
+    }
+    given = arguments | {"experts": experts, "out": tmp_path / "other"}
+    done = mf.calibrate_checkpoints(**given, data=data, inputs=lambda b: {"pixel_values": b[0]})
+    for got, layer in zip(done.layers, want.layers, strict=True):
+        assert got["applied"] == pytest.approx(layer["applied"], rel=1e-6)
+    for message, changes in (
+        ("inputs: expected it with data, got it without. Leave it out.", {"space": "weight"}),
+        (
+            "inputs: expected it with batches, got it with files alone, whose samples are made for "
+            "the model already. Leave it out.",
+            {"data": dict.fromkeys(data, "samples.jsonl")},
+        ),
+    ):
+        with pytest.raises(mf.InputError, match=f"^{message}$"):
+            mf.calibrate_checkpoints(**given | changes | {"inputs": list, "out": tmp_path / "no"})
 
 
 @pytest.mark.parametrize("space", ["feature", "dual"])
@@ -90,10 +117,14 @@ def test_output_is_whole(tmp_path: Path) -> None:
     done = mf.calibrate_checkpoints(**arguments, space="feature", data=own.data)
     assert mf.verify_checkpoint(tmp_path / "out").ok
     record = json.loads((tmp_path / "out/magic_fast.json").read_text())
-    assert record["layers"] == done.layers
+    assert record["layers"] == done.layers and record["left"] == done.left
     assert "layers were calibrated (FSC" in (tmp_path / "out/README.md").read_text()
     again = mf.calibrate_checkpoints(**arguments, space="feature", data=own.data, resume=True)
-    assert again.layers == done.layers and "finished already" in again.warnings[-1]
+    assert (
+        again.layers == done.layers
+        and again.left == done.left
+        and "finished already" in again.warnings[-1]
+    )
     with pytest.raises(mf.InputError, match="got a finished one of another: features, the conf"):
         mf.calibrate_checkpoints(
             **arguments, space="feature", data=own.data, resume=True, features={"p": 2}
@@ -174,6 +205,7 @@ def test_weights_used_outside_of_calls(tmp_path: Path, monkeypatch: pytest.Monke
         "the model uses weights outside of its layers' own calls: the merged model is held in "
         "memory whole"
     ]
+    assert done.left == {}
     found = next(x for x in done.layers if x["name"] == "model.layers.0.mlp.up_proj")
     assert not found["note"] and found["positions"] == 4 * 19
     assert_same(opened(tmp_path / "out", own.base), want, rtol=1e-5, atol=1e-6)

@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
         ("fusion-bench", "fusion_bench_data_checks.py"),
         ("diffusers", "diffusers_checks.py"),
         ("diffusers", "lycoris_checks.py"),
+        ("vision", "vision_checks.py"),
     ],
 )
 def test_runs_there(environment: str, checks: str) -> None:

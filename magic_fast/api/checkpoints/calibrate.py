@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ _WITH_DATA = ("feature", "dual")
 
 def calibrate_checkpoints(
     base: str | Path,
-    experts: Sequence[str | Path],
+    experts: Sequence[str | Path] | Mapping[str, str | Path],
     merged: str | Path,
     out: str | Path,
     *,
     space: str = "weight",
     calibration: str | WeightCalibration | Mapping[str, Any] = "wsc",
     data: Mapping[str, Any] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
     features: FeatureCalibration | Mapping[str, Any] | None = None,
     samples: int = Sampling.samples,
     batch_size: int = Sampling.batch_size,
@@ -55,14 +56,17 @@ def calibrate_checkpoints(
     everything else as in :func:`merge_checkpoints`.
 
     Args:
-        base, experts, merged: folders or ``.safetensors`` files of one architecture.
+        base, experts, merged: folders or ``.safetensors`` files of one architecture; experts may be
+            a mapping of task names to them.
         out: where the calibrated model goes, in the dtypes of ``merged``.
         space: ``weight`` (WSC), ``feature`` (FSC), ``dual`` (WSC, then FSC on its result), ``svc``
             (singular values, :func:`svc`) or ``lines`` (depth, :func:`lines`).
         calibration: of WSC: ``"wsc"`` or settings.
         data: for FSC: task → path of samples (a ``.jsonl``, a ``.txt``, a folder of images), or
-            batches as :func:`calibrate_features` takes them. A task is the name of an expert's
-            folder, or tasks and experts go together in order.
+            batches as :func:`calibrate_features` takes them. A task is the name of an expert
+            (of its folder, where ``experts`` is a list), or tasks and experts go together in order.
+        inputs: from a batch that is given to what the model is called with, as of
+            :func:`calibrate_features`; files need none.
         features: settings of FSC; None: the defaults.
         samples, batch_size, max_length: how many samples of a file, together in a batch, and
             tokens of each.
@@ -94,8 +98,12 @@ def calibrate_checkpoints(
             else f"data: expected none for space {space!r}, got some. Choose space 'feature' or "
             "'dual'."
         )
+    if inputs is not None and not data:
+        raise InputError("inputs: expected it with data, got it without. Leave it out.")
     _refuse_numbers(space, alpha=alpha, beta=beta, num_blocks=num_blocks)
-    names = [str(merged), str(base), *(str(e) for e in experts)]
+    tasks = list(experts) if isinstance(experts, Mapping) else None
+    paths = experts.values() if isinstance(experts, Mapping) else experts
+    names = [str(merged), str(base), *(str(e) for e in paths)]
     target = check_out(out, resume)
     options = RunOptions(
         device_of(device), backend, executor, max_shard_size, memory, nonfinite, resume, progress
@@ -121,7 +129,9 @@ def calibrate_checkpoints(
         found = as_features(features)
         assert data is not None
         sampling = Sampling(samples, batch_size, max_length)
-        work = FeatureSpace(models, names, data, found, sampling, options.device, progress)
+        work = FeatureSpace(
+            models, names, data, found, sampling, options.device, progress, inputs, tasks
+        )
         weights = settings if space == "dual" else None
         job = FeatureJob(names, target, weights, found, sampling, data, options)
         return job.run(work, models)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from magic_fast.api.results import FeatureReport
 from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.checkpoint import Checkpoint, OutputFolder, open_checkpoint
@@ -92,13 +93,13 @@ class FeatureJob:
         whole: str,
         first: MergeReport | None,
     ) -> MergeReport:
-        steps, layers = work.steps(models, whole)
+        steps, found = work.steps(models, whole)
         plan = plan_calibration(
             steps, work.models, self._names, self._out, self._options, self._settings,
             text=self._text, warnings=work.warnings,
         )  # fmt: skip
         check_disk(plan)
-        finish = partial(_finish, layers, first)
+        finish = partial(_finish, found, first)
         report = run_and_close(plan, self._options, finish)
         report.bytes_read += work.bytes_read
         if first is not None:
@@ -108,7 +109,7 @@ class FeatureJob:
 
 
 def _finish(
-    layers: list[dict[str, Any]],
+    found: FeatureReport,
     first: MergeReport | None,
     plan: MergePlan,
     report: MergeReport,
@@ -116,7 +117,8 @@ def _finish(
     written: Written,
 ) -> None:
     """One report of both spaces."""
-    report.layers = layers
+    report.layers = [layer.as_dict() for layer in found.layers]
+    report.left = found.left
     if first is not None:
         report.tensors = first.tensors
     write_small_files(plan, report, output, written)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from magic_fast.api.checkpoints.streamed_model import new_buffer, run_streamed
-from magic_fast.api.tensors.calibrate_features import calibrate_features, layers_of
+from magic_fast.api.results import FeatureReport
+from magic_fast.api.tensors.calibrate_features import calibrate_features, take_features
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.batches import experts_by_task
+from magic_fast.calibration.features.inputs import Inputs, as_made
 from magic_fast.calibration.features.run import FeatureRun
 from magic_fast.calibration.features.streamed import StreamedWeights, Take
 from magic_fast.calibration.samples import Sampling
@@ -28,8 +30,6 @@ from magic_fast.huggingface.data import batches_by_task
 from magic_fast.planning.steps import input_of
 from magic_fast.recipe import Recipe
 
-Layers = list[dict[str, Any]]
-
 
 class FeatureSpace:
     """What FSC of checkpoints needs, checked before anything runs.
@@ -42,6 +42,8 @@ class FeatureSpace:
         sampling: how much of files is used.
         device: where the model runs.
         progress: called after each layer.
+        inputs: from a batch that is given to what the model is called with.
+        tasks: names of the experts; None: those of their folders, where tasks have them.
 
     Attributes:
         models: the checkpoints that the steps read, by reference.
@@ -56,13 +58,15 @@ class FeatureSpace:
         sampling: Sampling,
         device: str,
         progress: Callable[[Progress], None] | None = None,
+        inputs: Inputs | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> None:
         self.models, self._names = dict(models), list(names)
         self._settings, self._device, self._progress = settings, device, progress
         merged = self._merged
         self._model = hf_models.build_structure(merged)
         self._stored, self._missing = hf_models.stored_names(self._model, merged)
-        self._experts = experts_of(names[2:], list(data))
+        self._experts = experts_of(names[2:], list(data), tasks)
         for stored in sorted(set(self._stored.values())):
             common_shape(stored, [input_of(self.models, m, stored) for m in self._names])
         known = [
@@ -74,8 +78,8 @@ class FeatureSpace:
             settings = self._settings = replace(settings, sensitive=chosen)
         settings.check_names(known)
         folder = merged.folder or merged.path
-        self.data = batches_by_task(data, self._model, folder, sampling)
         self.warnings: list[str] = []
+        self.data = batches_by_task(data, self._model, folder, sampling, inputs, self.warnings)
         self.bytes_read = 0
 
     @property
@@ -110,9 +114,18 @@ class FeatureSpace:
         """Another checkpoint of the same names in place of the merged one (DSC's middle)."""
         self.models[self._names[0]] = checkpoint
 
-    def steps(self, like: Mapping[str, Checkpoint], scratch: str) -> tuple[list[Step], Layers]:
+    def steps(
+        self, like: Mapping[str, Checkpoint], scratch: str
+    ) -> tuple[list[Step], FeatureReport]:
         """What makes the calibrated checkpoint, in the names and dtypes of the merged one in
         ``like``; and what was found of each layer."""
+        steps, report = self._found(like, scratch)
+        self.warnings[:0] = report.warnings
+        return steps, report
+
+    def _found(
+        self, like: Mapping[str, Checkpoint], scratch: str
+    ) -> tuple[list[Step], FeatureReport]:
         if self._missing:
             self.warnings.append(
                 f"transformers has other names for {len(self._missing)} parameters "
@@ -125,7 +138,9 @@ class FeatureSpace:
             factors[self._stored[name]] = found
         dtypes = {n: like[self._names[0]].resolve(n).dtype for n in like[self._names[0]]}
         steps = [self._step(name, dtype, factors.get(name)) for name, dtype in dtypes.items()]
-        return steps, [layer.as_dict() for layer in layers_of(run)]
+        report = FeatureReport()
+        take_features(run, report)
+        return steps, report
 
     def _step(self, name: str, dtype: str, found: tuple[Tensor, int | None] | None) -> Step:
         merged, base = self._names[:2]
@@ -178,13 +193,17 @@ class FeatureSpace:
         self.models[reference].read_into(source.info.name, data, start, count)
         return tensor_of(source, data)
 
-    def _whole(self, like: Mapping[str, Checkpoint], scratch: str) -> tuple[list[Step], Layers]:
+    def _whole(
+        self, like: Mapping[str, Checkpoint], scratch: str
+    ) -> tuple[list[Step], FeatureReport]:
         """By modules that transformers loads; what it saves is what is copied."""
         models = [hf_models.load_whole(self.models[name]) for name in self._names]
         merged, base, *experts = models
         own = {f: getattr(self._settings, f) for f in self._settings.__dataclass_fields__}
         by_task = {task: experts[k] for task, k in self._experts.items()}
-        calibrated, report = calibrate_features(base, by_task, merged, self.data, **own)
+        calibrated, report = calibrate_features(
+            base, by_task, merged, self.data, inputs=as_made, out=merged, **own
+        )
         calibrated.save_pretrained(scratch)
         saved = self.models[scratch] = open_checkpoint(scratch)
         wanted = like[self._names[0]]
@@ -194,12 +213,17 @@ class FeatureSpace:
             steps.append(
                 Step(name, source.shape, wanted.resolve(name).dtype, None, (source,), copy=True)
             )
-        return steps, [layer.as_dict() for layer in report.layers]
+        return steps, report
 
 
-def experts_of(references: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
-    """Task → expert: by the name of the expert's folder, or in order where no task is one."""
+def experts_of(
+    references: Sequence[str], tasks: Sequence[str], given: Sequence[str] | None = None
+) -> dict[str, int]:
+    """Task → expert: by the expert's name in ``given``, or that of its folder, or in order where
+    no task is one."""
     names = [Path(r).name for r in references]
+    if given is not None:
+        return dict(zip(tasks, experts_by_task(len(given), given, tasks), strict=True))
     if len(set(names)) == len(names) and set(tasks) & set(names):
         return dict(zip(tasks, experts_by_task(len(names), names, tasks), strict=True))
     return dict(zip(tasks, experts_by_task(len(names), None, tasks), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from magic_fast.api.tensors.feature_weights import wide_like
 from magic_fast.api.tensors.merge import merge
 from magic_fast.api.tensors.sensitive_layers import probe_module, sensitive_layers
 from magic_fast.calibration import SensitivityReport, TensorFilter
+from magic_fast.calibration.features.inputs import as_made
 from magic_fast.calibration.samples import Sampling
 from magic_fast.calibration.sensitivity.lists import TOP
 from magic_fast.calibration.sensitivity.measure import Probe, Progress
@@ -30,9 +31,10 @@ from magic_fast.reference.sensitivity import enlarged
 
 def sensitive_layers_of_checkpoints(
     base: str | Path,
-    experts: Sequence[str | Path] | None,
+    experts: Sequence[str | Path] | Mapping[str, str | Path] | None,
     data: Mapping[str, Any],
     *,
+    inputs: Callable[[Any], Any] | None = None,
     merged: str | Path | None = None,
     by: str = "tensor",
     perturbation: float = 1.1,
@@ -55,8 +57,11 @@ def sensitive_layers_of_checkpoints(
 
     Args:
         base: folder that the experts started from.
-        experts: folders, whose average is looked at; None where ``merged`` is given.
+        experts: folders, or a mapping of names to them, whose average is looked at; None where
+            ``merged`` is given.
         data: task → path of samples (a ``.jsonl``, a ``.txt``, a folder of images), or batches.
+        inputs: from a batch that is given to what the model is called with, as of
+            :func:`calibrate_features`; files need none.
         merged: folder of a model that was merged already, to look at instead.
         samples, batch_size, max_length: of files, as in :func:`calibrate_checkpoints`.
         device: where the model runs.
@@ -78,14 +83,18 @@ def sensitive_layers_of_checkpoints(
             "taken as it is."
         )
     device = device_of(device)
-    others = [merged] if merged is not None else list(experts or ())
+    paths = experts.values() if isinstance(experts, Mapping) else experts or ()
+    others = [merged] if merged is not None else list(paths)
     names = [str(m) for m in (base, *others)]
     models = open_named(names)
     with closing(models):
         work = _Checkpoints(models, names, average=merged is None)
         sampling = Sampling(samples, batch_size, max_length)
-        batches = batches_by_task(data, work.model, work.folder, sampling)
-        return work.run(probe, batches, device, progress)
+        said: list[str] = []
+        batches = batches_by_task(data, work.model, work.folder, sampling, inputs, said)
+        report = work.run(probe, batches, device, progress)
+        report.warnings += said
+        return report
 
 
 class _Checkpoints:
@@ -142,7 +151,7 @@ class _Checkpoints:
         base, *others = (hf_models.load_whole(self._models[n]).to(device) for n in self._names)
         own = {f: getattr(probe, f) for f in probe.__dataclass_fields__}
         report = sensitive_layers(
-            base, others if self._average else None, data=data,
+            base, others if self._average else None, data=data, inputs=as_made,
             merged=None if self._average else others[0], progress=progress, **own,
         )  # fmt: skip
         report.warnings.insert(

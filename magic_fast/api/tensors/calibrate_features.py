@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from magic_fast.api.results import CalibrationReport, LayerCalibration
+from magic_fast.api.results import FeatureReport, LayerCalibration
 from magic_fast.api.tensors.feature_weights import InMemory
 from magic_fast.calibration import WeightCalibration
 from magic_fast.calibration.feature import Deploy, FeatureCalibration
 from magic_fast.calibration.features.batches import experts_by_task
+from magic_fast.calibration.features.inputs import called_with
+from magic_fast.calibration.features.left import warnings_of
 from magic_fast.calibration.features.magic import calibrate_like_magic
 from magic_fast.calibration.features.run import FeatureRun
 from magic_fast.calibration.values import word
@@ -25,7 +27,9 @@ def calibrate_features(
     merged: Any,
     data: Mapping[str, Any],
     *,
+    inputs: Callable[[Any], Any] | None = None,
     model: nn.Module | None = None,
+    out: nn.Module | None = None,
     space: str = "feature",
     reduction: str = FeatureCalibration.reduction.value,
     deploy: str = "fold",
@@ -39,7 +43,7 @@ def calibrate_features(
     sensitive: Sequence[str] | None = None,
     weight_calibration: str | WeightCalibration | Mapping[str, Any] = "wsc",
     preset: str = "default",
-) -> tuple[Any, CalibrationReport]:
+) -> tuple[Any, FeatureReport]:
     """The merged model with the magnitudes of its task features restored, layer by layer: FSC of
     MAGIC, arXiv 2512.19320 (docs/calibration.md).
 
@@ -53,12 +57,21 @@ def calibrate_features(
     Args:
         base: module or state dict.
         experts: K of them, or a mapping of task names to them.
-        merged: the module to calibrate, or its state dict with ``model``. Nothing is written to it.
+        merged: the module to calibrate, or its state dict with ``model``. Nothing is written to it,
+            unless it is ``out``.
         data: task → batches: an iterable of them, or a callable that gives one. The model is called
-            with ``**batch`` for a mapping, ``*batch`` for a tuple or list, else with ``batch``.
-            Tasks belong to ``experts`` by name where that is a mapping, else in order. Iterators
-            are read once; ``sequential`` holds all batches.
+            with ``**batch`` for a mapping, with ``batch`` for one tensor or value. Of a tuple or
+            list it gets the arguments that its ``forward`` requires; more, which may be labels,
+            never fill optional ones but are left with a warning, and what its ``forward`` cannot
+            take is refused: ``inputs`` says what is meant. Tasks belong to
+            ``experts`` by name where that is a mapping, else in order. Iterators are read once;
+            ``sequential`` holds all batches.
+        inputs: a function from a batch, as a loader yields it, to what the model is called with:
+            a mapping, a tuple, or one value. ``inputs=lambda batch: batch[0]`` leaves labels out.
         model: a module of the architecture, where ``merged`` is a state dict.
+        out: the module that is run and takes the result: ``merged`` itself, of which no copy is
+            made then, or another one of its names, shapes and dtypes, whose memory no input has.
+            After an error it may be half written. Default: a copy of ``merged``.
         space: ``feature`` (FSC), or ``dual`` (DSC): WSC first, then FSC on its result.
         reduction: ``ratio_of_sums``, or ``mean`` or ``median`` of the ratios of single positions.
         deploy: ``fold`` into the weights; ``hooks`` keeps the base's beside them: the same outputs
@@ -80,8 +93,10 @@ def calibrate_features(
             attentions): with ``deploy="hooks"`` only.
 
     Returns:
-        (calibrated, report): a new module, in the mode and dtypes of ``merged`` (a state dict where
-        that was one). The report's ``layers`` have ξ, by task too, and why a layer has none.
+        (calibrated, report): ``out``, or a new module, in the mode and dtypes of ``merged`` (a
+        state dict where that was one). The report's ``layers`` have ξ, by task too, and why a layer
+        has none; ``left`` has the share of the model's parameters that are not calibrated, by
+        reason (none under preset ``magic``); above 10 % ``warnings`` and the log say so.
 
     Raises:
         InputError: names or shapes differ, a task has no data or no expert, a batch is empty or not
@@ -110,12 +125,18 @@ def calibrate_features(
         min_denominator,
         sensitive,  # type: ignore[arg-type]
     )
-    weights = InMemory(base, experts, merged, model)
-    report = CalibrationReport()
+    if how is Deploy.HOOKS and sequential and out is not None and out is merged:
+        raise InputError(
+            "out: expected another module than merged with deploy 'hooks' and sequential, which "
+            "need its values as they were, got merged. Leave it out."
+        )
+    weights = InMemory(base, experts, merged, model, out)
+    report = FeatureReport()
     if space == "dual":
-        report = weights.calibrate_weights(weight_calibration, settings.sensitive)
+        report.tensors = weights.calibrate_weights(weight_calibration, settings.sensitive).tensors
     weights.check(settings, exact=preset == "default")
     with weights.working() as work:
+        batches = called_with(data, inputs, work, report.warnings)
         if preset == "magic":
             if how is not Deploy.HOOKS:
                 raise InputError(
@@ -123,7 +144,7 @@ def calibrate_features(
                     "Its ratios per position cannot be folded into weights."
                 )
             layers = calibrate_like_magic(
-                work, weights.start, weights.experts, data, p=settings.p,
+                work, weights.start, weights.experts, batches, p=settings.p,
                 sensitive=settings.sensitive,
             )  # fmt: skip
             report.layers = [
@@ -132,14 +153,14 @@ def calibrate_features(
         else:
             tasks = experts_by_task(len(weights.experts), weights.names, list(data))
             run = FeatureRun(work, weights, dict(zip(data, tasks, strict=True)), settings)
-            run.run(data)
-            report.layers = layers_of(run)
+            run.run(batches)
+            take_features(run, report)
             weights.deploy(run, how)
     return weights.result(how), report
 
 
-def layers_of(run: FeatureRun) -> list[LayerCalibration]:
-    """What was found of every layer, and the parameters that are in none."""
+def take_features(run: FeatureRun, report: FeatureReport) -> None:
+    """What was found of every layer, the parameters that are in none, and how much is left."""
     found = [
         LayerCalibration(
             g.name,
@@ -154,6 +175,8 @@ def layers_of(run: FeatureRun) -> list[LayerCalibration]:
         for g in run.groups
     ]
     one = torch.ones((), dtype=torch.float64)
-    return found + [
+    report.layers = found + [
         LayerCalibration(name, [name], None, one, note=why) for name, why in run.left.items()
     ]
+    report.left = run.shares_left()
+    report.warnings[:0] = warnings_of(report.left)

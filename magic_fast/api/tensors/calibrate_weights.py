@@ -20,6 +20,8 @@ from magic_fast.api.tensors.models import (
     state_dict_of,
 )
 from magic_fast.calibration import WeightCalibration, as_calibration
+from magic_fast.calibration.tensors import say_left
+from magic_fast.calibration.weight import RowAxis
 from magic_fast.errors import InputError
 from magic_fast.models.memory import roles_in_memory
 from magic_fast.ops.job import Job, count_repaired
@@ -33,7 +35,7 @@ def calibrate_weights(
     *,
     calibration: str | WeightCalibration | Mapping[str, Any] = "wsc",
     weights: list[float] | None = None,
-    row_axis: int | tuple[int, ...] | None = None,
+    row_axis: RowAxis | None = None,
     backend: str | None = None,
     out: Any = None,
     nonfinite: str = MergeOptions.nonfinite,
@@ -49,7 +51,8 @@ def calibrate_weights(
         merged: the model to calibrate, of the same names and shapes.
         calibration: ``"wsc"`` or settings.
         weights: K numbers; experts of weight 0 do not count. Default: all count.
-        row_axis: axis of the output units (default 0).
+        row_axis: axis of the output units, or a mapping of patterns of names to axes, as of
+            :class:`WeightCalibration`; default: its own.
         out: takes the result; default: new, dtype of ``merged``.
         model_type: transformers' name of the architecture, which tells the axis of the output units
             (GPT-2 has its weights [in, out]). Default: that of the module ``merged``.
@@ -67,12 +70,14 @@ def calibrate_weights(
     settings = as_calibration(calibration)
     if settings is None:
         raise InputError("calibration: expected 'wsc' or a WeightCalibration, got None.")
+    settings = settings.with_axes(row_axis)
     models = models_of(experts, "experts")
     table = Named([("merged", state_dict_of(merged, "merged")), *labelled(base, models)])
     if not table.bare:
         settings.check_names(table.names)
     recipe = Recipe(weights=(1.0,) * len(models) if weights is None else tuple(weights))
     roles = roles_in_memory(merged, table.first, model_type)
+    say_left(settings.tensors, roles)
     report = CalibrationReport()
     results: dict[str, Tensor] = {}
     for tensor_name in table.names:
@@ -83,9 +88,7 @@ def calibrate_weights(
         shape = tuple(row[0].shape)
         resolved = None
         if copied is None:
-            resolved = settings.resolve(
-                label, shape, recipe.weights, role=roles.get(tensor_name), row_axis=row_axis
-            )
+            resolved = settings.resolve(label, shape, recipe.weights, role=roles.get(tensor_name))
         if resolved is None:
             results[tensor_name] = row[0].clone() if target is None else target.copy_(row[0])
             report.tensors.append(TensorCalibration(label, shape, False))

@@ -34,12 +34,20 @@ class InMemory:
         experts: a list or a mapping of them; may be none where ``merged`` is given.
         merged: module or state dict; None: the average of the experts, in float32.
         model: what runs, where ``merged`` is no module.
+        out: what runs and takes the result: ``merged`` itself, or another module; None: a copy.
     """
 
     streamed = False
     resident = True
 
-    def __init__(self, base: Any, experts: Any, merged: Any, model: nn.Module | None) -> None:
+    def __init__(
+        self,
+        base: Any,
+        experts: Any,
+        merged: Any,
+        model: nn.Module | None,
+        out: nn.Module | None = None,
+    ) -> None:
         self.names: list[str] | None = None
         if isinstance(experts, Mapping):
             if any(isinstance(v, Tensor) for v in experts.values()):
@@ -51,7 +59,11 @@ class InMemory:
             raise InputError(
                 f"experts: expected a list of modules or state dicts, got {type(experts).__name__}."
             )
-        structure = merged if isinstance(merged, nn.Module) else model
+        if out is not None and not isinstance(out, nn.Module):
+            raise InputError(
+                f"out: expected a module that takes the result, got {type(out).__name__}."
+            )
+        structure = next((m for m in (merged, model, out) if isinstance(m, nn.Module)), None)
         if not isinstance(structure, nn.Module):
             raise InputError(
                 "merged: expected a module, whose layers can be run, got "
@@ -62,13 +74,15 @@ class InMemory:
         self.start = _state(base, "base")
         self.experts = [_state(e, f"experts[{k}]") for k, e in enumerate(experts)]
         if merged is None:
-            out = wide_like(self.start)
-            self.end: State = merge(self.start, self.experts, "average", out=out)
+            room = wide_like(self.start)
+            self.end: State = merge(self.start, self.experts, "average", out=room)
         else:
             self.end = _state(merged, "merged")
         rows = labelled(self.start, self.experts)
-        if self._as_state:
+        if self._as_state and structure is not out:
             rows.append(("model", _state(structure, "model")))
+        if out is not None and out is not merged:
+            rows.append(("out", _state(out, "out")))
         self._table = Named([("merged", self.end), *rows])
         for name in self._table.names:
             own = self.end[name]
@@ -78,8 +92,12 @@ class InMemory:
                         f"shape of '{name}' in {what}: expected {tuple(own.shape)} as in merged, "
                         f"got {tuple(other.shape)}. All models must have the same architecture."
                     )
-        self._work: nn.Module | None = None
+        self._out, self._work = out, out
         self._rough: State | None = None
+        self._in_place = out is not None and out is merged
+        self._written: set[tuple[int, str]] = set()
+        if out is not None:
+            _check_room(out, merged, rows, self.end)
 
     def check(self, settings: FeatureCalibration, *, exact: bool) -> None:
         if exact:  # the authors' rule is a substring
@@ -104,13 +122,17 @@ class InMemory:
             model_type=getattr(config, "model_type", None),
         )  # fmt: skip
         self._rough, self.end = self.end, calibrated
+        self._in_place = False
         return report
 
     @contextmanager
     def working(self, *, wide: bool = False) -> Iterator[nn.Module]:
-        """A copy of the merged model, in evaluation mode while it is worked on; ``wide``: in
-        float32."""
-        work = self._work = copied(self._structure).requires_grad_(False)
+        """The merged model, in ``out`` or a copy, in evaluation mode while it is worked on;
+        ``wide``: in float32."""
+        work = copied(self._structure) if self._out is None else self._out
+        self._work = work
+        trainable = {n: p.requires_grad for n, p in work.named_parameters()}
+        work.requires_grad_(False)
         config = getattr(work, "config", None)
         cached = getattr(config, "use_cache", None)
         if cached:
@@ -118,7 +140,7 @@ class InMemory:
         training = {name: m.training for name, m in work.named_modules()}
         if wide:
             _widen(work, self.end)
-        elif self._as_state or self._rough is not None:
+        elif not self._has_end(work):
             work.load_state_dict(self.end)
         work.eval()
         try:
@@ -126,8 +148,15 @@ class InMemory:
         finally:
             for name, module in work.named_modules():
                 module.training = training.get(name, module.training)
+            for name, parameter in work.named_parameters():
+                parameter.requires_grad_(trainable[name])
             if cached:
                 config.use_cache = cached  # type: ignore[union-attr]
+
+    def _has_end(self, work: nn.Module) -> bool:
+        """Whether the module has the merged values already: it is, or was copied from, merged."""
+        same = self._out is None or work is self._structure
+        return same and not self._as_state and self._rough is None
 
     def deploy(self, run: FeatureRun, how: Deploy) -> None:
         groups = {id(site): g for g in run.groups for site in g.sites}
@@ -143,10 +172,7 @@ class InMemory:
 
     def result(self, how: Deploy) -> Any:
         assert self._work is not None
-        trainable = {n: x.requires_grad for n, x in self._structure.named_parameters()}
-        for name, parameter in self._work.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        if self._as_state and how is Deploy.FOLD:
+        if self._as_state and self._out is None and how is Deploy.FOLD:
             return {n: t.detach() for n, t in self._work.state_dict().items()}
         return self._work
 
@@ -174,7 +200,38 @@ class InMemory:
         pass
 
     def put(self, station: Station, part: Part, value: Tensor) -> None:
-        part.cut(station.module.get_parameter(part.local).detach()).copy_(value)
+        parameter = station.module.get_parameter(part.local)
+        if self._in_place:  # what is read as merged is what is written: once
+            key = (id(parameter), str(part.rows))
+            if key in self._written:
+                return
+            self._written.add(key)
+        part.cut(parameter.detach()).copy_(value)
+
+
+def _check_room(out: nn.Module, merged: Any, inputs: Sequence[tuple[str, Any]], end: State) -> None:
+    """Refuses a module that the result does not fit into, or whose memory is still to be read."""
+    places: dict[str, Tensor] = dict(out.named_parameters(remove_duplicate=False))
+    if out is not merged:
+        places |= dict(out.named_buffers())
+    for name, place in places.items():
+        if name in end and place.dtype != end[name].dtype:
+            raise InputError(
+                f"dtype of '{name}' in out: expected {end[name].dtype} as in merged, got "
+                f"{place.dtype}. Convert the module first."
+            )
+    own = {p.untyped_storage().data_ptr(): name for name, p in places.items() if p.numel()}
+    others = [(what, state) for what, state in inputs if what not in ("out", "model")]
+    if out is not merged:
+        others.append(("merged", end))
+    for what, state in others:
+        for name, tensor in state.items():
+            taken = own.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+            if taken is not None:
+                raise InputError(
+                    f"tensor '{taken}' of out: expected memory of its own, got that of '{name}' "
+                    f"in {what}, which is still to be read. Pass another module."
+                )
 
 
 def _widen(work: nn.Module, state: State) -> None:

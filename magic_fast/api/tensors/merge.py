@@ -33,6 +33,7 @@ from magic_fast.api.tensors.resolve import (
     resolve_models,
     roles_of,
 )
+from magic_fast.calibration.weight import RowAxis
 from magic_fast.errors import InputError
 from magic_fast.models import TensorChoice
 from magic_fast.ops.job import Job
@@ -50,7 +51,7 @@ def merge(
     backend: str | None = None,
     out: Any = None,
     nonfinite: str = MergeOptions.nonfinite,
-    row_axis: int | tuple[int, ...] | None = None,
+    row_axis: RowAxis | None = None,
     masks: Masks | None = None,
     name: str = "",
     seed: int | None = None,
@@ -79,7 +80,8 @@ def merge(
         out: tensor or state dict that takes the result; it overlaps no input. Default: new, dtype
             of the base. :func:`merge_into` writes into modules.
         nonfinite: ``"error"`` or ``"propagate"``.
-        row_axis: axis of the output units for calibration (default 0).
+        row_axis: axis of the output units for calibration, or a mapping of patterns of names to
+            axes, as of :class:`WeightCalibration`; default: by the model's layout.
         masks: K keep masks (or None) that replace the draw of a random trim; K task masks of
             ``consensus_ta`` instead of those it would compute.
         name: tensor name of a bare tensor (keys the random masks and the messages).
@@ -130,7 +132,7 @@ def merge_task_vectors(
     backend: str | None = None,
     out: Any = None,
     nonfinite: str = MergeOptions.nonfinite,
-    row_axis: int | tuple[int, ...] | None = None,
+    row_axis: RowAxis | None = None,
     masks: Masks | None = None,
     name: str = "",
     seed: int | None = None,

@@ -32,6 +32,7 @@ from magic_fast.api.tensors.resolve import (
     roles_of,
     run,
 )
+from magic_fast.calibration.weight import RowAxis
 from magic_fast.errors import InputError
 from magic_fast.models import TensorChoice
 from magic_fast.ops.checks import check, extent_of
@@ -55,7 +56,7 @@ def merge_into(
     preset: str | None = None,
     backend: str | None = None,
     nonfinite: str = MergeOptions.nonfinite,
-    row_axis: int | tuple[int, ...] | None = None,
+    row_axis: RowAxis | None = None,
     seed: int | None = None,
     compat: str | None = None,
     include: Words = (),

@@ -17,6 +17,7 @@ from magic_fast.api.options import MergeOptions, Weights
 from magic_fast.api.results import MergeResult
 from magic_fast.api.tensors.models import Named, Tensors
 from magic_fast.calibration import WeightCalibration, as_calibration
+from magic_fast.calibration.tensors import say_left
 from magic_fast.errors import InputError
 from magic_fast.methods.arguments import resolve_arguments
 from magic_fast.methods.presets import build_recipe
@@ -119,6 +120,8 @@ def resolve(
     preset, seed, masks = options.preset or DEFAULT_PRESET, options.seed, options.masks
     arguments = resolve_arguments(method, given, num_experts, preset)
     calibration = as_calibration(options.calibrate)
+    if calibration is not None:
+        calibration = calibration.with_axes(options.row_axis)
     recipe = None
     if find_method(method).recipe is not None:
         arguments["seed"] = seed or 0
@@ -143,7 +146,11 @@ def resolve(
 
 def roles_of(call: Call, table: Named) -> Mapping[str, Role]:
     """What the tensors are, where that is asked: by a calibration."""
-    return {} if call.calibration is None else roles_in_memory(call.like, table.first)
+    if call.calibration is None:
+        return {}
+    roles = roles_in_memory(call.like, table.first)
+    say_left(call.calibration.tensors, roles)
+    return roles
 
 
 def left_out(call: Call, first: Tensors) -> dict[str, Tensor]:
@@ -182,9 +189,7 @@ def job_of(
         weights = call.recipe.weights
     calibration = None
     if call.calibration is not None:
-        calibration = call.calibration.resolve(
-            name, tuple(experts[0].shape), weights, role=role, row_axis=call.options.row_axis
-        )
+        calibration = call.calibration.resolve(name, tuple(experts[0].shape), weights, role=role)
     recipe = call.recipe or Recipe(weights=weights)
     mean = None
     if base is not None and kind_of(name, experts[0]) is Kind.STATISTICS:

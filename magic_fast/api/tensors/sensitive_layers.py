@@ -11,6 +11,7 @@ from magic_fast.api.tensors.feature_weights import InMemory, wide_like
 from magic_fast.api.tensors.merge import merge
 from magic_fast.api.tensors.models import Named, models_of, state_dict_of
 from magic_fast.calibration import SensitivityReport, TensorFilter
+from magic_fast.calibration.features.inputs import called_with
 from magic_fast.calibration.sensitivity.divergence import Divergences
 from magic_fast.calibration.sensitivity.lists import TOP
 from magic_fast.calibration.sensitivity.measure import (
@@ -32,6 +33,7 @@ def sensitive_layers(
     evaluate: Callable[[Any], Any] | None = None,
     *,
     data: Mapping[str, Any] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
     merged: Any = None,
     model: nn.Module | None = None,
     by: str = "tensor",
@@ -67,6 +69,7 @@ def sensitive_layers(
             in evaluation mode, on its device; a state dict where no module was given. It returns a
             number, or one for each sample (list or 1-D tensor), the same samples each time.
         data: task → batches, as :func:`calibrate_features` takes them.
+        inputs: from a batch to what the model is called with, as of :func:`calibrate_features`.
         merged: module or state dict; None: the average of the experts.
         model: a module of the architecture, where all others are state dicts.
         by: enlarge one ``tensor`` at a time, or those that a ``module`` itself holds.
@@ -95,6 +98,11 @@ def sensitive_layers(
     (('weight',), {'weight': -3.2, 'bias': -3.1})
     """
     probe = Probe(by, perturbation, top, tensors, together, resamples, confidence, seed)
+    if evaluate is not None and not callable(evaluate):
+        raise InputError(
+            "evaluate: expected a function of the model, got "
+            f"{type(evaluate).__name__}. Batches of each task go to data=."
+        )
     if (evaluate is None) == (data is None):
         raise InputError(
             "evaluate, data: expected one of them, got "
@@ -106,8 +114,9 @@ def sensitive_layers(
             "data: expected batches of at least one task, as {task: batches}, got "
             f"{'none' if isinstance(data, Mapping) else type(data).__name__}."
         )
-    if evaluate is not None and output is not None:
-        raise InputError("output: expected it with data, got it with evaluate. Leave it out.")
+    for word, value in (("inputs", inputs), ("output", output)):
+        if evaluate is not None and value is not None:
+            raise InputError(f"{word}: expected it with data, got it with evaluate. Leave it out.")
     structure = next((m for m in (model, merged, base) if isinstance(m, nn.Module)), None)
     if structure is None:
         if evaluate is None:
@@ -122,7 +131,11 @@ def sensitive_layers(
         def change(name: str) -> Tensor:
             return enlarged(weights.base(name), weights.merged(name), perturbation)
 
-        return probe_module(work, change, probe, evaluate, data, output, progress)
+        said: list[str] = []
+        batches = None if data is None else called_with(data, inputs, work, said)
+        report = probe_module(work, change, probe, evaluate, batches, output, progress)
+        report.warnings += said
+        return report
 
 
 def probe_module(

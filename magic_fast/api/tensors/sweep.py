@@ -14,6 +14,7 @@ from magic_fast import ops
 from magic_fast.api.options import Calibrate, MergeOptions
 from magic_fast.api.tensors.models import Named, labelled, models_of, state_dict_of
 from magic_fast.api.tensors.resolve import Call, execute, job_of, numbers_of, resolve
+from magic_fast.calibration.weight import RowAxis
 from magic_fast.engine.execute.scales import LEAST, merge_scales, shares, unscaled, worth_sharing
 from magic_fast.errors import InputError
 from magic_fast.methods.registry import find_method
@@ -35,7 +36,7 @@ def sweep(
     preset: str | None = None,
     backend: str | None = None,
     nonfinite: str = MergeOptions.nonfinite,
-    row_axis: int | tuple[int, ...] | None = None,
+    row_axis: RowAxis | None = None,
     seed: int | None = None,
     compat: str | None = None,
     name: str = "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,12 @@ def batches_of(data: Mapping[str, Any], task: str) -> Iterator[Any]:
         value = value()
     if isinstance(value, Tensor | Mapping):
         value = [value]
+    if type(value) is tuple and len(value) > 1 and all(isinstance(v, Tensor) for v in value):
+        raise InputError(
+            f"data of task {task!r}: expected an iterable of batches, got {shapes_of(value)}, "
+            "which may be one batch of inputs and labels, or several batches. Pass a list of "
+            "batches."
+        )
     if not isinstance(value, Iterable) or isinstance(value, str):
         raise InputError(
             f"data of task {task!r}: expected an iterable of batches or a callable that gives one, "
@@ -91,7 +97,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def run_batch(model: nn.Module, batch: Any, task: str, number: int) -> Any:
     """``model(**batch)``, ``model(*batch)`` or ``model(batch)`` for a mapping, a tuple, else."""
     args, kwargs = arguments_of(batch)
-    with refusals(task, number):
+    with refusals(task, number, f"It was called with {_called(batch)}. "):
         return model(*args, **kwargs)
 
 
@@ -103,8 +109,9 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def refusals(task: str, number: int) -> Iterator[None]:
-    """What a model's code raises at a batch that it cannot take, as an error of the input."""
+def refusals(task: str, number: int, called: str = "") -> Iterator[None]:
+    """What a model's code raises at a batch that it cannot take, as an error of the input;
+    ``called``: how it was called."""
     try:
         yield
     except MagicFastError:
@@ -112,5 +119,56 @@ def refusals(task: str, number: int) -> Iterator[None]:
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise InputError(
             f"batch {number} of task {task!r}: expected what the model takes, got its refusal, "
-            f"{type(error).__name__}: {error}. Is the data of the right modality?"
+            f"{_words(error)}. {called}Is the data of the right modality?"
         ) from error
+
+
+@contextmanager
+def faults(layer: str, task: str, number: int, own: Callable[[], object]) -> Iterator[None]:
+    """What is raised while a layer is looked at by itself. Where ``own``, its own call, raises
+    nothing, the data is not to blame."""
+    try:
+        yield
+    except MagicFastError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        with refusals(task, number):
+            own()
+        raise InputError(
+            f"layer {layer!r} at batch {number} of task {task!r}: expected one that can be run "
+            f"with the weights of base and experts, got {_words(error)}. The layer itself takes "
+            "the batch, so the data is not to blame: please report it."
+        ) from error
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).rstrip('.')}"
+
+
+def _called(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        fields = ", ".join(f"{k}={shapes_of(v)}" for k, v in batch.items())
+        return f"{len(batch)} named argument{'s' * (len(batch) != 1)}, {fields}"
+    if isinstance(batch, tuple | list):
+        one = len(batch) == 1
+        return (
+            f"{len(batch)} argument{'s' * (not one)}, {', '.join(map(shapes_of, batch))}, of a "
+            f"{type(batch).__name__} that was unpacked"
+        )
+    return f"1 argument, {shapes_of(batch)}"
+
+
+def shapes_of(value: Any) -> str:
+    """A batch in words: the shapes of its tensors."""
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    if isinstance(value, tuple | list):
+        of = ", ".join(map(shapes_of, value[:_SHOWN])) + ", …" * (len(value) > _SHOWN)
+        tensors = " tensors" if value and all(isinstance(v, Tensor) for v in value) else ""
+        return f"a {type(value).__name__} of {len(value)}{tensors} ({of})"
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(str, value))}"
+    return type(value).__name__
+
+
+_SHOWN = 6

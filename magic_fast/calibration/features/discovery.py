@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -268,15 +267,6 @@ class Loose:
                 ):
                     hooks.callback(handle.remove)
             yield
-
-
-def replayed(data: Mapping[str, Any], task: str) -> tuple[Any, dict[str, Any]]:
-    """What one task begins with, and the data with it still in it."""
-    value = data[task]
-    if not isinstance(value, Iterator):
-        return value, dict(data)
-    first = list(islice(value, 1))
-    return first, {**data, task: chain(first, value)}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from magic_fast.calibration.feature import FeatureCalibration, FeatureGranularity
-from magic_fast.calibration.features.batches import refusals
+from magic_fast.calibration.features.batches import faults
 from magic_fast.calibration.features.discovery import look
 from magic_fast.calibration.features.groups import Group
 from magic_fast.calibration.features.lockstep import Batch
@@ -117,7 +117,7 @@ class Gatherer:
                 expert = self._difference(site, self._expert(task), base, "expert")
                 for sample in own:
                     positions = sample.masks.at(station.module)
-                    with refusals(task, sample.batch.number):
+                    with faults(site.name, task, sample.batch.number, sample.call.again):
                         self._add(site, group, sample, [expert, merged], positions)
 
     def in_operations(
@@ -219,7 +219,7 @@ def seen_together(
             positions = [s.masks.at(station.module) for s in some]
             if station.called:
                 for sample, known in zip(some, positions, strict=True):
-                    with refusals(task, sample.batch.number):
+                    with faults(station.name, task, sample.batch.number, sample.call.again):
                         look(station, sample.call, known)
             yield task, some, positions
             if station.called:

@@ -58,6 +58,11 @@ class Group:
         return self.note or "; ".join(dict.fromkeys(filter(None, remarks)))
 
     @property
+    def in_operations(self) -> bool:
+        """Whether no output of a module shows all of it."""
+        return any(type(site) is not Site for site in self.sites)
+
+    @property
     def refused(self) -> str:
         return next((site.refused for site in self.sites if site.refused), "")
 

@@ -37,6 +37,8 @@ def hook_station(station: Station, groups: Mapping[int, Group], base: Base, fold
         station.module.register_forward_hook(_attention(station, groups, base), with_kwargs=True)
         return
     ((site,),) = station.stages
+    if groups[id(site)].in_operations:  # tied to what is folded
+        return
     factor = groups[id(site)].factor().float()
     own = {p.local: base(p.name) for p in site.parts}
 

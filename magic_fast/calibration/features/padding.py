@@ -21,12 +21,13 @@ _BESIDE = ("encoder_", "visual_", "entity_", "qformer_", "audio_", "image_", "pi
 
 
 def without_padding(model: nn.Module, batch: Any) -> list[Any]:
-    """The samples of a batch cut to their own lengths, those of one length together.
+    """The samples of a batch one by one, cut to their own lengths.
 
     So a layer sees what it would see of each sample alone, however it arranges positions: flat,
-    by heads, sequence first, sent to experts, or the encoder's in a decoder. A batch stays as it is
-    where it has no padding, or cannot be cut: its mask has holes, a tensor of it is not of one row
-    a sample, or nothing in it has the mask's length.
+    by heads, sequence first, sent to experts, or the encoder's in a decoder; and a table of
+    positions is looked up for each of them. A batch stays as it is where it has no padding, or
+    cannot be cut: its mask has holes, a tensor of it is not of one row a sample, or nothing in it
+    has the mask's length.
 
     Raises:
         InputError: it is padding alone.
@@ -45,34 +46,33 @@ def without_padding(model: nn.Module, batch: Any) -> list[Any]:
     cut = {mask for name, mask in axes.items() if mask is not None and name not in masks}
     if not by_row or None in spans.values() or cut != set(masks) or _is_square(batch, axes, masks):
         return [batch]
-    rows: dict[tuple[int, ...], list[int]] = {}
-    for row in range(samples):
-        lengths = tuple(stop - start for start, stop in (s[row] for s in spans.values() if s))
-        if all(lengths):
-            rows.setdefault(lengths, []).append(row)
-    if not rows:
+    some = [row for row in range(samples) if all(_real(own, row) for own in spans.values())]
+    if not some:
         raise InputError(
             f"{' and '.join(masks)} of a batch of {samples} samples: expected at least one token "
             "in some sample, got padding alone."
         )
-    return [_cut(batch, chosen, axes, spans) for chosen in rows.values()]
+    return [_cut(batch, row, axes, spans) for row in some]
+
+
+Spans = Mapping[str, "list[tuple[int, int]] | None"]
+
+
+def _real(spans: list[tuple[int, int]] | None, row: int) -> bool:
+    """Whether a sample is more than padding."""
+    return spans is not None and spans[row][1] > spans[row][0]
 
 
 def _cut(
-    batch: Mapping[str, Any],
-    rows: list[int],
-    axes: Mapping[str, str | None],
-    spans: Mapping[str, list[tuple[int, int]] | None],
+    batch: Mapping[str, Any], row: int, axes: Mapping[str, str | None], spans: Spans
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.dim():
             mask = axes[name]
             own = None if mask is None else spans[mask]
-            if own is None:
-                value = value[rows]
-            else:
-                value = torch.stack([value[row, slice(*own[row])] for row in rows])
+            value = value[row : row + 1]
+            value = value if own is None else value[:, slice(*own[row])]
         found[name] = value
     return found
 

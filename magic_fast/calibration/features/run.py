@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from magic_fast.calibration.feature import FeatureCalibration
 from magic_fast.calibration.features.batches import (
     batches_of,
-    refusals,
+    faults,
     run_batch,
     to_device,
 )
@@ -21,11 +22,11 @@ from magic_fast.calibration.features.discovery import (
     Loose,
     Visit,
     hooked,
-    replayed,
     resolve,
 )
 from magic_fast.calibration.features.gather import Gatherer, Sample, Visitor, Weights
 from magic_fast.calibration.features.groups import Group, group_sites
+from magic_fast.calibration.features.left import parameters_of, shares_left
 from magic_fast.calibration.features.lockstep import MOST_TOGETHER, Batch, Lockstep, joined
 from magic_fast.calibration.features.padding import Masks, without_padding
 from magic_fast.calibration.features.sites import Call, Part, Site, Station
@@ -68,6 +69,7 @@ class FeatureRun:
         self._gatherer = Gatherer(weights, experts, settings)
         self._visitor_of_sites: Visitor = gatherer or self._gatherer
         self.stations, self.left = find_stations(model)
+        self._parameters = parameters_of(model)
         self._loose: Loose | None = None
         self._regroup()
         self._resolved: set[int] = set()
@@ -84,7 +86,12 @@ class FeatureRun:
             if self._settings.sequential:  # passes more than once over what may be read once
                 data = {task: list(batches_of(data, task)) for task in data}
             if self._weights.resident:
-                data = self._discover(data)
+                task = next(iter(self._experts))
+                batches = iter(data[task] if self._settings.sequential else batches_of(data, task))
+                first = next(batches)
+                if not self._settings.sequential:
+                    data = {**data, task: chain([first], batches)}
+                self._discover({task: [first]})
             if not self._settings.sequential:
                 self._pass(data, self.groups, settle=False)
             else:
@@ -99,11 +106,9 @@ class FeatureRun:
             for group in self.groups:
                 group.settle()
 
-    def _discover(self, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _discover(self, data: Mapping[str, Any]) -> None:
         """Adds the stations of parameters that the model uses outside of their modules' calls."""
-        task = next(iter(self._experts))
-        first, data = replayed(data, task)
-        batch = next(self._batches({task: first}))
+        batch = next(self._batches(data))
         loose = Loose(self._model, self.stations)
         with torch.no_grad():
             try:
@@ -115,7 +120,7 @@ class FeatureRun:
                     "it does not run while its operations are watched (%s)",
                     error.__cause__,
                 )
-                return data
+                return
         found = {p.name for station in loose.stations for s in station.sites for p in s.parts}
         if found:
             self.left = {n: why for n, why in self.left.items() if n not in found}
@@ -128,7 +133,6 @@ class FeatureRun:
             ]
             self.stations = called + loose.stations
             self._regroup()
-        return data
 
     def _pooled(self, data: Mapping[str, Any]) -> list[Group]:
         """Groups that are used more than once in one run of the model."""
@@ -237,17 +241,18 @@ class FeatureRun:
         if station.observed or all(site.known for site in sites):
             return
         group = self._group_of[id(sites[0])]
-        with refusals(sample.task, sample.batch.number):
+        with faults(station.name, sample.task, sample.batch.number, sample.call.again):
             left = resolve(station, sample.call, sample.masks.at(station.module))
         if left is None:
             return
-        if len(group.sites) > 1:  # tied: one ξ with other layers
-            station.observed, station.stages = False, ((sites[0],),)
-            sites[0].refused = "it is tied to other layers, and its operations are several maps"
-            return
         self.left |= left
+        if len(group.sites) > 1:  # tied: one ξ with other layers
+            at = next(n for n, site in enumerate(group.sites) if site is sites[0])
+            group.sites[at : at + 1] = station.sites
+            self._group_of |= {id(site): group for site in station.sites}
+            return
         found = group_sites([station], self._settings)
-        at = self.groups.index(group)
+        at = next(n for n, other in enumerate(self.groups) if other is group)
         self.groups[at : at + 1] = found
         self._group_of |= {id(site): g for g in found for site in g.sites}
         if id(group) in gathering:
@@ -256,6 +261,10 @@ class FeatureRun:
     def folded(self, site: Site, group: Group) -> Iterator[tuple[Part, Tensor]]:
         """The calibrated parameters of a site (their rows)."""
         return self._gatherer.folded(site, group)
+
+    def shares_left(self) -> dict[str, float]:
+        """Reason → share of the model's floating parameters that ``run`` did not calibrate."""
+        return shares_left(self._parameters, self.groups, self.left)
 
     def factors(self) -> dict[str, tuple[Tensor, int | None]]:
         """Parameter → what multiplies its change: one number, or one for each index of an axis."""

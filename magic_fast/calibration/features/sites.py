@@ -30,6 +30,11 @@ class Call:
     kwargs: Mapping[str, Any]
     seen: dict[Any, list[Any]] = field(default_factory=dict, repr=False)
 
+    def again(self) -> None:
+        """As the model made it, without hooks; nothing where operations are all that is known."""
+        if self.args or self.kwargs:
+            self.module.forward(*self.args, **self.kwargs)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from magic_fast.calibration.features.batches import refusals
+from magic_fast.calibration.features.batches import faults
 from magic_fast.calibration.features.gather import Sample, seen_together
 from magic_fast.calibration.features.groups import Group
 from magic_fast.calibration.features.padding import Positions
@@ -60,7 +60,7 @@ class Grams:
         for site, _ in sites:
             if site.in_axis is not None:
                 for sample in samples:
-                    with refusals(sample.task, sample.batch.number):
+                    with faults(site.name, sample.task, sample.batch.number, sample.call.again):
                         positions = sample.masks.at(station.module)
                         self._add(site, sample, positions)
 

@@ -75,6 +75,7 @@ def finished(out: str, recipe: str, settings: Mapping[str, Any]) -> MergeReport:
     report.bytes_read = found.nbytes
     report.tensors = [TensorReport(**({"shape": ()} | t)) for t in record["tensors"]]
     report.layers = list(record.get("layers", ()))
+    report.left = dict(record.get("left", {}))
     return report
 
 

@@ -93,6 +93,7 @@ def write_small_files(
     }
     if report.layers:
         record["layers"] = report.layers
+        record["left"] = report.left
     if written.nonfinite is not None:
         record["nonfinite"] = {name: n for name, n in written.nonfinite.items() if n}
     output.write_text(RECORD_NAME, json.dumps(record, indent=1, allow_nan=False) + "\n")

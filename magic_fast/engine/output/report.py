@@ -88,6 +88,7 @@ class MergeReport:
         peak_memory_bytes: largest resident set of the process.
         stages: seconds that reading, computing and writing were busy; they overlap.
         layers: what calibration in feature space found of each layer, as plain values.
+        left: reason → share of the model's floating parameters that it left alone for it.
     """
 
     out: str
@@ -101,6 +102,7 @@ class MergeReport:
     warnings: list[str] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    left: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -188,6 +188,11 @@ def _expert(module: Any, name: str, tensor: Tensor) -> tuple[Kind, tuple[int, ..
     return (Kind.BIAS, (0, 1)) if name.endswith("bias") else _bare("", name, tensor)
 
 
+def bare_kind(owner: str, name: str, tensor: Tensor) -> Kind:
+    """What a parameter is that class ``owner`` uses by itself, by its name and shape."""
+    return _bare(owner, name, tensor)[0]
+
+
 def _bare(owner: str, name: str, tensor: Tensor) -> tuple[Kind, tuple[int, ...] | None]:
     """A parameter that a forward uses by itself."""
     if name == "weight" and tensor.dim() == 2 and _ROUTER.search(owner):

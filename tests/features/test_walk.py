@@ -1,0 +1,72 @@
+"""FSC of many architectures against plain evaluation, sample by sample, without padding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+import torch  # noqa: E402
+
+import magic_fast as mf  # noqa: E402
+from architectures import shrink  # noqa: E402
+from features import walking  # noqa: E402
+
+#: In `make test`: one of each kind.
+SOME = (
+    ("llama", "text"), ("gpt2", "text"), ("qwen3", "text"), ("gemma3_text", "text"),
+    ("mixtral", "text"), ("gpt_oss", "text"), ("qwen3_moe", "text"), ("mamba", "text"),
+    ("bert", "text"), ("t5", "text"), ("bart", "text"), ("opt", "text"), ("clip", "text"),
+    ("modernbert", "text"), ("vit", "image"), ("convnext", "image"), ("resnet", "image"),
+    ("swinv2", "image"), ("beit", "image"), ("wav2vec2", "sound"),
+)  # fmt: skip
+IMAGES = (
+    "vit", "deit", "beit", "dinov2", "convnext", "convnextv2", "resnet", "swin", "swinv2",
+    "regnet", "mobilenet_v2", "segformer", "poolformer", "levit", "data2vec-vision", "ijepa",
+)  # fmt: skip
+SOUNDS = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "sew")
+TEXTS = tuple(t for t in shrink.LEFT_OUT["sliced"] if False)
+#: What is not held to the plain evaluation, and why.
+LEFT_OUT: dict[str, str] = {}
+
+
+def check(model_type: str, kind: str, p: float = 1) -> dict[str, float]:
+    transformers.logging.set_verbosity_error()
+    own = walking.walk(model_type, kind)
+    want, positions, tensors = walking.expected(own, p)
+    found, report = mf.calibrate_features(
+        own.base, own.experts, own.merged, own.data, p=p, clamp=None
+    )
+    layers = {layer.name: layer for layer in report.layers}
+    assert len(want) >= 3
+    for name, xi in want.items():
+        layer = layers[name]
+        assert layer.coefficient is not None, (name, layer.note)
+        assert float(layer.coefficient) == pytest.approx(xi, rel=1e-5), name
+        assert layer.positions == positions[name], name
+    calibrated = {
+        t for layer in report.layers if layer.coefficient is not None for t in layer.tensors
+    }
+    assert not {t for t in tensors if _has_value(t, want)} - calibrated
+    hooked, _ = mf.calibrate_features(
+        own.base, own.experts, own.merged, own.data, p=p, clamp=None, deploy="hooks"
+    )
+    with torch.no_grad():
+        for sample in own.alone["first"][:2]:
+            one, two = (walking._first(tuple(m(**sample).values())) for m in (found, hooked))
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    named = dict(own.merged.named_parameters())
+    total = sum(x.numel() for x in named.values())
+    left = sum(x.numel() for n, x in named.items() if n not in calibrated)
+    return {"layers": len(report.layers), "compared": len(want), "left": left / total}
+
+
+def _has_value(tensor: str, want: dict[str, float]) -> bool:
+    name = tensor.rpartition(".")[0]
+    return name in want and math.isfinite(want[name])
+
+
+@pytest.mark.parametrize(("model_type", "kind"), SOME)
+def test_some(model_type: str, kind: str) -> None:
+    check(model_type, kind)
