@@ -29,6 +29,10 @@ LAYERS = {
     "Conv1d": 1, "Conv2d": 1, "Conv3d": 1, "BatchNorm2d": 1, "BatchNorm1d": 1, "GroupNorm": 1,
     "ConvTranspose2d": 1, "NormWithBias": -1, "LayerScale": -1,
 }  # fmt: skip
+#: Models that run in float32 alone.
+FLOAT32 = {
+    "fsmt", "inkling2_text", "mra", "switch_transformers", "xglm", "prophetnet", "xlstm",
+}  # fmt: skip
 _STACKS = re.compile(r"Experts$|ExpertsNaive$")
 _ROUTERS = re.compile(r"(TopK)?Router$|Gate$")
 
@@ -55,9 +59,12 @@ def build(model_type: str, task: str) -> nn.Module:
     name = shrink.sliced_class(model_type)
     kind = getattr(tf, name) if task == "text" and name else tf.MODEL_MAPPING[type(config)]
     torch.manual_seed(0)
-    model: nn.Module = kind(config).double().eval()
+    model: nn.Module = kind(config).eval()
+    model = model if model_type in FLOAT32 else model.double()
     for one in [model, *(m for m in model.modules() if isinstance(m, tf.PreTrainedModel))]:
         one.config._experts_implementation = "eager"
+        if getattr(one.config, "use_cache", False):
+            one.config.use_cache = False
     return model
 
 
@@ -74,7 +81,7 @@ def texts(model: Any, draw: torch.Generator) -> tuple[dict[str, Tensor], list[di
     vision = getattr(model.config, "vision_config", None)
     if type(model).__name__.endswith("Model") and vision is not None:
         size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-        more["pixel_values"] = torch.randn(3, 3, size, size, generator=draw).double()
+        more["pixel_values"] = torch.randn(3, 3, size, size, generator=draw).to(model.dtype)
     alone = [
         {"input_ids": ids[n : n + 1, :length], **{k: v[n : n + 1] for k, v in more.items()}}
         for n, length in enumerate(LENGTHS)
@@ -177,7 +184,7 @@ def _stack_rows(
         bias = getattr(m, f"{which}_bias", None)
         return out if bias is None else out + bias[expert]
 
-    for expert in range(len(module.gate_up_proj)):
+    for expert in range(len(module.down_proj)):
         z = hidden[(to == expert).any(-1)]
         if not len(z):
             continue
@@ -227,6 +234,8 @@ def expected(own: Walk, p: float) -> tuple[dict[str, float], dict[str, int], set
             for name, module, call in list(calls):
                 dim = _end(module, LAYERS)
                 if getattr(module, "data_format", "") == "channels_first":
+                    dim = 1
+                if type(module).__name__ == "SqueezeBertLayerNorm":
                     dim = 1
                 if _STACKS.search(type(module).__name__):
                     for key, one, end in _stack_rows(name, own, k, call):

@@ -211,7 +211,8 @@ class Site:
 
 def _is_scaled(found: Tensor, plain: Tensor, factor: Tensor) -> bool:
     largest = float(plain.abs().max())
-    return largest > 0 and torch.allclose(found, plain * factor, rtol=1e-3, atol=1e-4 * largest)
+    want = (plain * factor).to(found.dtype)
+    return largest > 0 and torch.allclose(found, want, rtol=1e-3, atol=1e-4 * largest)
 
 
 @dataclass
