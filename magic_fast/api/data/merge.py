@@ -69,6 +69,7 @@ def merge_by_data(
         InputError: names or shapes differ, a task has no data or no expert, a setting of another
             method.
 
+    >>> import torch
     >>> experts = [nn.Linear(1, 1, bias=False) for _ in range(2)]
     >>> for expert, weight in zip(experts, (1.0, 4.0)):
     ...     _ = nn.init.constant_(expert.weight, weight)
