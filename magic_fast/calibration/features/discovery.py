@@ -28,7 +28,7 @@ from magic_fast.calibration.features.operations.observed import (
     sites_of,
 )
 from magic_fast.calibration.features.operations.tracked import Tracked
-from magic_fast.calibration.features.operations.uses import Use
+from magic_fast.calibration.features.operations.uses import Use, pieces
 from magic_fast.calibration.features.padding import Positions
 from magic_fast.calibration.features.sites import Call, Site, Station
 
@@ -37,6 +37,7 @@ Visit = Callable[[Station, Call], None]
 Stages = list[tuple[Site, ...]]
 COMPUTED = "a weight is computed from it before each call"
 NOWHERE = "no linear map has it for a parameter"
+LATER = {"": "nothing of it was used"}
 
 
 def resolve(station: Station, call: Call, positions: Positions | None) -> dict[str, str] | None:
@@ -46,7 +47,8 @@ def resolve(station: Station, call: Call, positions: Positions | None) -> dict[s
     sites of those.
 
     Returns:
-        Where it has other sites now, why parameters are in none of them; else None.
+        Where it has other sites now, why parameters are in none of them; else None. ``LATER`` where
+        the call used none of its parameters, as a stack of experts that no token goes to.
     """
     ((site,),) = station.stages
     if isinstance(station.module, ParametrizationList):  # its output is a weight, no activation
@@ -58,6 +60,8 @@ def resolve(station: Station, call: Call, positions: Positions | None) -> dict[s
     left: dict[str, str] = {}
     if heavy:  # noise for whole weights would take several times their memory
         stages, left = _observed(station, site, call, positions, shapes)
+        if left is LATER:
+            return LATER
     if not stages or left:
         if _affine(station, site, call):
             return None
@@ -94,6 +98,8 @@ def _observed(
     except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
         _LOG.debug("%s is not observed: %s", station.name, error)
         return [], {}
+    if not uses and not unknown:
+        return [], LATER
     found, why = _sites(uses, unknown, shapes, full.__getitem__)
     seen = {p.local for sites in found.values() for s in sites.values() for p in s.parts}
     left = {full[n]: why.get(n, NOWHERE) for n in shapes if n not in seen}
@@ -184,7 +190,7 @@ class Loose:
         uses: list[Use] = []
 
         def note(use: Use) -> bool:
-            if not self._depth:
+            if not self._is_own(use):
                 uses.append(use)
             return False
 
@@ -221,7 +227,7 @@ class Loose:
         found by :meth:`find`; :meth:`calls` is entered for all threads together."""
 
         def seen(use: Use) -> bool:
-            if self._depth:
+            if self._is_own(use):
                 return False
             maps: dict[Key, list[Map]] = {}
             sort_into(maps, use, self._shapes, self._whole)
@@ -238,26 +244,36 @@ class Loose:
     @contextmanager
     def muted(self) -> Iterator[None]:
         """Operations in here are not the model's."""
-        self._inside.depth = self._depth + 1
+        self._stack.append(None)
         try:
             yield
         finally:
-            self._inside.depth -= 1
+            self._stack.pop()
 
     @property
-    def _depth(self) -> int:
-        return getattr(self._inside, "depth", 0)
+    def _stack(self) -> list[set[int] | None]:
+        """The parameters of the stations whose calls the thread is in; None: it is muted."""
+        found: list[set[int] | None] = self._inside.__dict__.setdefault("stack", [])
+        return found
+
+    def _is_own(self, use: Use) -> bool:
+        """Whether the weight of an operation belongs to a station that is being called."""
+        if None in self._stack:
+            return True
+        first = next(iter(pieces(list(use.args))))
+        own = id(self._parameters[first.name])
+        return any(own in held for held in self._stack if held is not None)
 
     @contextmanager
     def calls(self) -> Iterator[None]:
-        """Within the calls of stations, operations are theirs."""
+        """Within the calls of stations, operations with their parameters are theirs."""
 
         def before(module: nn.Module, args: Any) -> None:
             self.called.add(id(module))
-            self._inside.depth = self._depth + 1
+            self._stack.append({id(p) for p in module.parameters()})
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            self._inside.depth -= 1
+            self._stack.pop()
 
         with ExitStack() as hooks:
             for station in self._known:

@@ -244,3 +244,12 @@ def _some(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         held += sample.nbytes
     if some:
         yield some
+
+
+def count_uses(
+    pairs: Sequence[tuple[Site, Group]], station: Station, samples: Sequence[Sample]
+) -> None:
+    """Counts the uses of sites that are not looked at."""
+    for _, some, _ in seen_together(station, samples) if pairs else ():
+        for site, group in pairs:
+            group.calls += sum(s.batch.begins * operations(site, s.call) for s in some)

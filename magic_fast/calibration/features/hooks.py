@@ -28,7 +28,9 @@ def hook_station(station: Station, groups: Mapping[int, Group], base: Base, fold
         folded: a site → its calibrated parameters. What no output of a module shows (an expert's
             projections, weights that are used without a call) takes them from the start.
     """
-    if station.observed or any(groups[id(site)].in_operations for site in station.sites):
+    if station.observed or any(
+        groups[id(site)].in_operations or site.several for site in station.sites
+    ):
         for site in station.sites:
             for part, value in folded(site):
                 part.cut(station.module.get_parameter(part.local).detach()).copy_(value)
@@ -44,17 +46,9 @@ def hook_station(station: Station, groups: Mapping[int, Group], base: Base, fold
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         start = forward_with(module, own, args, kwargs)
-        return _first_between(start, output, factor, site.channel_dim)
+        return _between(start, output, factor, site.channel_dim)
 
     station.module.register_forward_hook(calibrated, with_kwargs=True)
-
-
-def _first_between(start: Any, end: Any, factor: Tensor, dim: int) -> Any:
-    """Of the first tensor that a module gives; the rest is as it is."""
-    if isinstance(end, tuple | list):
-        first = _first_between(start[0], end[0], factor, dim)
-        return type(end)((first, *end[1:]))
-    return _between(start, end, factor, dim)
 
 
 def _between(start: Tensor, end: Tensor, factor: Tensor, dim: int) -> Tensor:

@@ -19,12 +19,19 @@ from magic_fast.calibration.features.batches import (
     to_device,
 )
 from magic_fast.calibration.features.discovery import (
+    LATER,
     Loose,
     Visit,
     hooked,
     resolve,
 )
-from magic_fast.calibration.features.gather import Gatherer, Sample, Visitor, Weights
+from magic_fast.calibration.features.gather import (
+    Gatherer,
+    Sample,
+    Visitor,
+    Weights,
+    count_uses,
+)
 from magic_fast.calibration.features.groups import Group, group_sites
 from magic_fast.calibration.features.left import parameters_of, shares_left
 from magic_fast.calibration.features.lockstep import MOST_TOGETHER, Batch, Lockstep, joined
@@ -210,8 +217,9 @@ class FeatureRun:
         self, station: Station, samples: Sequence[Sample], gathering: set[int], *, settle: bool
     ) -> None:
         if id(station) not in self._resolved:
+            if not any(self._resolve(station, sample, gathering) for sample in samples):
+                return
             self._resolved.add(id(station))
-            self._resolve(station, samples[0], gathering)
         for stage in station.stages:
             pairs = [(site, self._group_of[id(site)]) for site in stage]
             if not station.observed:
@@ -223,6 +231,9 @@ class FeatureRun:
                 if id(group) in gathering and group.settled is None and not group.refused
             ]
             if station.observed:
+                taken = {id(site) for site, _ in wanted}
+                rest = [pair for pair in pairs if id(pair[0]) not in taken]
+                count_uses(rest, station, samples)
                 self._visitor_of_sites.in_operations(wanted, station, samples)
             else:
                 self._visitor_of_sites.at_call(wanted, station, samples)
@@ -235,28 +246,33 @@ class FeatureRun:
             self._seen.add(id(station))
             self._progress(len(self._seen), len(self.stations), station.name)
 
-    def _resolve(self, station: Station, sample: Sample, gathering: set[int]) -> None:
-        """Settles what the sites of a module of no known kind are, before it first counts."""
+    def _resolve(self, station: Station, sample: Sample, gathering: set[int]) -> bool:
+        """Settles what the sites of a module of no known kind are, before it first counts; whether
+        the sample told."""
         sites = list(station.sites)
         if station.observed or all(site.known for site in sites):
-            return
+            return True
         group = self._group_of[id(sites[0])]
         with faults(station.name, sample.task, sample.batch.number, sample.call.again):
             left = resolve(station, sample.call, sample.masks.at(station.module))
+        if left is LATER:
+            sites[0].unreached = "no sample reaches its weights"
+            return False
         if left is None:
-            return
+            return True
         self.left |= left
         if len(group.sites) > 1:  # tied: one ξ with other layers
             at = next(n for n, site in enumerate(group.sites) if site is sites[0])
             group.sites[at : at + 1] = station.sites
             self._group_of |= {id(site): group for site in station.sites}
-            return
+            return True
         found = group_sites([station], self._settings)
         at = next(n for n, other in enumerate(self.groups) if other is group)
         self.groups[at : at + 1] = found
         self._group_of |= {id(site): g for g in found for site in g.sites}
         if id(group) in gathering:
             gathering |= {id(g) for g in found}
+        return True
 
     def folded(self, site: Site, group: Group) -> Iterator[tuple[Part, Tensor]]:
         """The calibrated parameters of a site (their rows)."""

@@ -68,6 +68,7 @@ class Site:
             matrix; None: it is none.
         unreached: what to say where no input ever comes.
         remark: what to say of its ξ.
+        several: whether its module gives more than this output, which may follow from it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Site:
     in_axis: int | None = None
     unreached: str = "never called"
     remark: str = ""
+    several: bool = False
 
     def features(
         self, inputs: Any, parameters: Sequence[Parameters], positions: Positions | None
@@ -144,12 +146,21 @@ class Site:
         if not affine:
             self.refused = "its output is not linear in its parameters"
             return
+        if not all(self._follows(inputs, like, local) for local in like):
+            self.refused = "its output does not follow all of its parameters"
+            return
         found = [self._channels(inputs, like, local) for local in like]
         known = [dim for dim in found if dim is not None]
         if known:
             self.channel_dim = known[0]
         else:
             self.remark = "its features are taken along the last axis: no parameter tells which"
+
+    def _follows(self, inputs: Any, like: Parameters, local: str) -> bool:
+        """Whether the output changes with one parameter alone."""
+        alone = self._alone(like, local)
+        zero = self.apply(inputs, {k: torch.zeros_like(v) for k, v in like.items()})
+        return bool((self.apply(inputs, alone) - zero).abs().max() > 0)
 
     def _channels(self, inputs: Any, like: Parameters, local: str) -> int | None:
         """The dimension of the output (from its end) that a parameter has an axis for, found by
@@ -221,7 +232,7 @@ class Station:
     maps.
 
     Attributes:
-        observed: whether the sites' inputs are operations that were seen (:mod:`.observed`).
+        observed: whether the sites' inputs are operations that were seen (:mod:`.operations`).
         called: whether they come by calls of the module; else wherever the operations are.
     """
 

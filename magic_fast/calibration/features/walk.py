@@ -91,11 +91,14 @@ def _leaf(name: str, module: nn.Module, own: Mapping[str, Tensor]) -> Site:
 
     def apply(inputs: tuple[tuple[Any, ...], Mapping[str, Any]], parameters: Parameters) -> Tensor:
         args, kwargs = inputs
-        return _first_tensor(forward_with(module, parameters, args, kwargs))
+        output = forward_with(module, parameters, args, kwargs)
+        site.several |= isinstance(output, tuple | list)
+        return _first_tensor(output)
 
     known = plain and _is(module, *_CHANNELS)
     dim = _CHANNELS[type(module)] if known else -1
-    return Site(name, parts, _all_inputs, apply, channel_dim=dim, known=known)
+    site = Site(name, parts, _all_inputs, apply, channel_dim=dim, known=known)
+    return site
 
 
 def _is(module: nn.Module, *kinds: type[nn.Module]) -> bool:
