@@ -27,6 +27,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "cpmant": ("cpmant.position_bias",),  # a table and more in one module
     "deepseek_v4": ("self_attn.o_a_proj",),  # by groups of rows
     "hunyuan_v1_moe": (".experts.",),  # a stack of one expert is one weight
+    "perceiver": ("perceiver.input_preprocessor.embeddings",),  # its head reads them too
     "longcat_flash": (".experts.",),  # some go to experts without weights
 }
 #: Not walked here, and why.

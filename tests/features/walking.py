@@ -185,7 +185,7 @@ def _stack_rows(
         return out if bias is None else out + bias[expert]
 
     for expert in range(len(module.down_proj)):
-        z = hidden[(to == expert).any(-1)]
+        z = hidden[(to == expert).nonzero()[:, 0]]  # one may go there twice
         if not len(z):
             continue
         start, one, end = (apply(m, up, expert, z) for m in stacks)

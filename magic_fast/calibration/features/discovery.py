@@ -60,11 +60,12 @@ def resolve(station: Station, call: Call, positions: Positions | None) -> dict[s
     left: dict[str, str] = {}
     if heavy:  # noise for whole weights would take several times their memory
         stages, left = _observed(station, site, call, positions, shapes)
-        if left is LATER:
-            return LATER
     if not stages or left:
         if _affine(station, site, call):
             return None
+        if left is LATER:
+            site.refused = ""
+            return LATER
         if not heavy:
             stages, left = _observed(station, site, call, positions, shapes)
     if not stages:

@@ -197,7 +197,14 @@ class FeatureRun:
     @contextmanager
     def _watching(self, visit: Visit) -> Iterator[None]:
         """``visit`` is called before each call of a station."""
-        calls = nullcontext() if self._loose is None else self._loose.calls()
+        loose, called = self._loose, visit
+        calls = nullcontext() if loose is None else loose.calls()
+        if loose is not None:
+
+            def visit(station: Station, call: Call) -> None:
+                with loose.muted():  # what is looked at is not what the model does
+                    called(station, call)
+
         with calls, hooked([s for s in self.stations if s.called], visit), torch.no_grad():
             yield
 
