@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -80,10 +81,23 @@ def check(model_type: str, kind: str, p: float = 1) -> dict[str, float]:
         for sample in own.alone["first"][:2]:
             one, two = (walking._first(tuple(m(**sample).values())) for m in (found, hooked))
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
-    named = dict(own.merged.named_parameters())
-    total = sum(x.numel() for x in named.values())
-    left = sum(x.numel() for n, x in named.items() if n not in calibrated)
-    return {"layers": len(report.layers), "compared": len(want), "left": left / total}
+    left = true_left(own.merged, report.layers)
+    assert sum(report.left.values()) == pytest.approx(left, abs=1e-9)
+    return {"layers": len(report.layers), "compared": len(want), "left": left}
+
+
+def true_left(model: torch.nn.Module, layers: list[Any]) -> float:
+    """The share of the parameters that no layer with a coefficient has, experts one by one."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    size = {id(x): float(x.numel()) for x in named.values()}
+    total = sum(size.values())
+    done = {id(named[t]) for x in layers if x.coefficient is not None for t in x.tensors}
+    left = sum(n for key, n in size.items() if key not in done)
+    for layer in layers:
+        if layer.note == "no sample reaches this expert":
+            own = [named[t] for t in layer.tensors if id(named[t]) in done]
+            left += sum(x.numel() / len(x) for x in own)
+    return left / total
 
 
 def _has_value(tensor: str, want: dict[str, float]) -> bool:

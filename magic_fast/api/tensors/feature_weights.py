@@ -84,6 +84,8 @@ class InMemory:
         if out is not None and out is not merged:
             rows.append(("out", _state(out, "out")))
         self._table = Named([("merged", self.end), *rows])
+        self.start, *others = self._table.models[1:]
+        self.experts = others[: len(self.experts)]
         for name in self._table.names:
             own = self.end[name]
             for (what, _), other in zip(rows, self._table.row(name)[1:], strict=True):

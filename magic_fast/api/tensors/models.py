@@ -140,6 +140,11 @@ class Named:
                     )
 
     @property
+    def models(self) -> list[Mapping[str, Tensor]]:
+        """Each model's tensors by the names of the first."""
+        return [tensors for _, tensors in self._dicts]
+
+    @property
     def names(self) -> list[str]:
         return list(self._dicts[0][1])
 

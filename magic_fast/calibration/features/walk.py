@@ -62,7 +62,9 @@ def find_stations(model: nn.Module) -> tuple[list[Station], dict[str, str]]:
                 stations.append(Station(name, module, ((_leaf(name, module, own),),)))
         else:
             left |= {_full(name, k): "no linear map has it for a parameter" for k in own}
-    return stations, left
+    held = {id(s.module.get_parameter(p.local)) for s in stations for x in s.sites for p in x.parts}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return stations, {n: why for n, why in left.items() if id(named[n]) not in held}
 
 
 def _full(module: str, local: str) -> str:
