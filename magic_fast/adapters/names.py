@@ -78,13 +78,14 @@ _SAVED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
 
 
 _FACTOR = re.compile(
-    r"(?:^|\.)(?:lora_(?:[ABE]|embedding_[AB]|down|up|mid|magnitude_vector)|ia3_l|dora_scale"
+    r"(?:^|\.)(?:lora_(?:[ABE]|embedding_[AB]|down|up|mid|magnitude_vector)|dora_scale"
     r"|(?:hada|lokr)_[wt]\w*|vera_lambda_\w+|b?oft_[A-Zrs]\w*)(?:\.|$)"
 )
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor of a live model or of an adapter's file is a part of an adapter.
+    """Whether a tensor of a live model or of an adapter's file is a factor of an adapter, which
+    says nothing without the others. IA3's vectors do.
 
     >>> is_factor("base_model.model.q.lora_A.default.weight"), is_factor("model.q.weight")
     (True, False)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from magic_fast.adapters.names import is_factor
 from magic_fast.errors import InputError
 
+_LOG = logging.getLogger("magic_fast")
 _PLAIN = {Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter)}
 
 
@@ -59,15 +63,23 @@ def _refuse(what: str, expected: str, remedy: str) -> None:
     raise InputError(f"{what}: expected {expected}. {remedy}.")
 
 
-def refuse_adapters(names: object, what: str) -> None:
-    """Refuses a model that holds an adapter's factors: A and B merged each by itself are no merge
-    of their products.
+def refuse_adapters(names: Iterable[str], what: str) -> None:
+    """Refuses a model that holds an adapter's factors beside its weights: A and B merged each by
+    itself are no merge of their products. An adapter's file, all factors, is merged as it is asked
+    for, with a warning.
 
     Raises:
         InputError: with what to do instead.
     """
-    found = [name for name in names if is_factor(str(name))]  # type: ignore[attr-defined]
-    if found:
+    own = [name for name in names if "ia3_l" not in name]
+    found = [name for name in own if is_factor(name)]
+    if found and len(found) == len(own):
+        _LOG.warning(
+            "%s is an adapter: its factors are merged one by one, which is no merge of the changes "
+            "they make (mf.merge_adapters is)",
+            what,
+        )
+    elif found:
         raise InputError(
             f"tensor '{found[0]}' in {what}: expected a model's own weights, got a factor of an "
             f"adapter ({len(found)} of them). Merged one by one they are no merge of the changes "
