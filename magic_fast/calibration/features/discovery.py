@@ -284,20 +284,3 @@ class Loose:
                 ):
                     hooks.callback(handle.remove)
             yield
-
-
-@contextmanager
-def hooked(stations: Sequence[Station], visit: Visit) -> Iterator[None]:
-    """``visit`` is called before each call of a station."""
-
-    def hook(station: Station) -> Any:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            visit(station, Call(module, args, kwargs))
-
-        return before
-
-    with ExitStack() as hooks:
-        for s in stations:
-            handle = s.module.register_forward_pre_hook(hook(s), with_kwargs=True)
-            hooks.callback(handle.remove)
-        yield

@@ -253,3 +253,25 @@ def count_uses(
     for _, some, _ in seen_together(station, samples) if pairs else ():
         for site, group in pairs:
             group.calls += sum(s.batch.begins * operations(site, s.call) for s in some)
+
+
+def factors_of(
+    stations: Sequence[Station], group_of: Mapping[int, Group]
+) -> dict[str, tuple[Tensor, int | None]]:
+    """Parameter → what multiplies its change: one number, or one for each index of an axis."""
+    found: dict[str, tuple[Tensor, int | None]] = {}
+    for station in stations:
+        for site in station.sites:
+            factor = group_of[id(site)].factor()
+            for part in site.parts:
+                axis = None if not factor.dim() else (site.axes or {})[part.local]
+                value = factor
+                if part.rows is not None:  # of a parameter that several sites share
+                    axis = 0
+                    before = found.get(part.name)
+                    size = station.module.get_parameter(part.local).shape[0]
+                    value = torch.ones(size).double() if before is None else before[0]
+                    if value.dim():  # else the whole parameter has one
+                        value[part.rows] = factor
+                found[part.name] = value, axis
+    return found

@@ -22,7 +22,6 @@ from magic_fast.calibration.features.discovery import (
     LATER,
     Loose,
     Visit,
-    hooked,
     resolve,
 )
 from magic_fast.calibration.features.gather import (
@@ -31,13 +30,14 @@ from magic_fast.calibration.features.gather import (
     Visitor,
     Weights,
     count_uses,
+    factors_of,
 )
 from magic_fast.calibration.features.groups import Group, group_sites
 from magic_fast.calibration.features.left import parameters_of, shares_left
 from magic_fast.calibration.features.lockstep import MOST_TOGETHER, Batch, Lockstep, joined
 from magic_fast.calibration.features.padding import Masks, without_padding
 from magic_fast.calibration.features.sites import Call, Part, Site, Station
-from magic_fast.calibration.features.walk import find_stations
+from magic_fast.calibration.features.walk import find_stations, hooked
 from magic_fast.calibration.plainly import plainly
 from magic_fast.errors import InputError
 
@@ -291,19 +291,4 @@ class FeatureRun:
 
     def factors(self) -> dict[str, tuple[Tensor, int | None]]:
         """Parameter → what multiplies its change: one number, or one for each index of an axis."""
-        found: dict[str, tuple[Tensor, int | None]] = {}
-        for station in self.stations:
-            for site in station.sites:
-                factor = self._group_of[id(site)].factor()
-                for part in site.parts:
-                    axis = None if not factor.dim() else (site.axes or {})[part.local]
-                    value = factor
-                    if part.rows is not None:  # of a parameter that several sites share
-                        axis = 0
-                        before = found.get(part.name)
-                        size = station.module.get_parameter(part.local).shape[0]
-                        value = torch.ones(size).double() if before is None else before[0]
-                        if value.dim():  # else the whole parameter has one
-                            value[part.rows] = factor
-                    found[part.name] = value, axis
-        return found
+        return factors_of(self.stations, self._group_of)

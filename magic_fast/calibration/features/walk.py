@@ -7,7 +7,8 @@ anything. Every other module that holds parameters is tried on its first input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -191,3 +192,20 @@ def _projection(z: Tensor, parameters: Parameters) -> Tensor:
     bias = [v for k, v in parameters.items() if k.endswith("bias")]
     weight = next(v for k, v in parameters.items() if k.endswith("weight"))
     return F.linear(z, weight, bias[0] if bias else None)
+
+
+@contextmanager
+def hooked(stations: Sequence[Station], visit: Callable[[Station, Call], None]) -> Iterator[None]:
+    """``visit`` is called before each call of a station."""
+
+    def hook(station: Station) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            visit(station, Call(module, args, kwargs))
+
+        return before
+
+    with ExitStack() as hooks:
+        for s in stations:
+            handle = s.module.register_forward_pre_hook(hook(s), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield
