@@ -188,7 +188,8 @@ def check_rows(family: Family) -> None:
             assert torch.equal(low, high) and len(low.unique()) == low.numel(), (name, role.units)
         want, room = by_hand(base, stored["one"][name], stored["two"][name])
         heads = role.kind in (Kind.HEAD, Kind.CLASSIFIER)
-        calibrated = base.dim() > 1 and bool(role.units) and not heads
+        is_bias = role.kind is Kind.BIAS  # of a stack of experts
+        calibrated = base.dim() > 1 and bool(role.units) and not heads and not is_bias
         assert done[name].calibrated == calibrated, name
         if calibrated:
             _, row = numbers.reshape(-1).unique(return_inverse=True)
@@ -244,7 +245,12 @@ def check_passthrough(family: Family) -> None:
     assert not told, told
     for name, tensor in parameters(model).items():
         tensor.copy_(family.states["base"][name])
-    assert torch.equal(logits(found, family.model_type), logits(model, family.model_type))
+    own = parameters(model)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in parameters(found).items())
+    # the same numbers at other addresses: products may differ in the last bits
+    want = logits(model, family.model_type)
+    room = 1e-6 * float(want.abs().max())
+    torch.testing.assert_close(logits(found, family.model_type), want, rtol=0, atol=room)
 
 
 def logits(model: Any, model_type: str) -> Tensor:
